@@ -1,0 +1,36 @@
+"""The one signature that everything which denoises shares, and the words it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+# A variable's noisy value, [batch, *shape]: the clean value plus sigma times unit noise.
+State = dict[str, Tensor]
+# A variable's noise level: one for the whole batch (on the host), or one for each sample, [batch].
+Levels = Mapping[str, float | Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser says: the expected clean value of every moving variable, and its learned log-variance if any."""
+
+    x0: State
+    log_var: State | None = None
+
+
+class Denoiser(Protocol):
+    """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditions are bound beforehand."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __call__(self, x: State, sigma: Levels) -> Prediction: ...
+
+
+def expand(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A level with one entry a sample, shaped so that it multiplies [batch, *shape]."""
+    return value.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype) if isinstance(value, Tensor) else value

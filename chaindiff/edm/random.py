@@ -1,0 +1,42 @@
+"""Randomness that is a pure function of its key: the same numbers for any batch size, rank or order.
+
+Every draw has a key such as (seed, sample, candidate, stage, variable, role, number). The key is hashed to the 128-bit
+key of a counter-based generator (Philox; Salmon et al. 2011), so no draw depends on what was drawn before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Key = int | str
+
+
+def digest(*key: Key) -> bytes:
+    """128 bits that depend on every part of the key and on where one part ends."""
+    return hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+
+
+def generator(*key: Key) -> np.random.Generator:
+    """A generator that depends on the key alone."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest(*key), "little")))
+
+
+def seed(*key: Key) -> int:
+    """A 63-bit seed that depends on the key alone, for generators that take no more."""
+    return int.from_bytes(digest(*key)[:8], "little") >> 1
+
+
+def normal(shape: Iterable[int], *key: Key) -> Tensor:
+    """Standard normal noise in float64, on the host."""
+    return torch.from_numpy(generator(*key).standard_normal(tuple(shape)))
+
+
+def normal_batch(shape: Iterable[int], samples: Iterable[int], seed: int, *key: Key) -> Tensor:
+    """Noise for several samples, [len(samples), *shape]; each row depends on its own sample number alone."""
+    shape = tuple(shape)
+    return torch.stack([normal(shape, seed, int(sample), *key) for sample in samples])
