@@ -40,3 +40,22 @@ def normal_batch(shape: Iterable[int], samples: Iterable[int], seed: int, *key: 
     """Noise for several samples, [len(samples), *shape]; each row depends on its own sample number alone."""
     shape = tuple(shape)
     return torch.stack([normal(shape, seed, int(sample), *key) for sample in samples])
+
+
+class Draws:
+    """Randomness for a batch of training samples, each a pure function of (seed, stage, sample number, role).
+
+    Sample numbers count the images seen, so that a step's draws do not depend on ranks or micro-batches.
+    """
+
+    def __init__(self, samples: Iterable[int], seed: int, stage: str):
+        self.samples, self.seed, self.stage = list(samples), seed, stage
+
+    def normal(self, role: str, shape: Iterable[int] = ()) -> Tensor:
+        """Standard normal, [batch, *shape], float32."""
+        return normal_batch(shape, self.samples, self.seed, self.stage, role).float()
+
+    def uniform(self, role: str) -> Tensor:
+        """Uniform in [0, 1), [batch], float32."""
+        values = [generator(self.seed, sample, self.stage, role).random() for sample in self.samples]
+        return torch.tensor(values, dtype=torch.float32)

@@ -1,0 +1,47 @@
+"""Networks with one signature: forward(x, noise_labels, class_labels, augment_labels, context)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from chaindiff.networks.prior import Prior
+from chaindiff.networks.unet import UNet
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import PriorSpec, UNetSpec
+
+
+def build(
+    spec: UNetSpec | PriorSpec,
+    shape: tuple[int, ...],
+    *,
+    label_dim: int = 0,
+    augment_dim: int = 0,
+    image_channels: int = 0,
+    context: tuple[int, int] | None = None,
+) -> nn.Module:
+    """The network of a spec for a variable of this shape.
+
+    `label_dim` is the width of all vector conditions together, `image_channels` that of image conditions,
+    `context` the (length, width) of token conditions. Raises UserError if the network does not fit the shape.
+    """
+    length, width = context or (0, 0)
+    settings = spec.model_dump(exclude={"kind"})
+    if isinstance(spec, UNetSpec):
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise UserError(f"a unet generates square images, not a shape of {list(shape)}")
+        return UNet(
+            shape[1],
+            shape[0] + image_channels,
+            shape[0],
+            label_dim=label_dim,
+            augment_dim=augment_dim,
+            context_dim=width,
+            **settings,
+        )
+    if len(shape) != 1 or image_channels:
+        raise UserError(
+            f"a prior generates vectors and takes no images as conditions; its variable has shape {list(shape)}"
+        )
+    return Prior(
+        shape[0], label_dim=label_dim, augment_dim=augment_dim, context_dim=width, context_length=length, **settings
+    )

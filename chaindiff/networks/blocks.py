@@ -96,11 +96,12 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with min(32, channels // 4) groups (EDM's rule)."""
+    """Group normalisation with min(32, channels // 4) groups (EDM's rule), or the next fewer that divide the channels."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
-        self.groups, self.eps = min(32, channels // 4), eps
+        wanted = max(1, min(32, channels // 4))
+        self.groups, self.eps = next(g for g in range(wanted, 0, -1) if channels % g == 0), eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 

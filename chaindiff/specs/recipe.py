@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -13,7 +22,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 class Spec(BaseModel):
     """Base of every config object: frozen, unknown fields refused, defaults validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------- data
@@ -119,6 +128,14 @@ class LinkSpec(Spec):
     sample_noise: NonNegativeFloat = Field(0.0, description="level of the noise on this link when sampling")
 
 
+Link = Annotated[
+    LinkSpec,
+    BeforeValidator(
+        lambda said: {"variable": said} if isinstance(said, str) else said, json_schema_input_type=Name | LinkSpec
+    ),
+]  # a bare name is short for {variable: name}
+
+
 class PreconditionSpec(Spec):
     kind: Literal["edm", "x0"] = Field("edm", description="x0: the network predicts the clean value (VCDM's prior)")
 
@@ -168,6 +185,7 @@ class TrainSpec(Spec):
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EmaSpec = EmaSpec()
     precision: Literal["float32", "bf16"] = "float32"
+    execution: Literal["auto", "eager", "compile"] = Field("auto", description="auto: compile where it pays")
     checkpoint_every: PositiveInt = Field(100_000, description="images between checkpoints")
     preview_every: NonNegativeInt = Field(0, description="images between preview grids; 0: none")
     log_every: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
@@ -196,8 +214,9 @@ class SamplerSpec(Spec):
 class StageSpec(Spec):
     """One stage: generates a variable given others."""
 
+    description: str = ""
     generates: Annotated[list[Name], Field(min_length=1, max_length=1)] | None = None
-    given: list[Name | LinkSpec] = []
+    given: list[Link] = []
     network: Network
     precondition: PreconditionSpec = PreconditionSpec()
     noise: NoiseSpec = NoiseSpec()

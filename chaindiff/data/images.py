@@ -1,0 +1,177 @@
+"""Image data sets: an indexed sequence of square images with metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import posixpath
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
+from chaindiff.data.sources import METADATA, Source, open_source
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.recipe import DataSpec
+
+if TYPE_CHECKING:
+    import torch
+
+MEMORY_BYTES = 1 << 30  # a set that takes less than this at one size stays in memory once decoded
+HEADERS = 1000  # images looked at to find the resolution
+
+
+def open_data(spec: DataSpec) -> ImageData:
+    """The images that a recipe names, in order of their file names, filtered by `where` and `split`.
+
+    Raises UserError if there is no such data, if it has no images, or if its metadata is wrong.
+    """
+    source = open_source(spec.path)
+    rows = read_metadata(source, source.names())
+    if not rows:
+        raise UserError("no images here", str(source.path), "expected .png, .jpg, .webp, ... at any depth")
+    rows = keep(rows, spec.where, str(source.path))
+    kept = keep(rows, {} if spec.split is None else {"split": spec.split}, str(source.path))
+    name = "/".join(filter(None, [posixpath.splitext(source.path.name)[0], spec.split]))
+    return ImageData(source, kept, list(rows.values()), name)
+
+
+class ImageData:
+    """Images with fields. Row i is the image `names[i]`; the names are sorted.
+
+    Images are cropped at the centre to squares and resized with antialiasing (box for whole-number factors, bicubic
+    otherwise, as PIL does it); transparency is laid on white.
+    """
+
+    def __init__(self, source: Source, rows: dict[str, Row], siblings: Sequence[Row], name: str):
+        self.names = list(rows)
+        self._source, self._rows, self._siblings, self._name = source, list(rows.values()), siblings, name
+        self._memory: dict[int, tuple[torch.Tensor, np.ndarray]] = {}  # size -> (images, which are decoded)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_memory": {}}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def description(self) -> str:
+        return f"{self._name}: {len(self)} images at {self.resolution} x {self.resolution}"
+
+    @cached_property
+    def resolution(self) -> int:
+        """Side of the images as stored, after the crop: the smallest, of 1,000 images at most, spread over the set."""
+        some = np.unique(np.linspace(0, len(self) - 1, HEADERS).round().astype(int))
+        return min(min(self._open(index).size) for index in some)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names, sizes and checksums (zip) or times of change (folder)."""
+        stamps = [[name, *self._source.stamp(name)] for name in self.names]
+        return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+    # -- fields
+
+    @cached_property
+    def fields(self) -> list[str]:
+        """The names of the metadata's fields."""
+        return fields(self._siblings)
+
+    def field(self, name: str) -> list[str]:
+        """One field of every image as text: a list's items are joined by commas, a missing value is empty."""
+        self._check(name)
+        return [", ".join(values(row, name)) for row in self._rows]
+
+    def categories(self, name: str) -> tuple[list[str], list[int]]:
+        """The sorted values of a field (as numbers if they all are), and the position of each image's value.
+
+        The values are those of every split, so that positions mean the same in all of them.
+        Raises UserError if an image lacks the field.
+        """
+        self._check(name)
+        known = {value for row in self._siblings for value in values(row, name)}
+        ordered = sorted(known, key=int) if all(value.isdecimal() for value in known) else sorted(known)
+        position = {value: index for index, value in enumerate(ordered)}
+        for file, row in zip(self.names, self._rows, strict=True):
+            if len(values(row, name)) != 1:
+                message = f"needs one value of '{name}' to be a label; it has {len(values(row, name))}"
+                raise UserError(message, self._source.where(file))
+        return ordered, [position[values(row, name)[0]] for row in self._rows]
+
+    def _check(self, name: str) -> None:
+        if name not in self.fields:
+            message = f"the images have no field '{name}'{did_you_mean(name, self.fields)}"
+            hint = f"fields come from {' or '.join(sorted(METADATA))} beside the images"
+            raise UserError(message, str(self._source.path), hint)
+
+    # -- pixels
+
+    def images(self, indices: Sequence[int], size: int) -> torch.Tensor:
+        """Images as uint8 [n, 3, size, size]; smaller ones are enlarged.
+
+        Raises UserError for an image that cannot be read.
+        """
+        import torch
+
+        rows = np.asarray(indices, dtype=np.int64)
+        if len(self) * 3 * size * size > MEMORY_BYTES:
+            decoded = [torch.from_numpy(self._decode(index, size)) for index in rows]
+            return torch.stack(decoded) if decoded else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        if size not in self._memory:
+            empty = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
+            self._memory[size] = empty, np.zeros(len(self), dtype=bool)
+        memory, known = self._memory[size]
+        for index in rows[~known[rows]]:
+            memory[index] = torch.from_numpy(self._decode(index, size))
+            known[index] = True
+        return memory[torch.from_numpy(rows)]
+
+    def _open(self, index: int) -> Image.Image:
+        """The image with its pixels still to be decoded."""
+        name = self.names[index]
+        try:
+            image = Image.open(io.BytesIO(self._source.read(name)))
+        except UserError:
+            raise
+        except Exception as error:  # PIL's readers raise what their format's parser raises
+            raise self._unreadable(name, error) from error
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and image.width * image.height > limit:
+            raise UserError(f"refused: {image.width} x {image.height} pixels", self._source.where(name))
+        return image
+
+    def _decode(self, index: int, size: int) -> UInt8[np.ndarray, "3 size size"]:
+        image = self._open(index)
+        try:
+            return np.asarray(square(image, size)).transpose(2, 0, 1).copy()
+        except Exception as error:
+            raise self._unreadable(self.names[index], error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> UserError:
+        reason = "the format is unknown" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        hint = "the file may be truncated: replace it, or remove it (and its row of the metadata)"
+        return UserError(f"not a readable image: {reason}", self._source.where(name), hint)
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Any image as RGB of size x size: upright, on white, cropped at the centre, resized with antialiasing."""
+    if image.format in ("JPEG", "MPO", "TIFF", "WEBP"):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.size != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    if side == size:
+        return image
+    return image.resize((size, size), Image.Resampling.BOX if side % size == 0 else Image.Resampling.BICUBIC)

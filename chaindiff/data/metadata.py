@@ -1,0 +1,113 @@
+"""What is known of each image: metadata.jsonl (Hugging Face imagefolder) and dataset.json (EDM), and filters on it."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from chaindiff.data.sources import METADATA, Source
+from chaindiff.specs.errors import UserError, did_you_mean, nearest
+
+Row = dict[str, Any]
+
+
+def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
+    """Each image's fields by its name; images that no metadata names have none.
+
+    Raises UserError for metadata that does not parse, or that names an image which is not there.
+    """
+    rows: dict[str, Row] = {name: {} for name in names if posixpath.basename(name) not in METADATA}
+    for name in names:
+        if posixpath.basename(name) in METADATA:
+            read = _read_labels if name.endswith("dataset.json") else _read_lines
+            for where, image, row in read(source, name):
+                if image not in rows:
+                    raise UserError(f"the metadata names '{image}', which is not there{_like(image, rows)}", where)
+                if rows[image].keys() & row.keys():
+                    raise UserError(f"a second row for '{image}'", where, "keep one row for each image")
+                rows[image] |= row
+    return rows
+
+
+def _read_lines(source: Source, name: str) -> Iterable[tuple[str, str, Row]]:
+    """metadata.jsonl: one JSON object a line, with `file_name` relative to the metadata's folder."""
+    for number, line in enumerate(_text(source, name).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{source.where(name)}:{number}"
+        row = _json(line, where)
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise UserError("each line must be a JSON object with a `file_name`", where)
+        yield where, _beside(name, row.pop("file_name")), row
+
+
+def _read_labels(source: Source, name: str) -> Iterable[tuple[str, str, Row]]:
+    """dataset.json: {"labels": [[file, class], ...]} or {"labels": null}; the class becomes the field `label`."""
+    where = source.where(name)
+    content = _json(_text(source, name), where)
+    labels = content.get("labels") if isinstance(content, dict) else content
+    for pair in labels or []:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int)):
+            message = f"expected {{'labels': [[file, class], ...]}} with whole-number classes; got {pair!r:.80}"
+            raise UserError(message, where)
+        yield where, _beside(name, pair[0].replace("\\", "/")), {"label": pair[1]}
+
+
+def _text(source: Source, name: str) -> str:
+    try:
+        return source.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text: {error}", source.where(name)) from error
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}", where) from error
+
+
+def _beside(metadata: str, image: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(metadata), image))
+
+
+def values(row: Row, field: str) -> list[str]:
+    """The field's values as text: a list's items, or the one value; none if the image lacks it."""
+    value = row.get(field)
+    return [] if value is None else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def fields(rows: Iterable[Row]) -> list[str]:
+    """Every field's name, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def keep(rows: Mapping[str, Row], where: Mapping[str, str | list[str]], place: str) -> dict[str, Row]:
+    """The images whose fields have the values asked for, all of the fields and one of each field's values.
+
+    Raises UserError for a field or value that no image has, or if no image is left.
+    """
+    kept = dict(rows)
+    for field, wanted in where.items():
+        known = fields(rows.values())
+        if field not in known:
+            raise UserError(f"the images have no field '{field}'{_like(field, known)}", place)
+        wanted = [wanted] if isinstance(wanted, str) else wanted
+        present = dict.fromkeys(value for row in rows.values() for value in values(row, field))
+        for value in wanted:
+            if value not in present:
+                raise UserError(f"no image has {field} '{value}'{_like(value, sorted(present))}", place)
+        kept = {name: row for name, row in kept.items() if not set(wanted).isdisjoint(values(row, field))}
+    if not kept:
+        raise UserError(f"no image is left by {dict(where)}", place, "loosen data.where or data.split")
+    return kept
+
+
+def _like(name: str, names: Iterable[str]) -> str:
+    """did_you_mean, but of thousands of names it lists a few."""
+    names = list(names)
+    if not names:
+        return ": there is no metadata.jsonl or dataset.json"
+    return did_you_mean(name, names if nearest(name, names) else [*names[:12], *(["..."] if len(names) > 12 else [])])

@@ -1,0 +1,84 @@
+"""The prior for vectors: a DALL-E 2 style decoder-only transformer (Ramesh et al. 2022, section 2.2; VCDM)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chaindiff.networks.blocks import PositionalEmbedding
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm causal self-attention and a GELU feed-forward layer of four times the width."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm_attention, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + F.dropout(self.proj(attended), self.dropout, self.training)
+        hidden = F.gelu(self.up(self.norm_forward(x)))
+        return x + F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+class Prior(nn.Module):
+    """Tokens [context ...][augment label][condition][noise level][noised vector][query]; the output is the query's.
+
+    The same signature as the U-Net's, with a vector for the image.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        context_dim: int = 0,
+        context_length: int = 0,
+        width: int = 512,
+        depth: int = 6,
+        heads: int = 8,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.map_noise = PositionalEmbedding(width, endpoint=True)
+        self.map_noise_up, self.map_noise_down = nn.Linear(width, width), nn.Linear(width, width)
+        self.map_label = nn.Linear(label_dim, width) if label_dim else None
+        self.map_augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.map_context = nn.Linear(context_dim, width) if context_dim else None
+        self.map_input, self.query = nn.Linear(dim, width), nn.Parameter(torch.randn(width) * 0.02)
+        tokens = 3 + bool(label_dim) + bool(augment_dim) + context_length
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch dim"],
+        noise_labels: Float[Tensor, " batch"],
+        class_labels: Float[Tensor, "batch label_dim"] | None = None,
+        augment_labels: Float[Tensor, "batch augment_dim"] | None = None,
+        context: Float[Tensor, "batch tokens context_dim"] | None = None,
+    ) -> Float[Tensor, "batch dim"]:
+        """The raw network F of the preconditioned denoiser; absent labels count as zeros."""
+        batch = x.shape[0]
+        # The noise label ln(sigma)/4 spans about 3 units; a thousandfold spreads it over the sinusoids' range.
+        noise = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise_labels * 1000))))
+        tokens = [self.map_context(context)] if self.map_context is not None and context is not None else []
+        for layer, label in ((self.map_augment, augment_labels), (self.map_label, class_labels)):
+            if layer is not None:
+                tokens.append(layer(x.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
+        tokens += [noise[:, None], self.map_input(x)[:, None], self.query.expand(batch, 1, -1)]
+        y = torch.cat(tokens, dim=1) + self.position
+        for block in self.blocks:
+            y = block(y)
+        return self.out(self.norm(y[:, -1]))

@@ -1,0 +1,69 @@
+"""Grids of images, as PNG. The picture of a chain is drawn in `drawing`, which needs no torch."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from chaindiff.drawing import Arrow, Box, chain_png, chain_svg
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.files import write_whole
+
+__all__ = ["Arrow", "Box", "chain_png", "chain_svg", "grid", "png_bytes", "save_png", "to_image", "to_uint8"]
+
+
+def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0..255, rounded to the nearest and clamped. Raises UserError if a value is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        raise UserError("images hold values that are not finite (NaN or infinity)", hint="the model may have diverged")
+    return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_image(x: Float[Tensor, "channels height width"]) -> Image.Image:
+    """One image in [-1, 1], RGB or grey."""
+    pixels = to_uint8(x).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
+def grid(
+    images: Float[Tensor, "n channels height width"],
+    columns: int | None = None,
+    scale: int | None = None,
+    pad: int = 2,
+) -> Image.Image:
+    """Images in [-1, 1] in rows, with a white gap of `pad` pixels around each.
+
+    `columns`: about as many as rows by default. `scale`: each pixel becomes scale x scale; by default images smaller
+    than 64 are brought to 64 or just above. Raises UserError if there are no images.
+    """
+    if len(images) == 0:
+        raise UserError("a grid needs at least one image")
+    count, _, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    scale = scale or max(1, math.ceil(64 / max(height, width)))
+    rows = math.ceil(count / columns)
+    step_x, step_y = width * scale + pad, height * scale + pad
+    sheet = Image.new("RGB", (columns * step_x + pad, rows * step_y + pad), "white")
+    for index, image in enumerate(images):
+        tile = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        sheet.paste(tile, (column * step_x + pad, row * step_y + pad))
+    return sheet
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG, whole or not at all."""
+    write_whole(path, png_bytes(image))

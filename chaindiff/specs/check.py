@@ -1,0 +1,231 @@
+"""What a recipe must satisfy beyond the types of its fields, as far as that can be told without data or weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.recipe import OpenClipSpec, PriorSpec, Recipe, ResizeSpec, StageSpec, UNetSpec, VariableSpec
+from chaindiff.specs.validate import raise_all
+
+Where = Callable[[str], str | None]
+
+_SHAPES = {
+    "image": "[channels, height, width]",
+    "vector": "[elements]",
+    "tokens": "[length, width]",
+    "label": "[number of classes]",
+    "text": "[]",
+}
+_A = {"image": "an image", "vector": "a vector", "tokens": "tokens", "label": "a label", "text": "a text"}
+_ADM_HEAD = 64  # channels of one attention head
+
+
+def check(recipe: Recipe, where: Where) -> None:
+    """Raises one UserError that lists everything that does not fit together."""
+    raise_all([*_variables(recipe, where), *_stages(recipe, where), *_sample(recipe, where)])
+
+
+def outputs(name: str, stage: StageSpec) -> Sequence[str]:
+    """The variables that a stage generates: the one of its own name unless it says otherwise."""
+    return stage.generates or [name]
+
+
+def _unknown(name: str, recipe: Recipe) -> str:
+    return f"there is no variable '{name}'{did_you_mean(name, recipe.variables)}"
+
+
+def _circle(edges: Mapping[str, Sequence[str]]) -> list[str] | None:
+    """Names that lead back to the first of them, or None."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> list[str] | None:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return None
+        done.add(name)
+        return next((found for to in edges.get(name, ()) if (found := visit(to, [*trail, name]))), None)
+
+    return next((found for name in edges if (found := visit(name, []))), None)
+
+
+# ---------------------------------------------------------------- variables
+
+
+def _variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
+    roots = [name for name, v in recipe.variables.items() if v.kind == "image" and v.encoder is None]
+    for name in roots[1:]:
+        yield UserError(
+            f"variables.{name}: images without an encoder are the data, and '{roots[0]}' is that already",
+            where(f"variables.{name}"),
+            "give one of them an encoder, such as {kind: resize, of: " + roots[0] + "}",
+        )
+    for name, variable in recipe.variables.items():
+        path = f"variables.{name}"
+        if problem := _shape(variable):
+            yield UserError(f"{path}.shape: {problem}", where(f"{path}.shape"))
+        elif variable.encoder is not None:
+            for field, problem in _encoder(recipe, variable):
+                yield UserError(f"{path}.encoder.{field}: {problem}", where(f"{path}.encoder.{field}"))
+        if variable.of is not None and variable.kind not in ("label", "text"):
+            problem = f"only a label or a text is read from a field of the data, not a variable of kind {variable.kind}"
+            yield UserError(f"{path}.of: {problem}", where(f"{path}.of"))
+        if variable.source == "uniform" and variable.kind != "label":
+            yield UserError(f"{path}.source: only a label can be drawn uniformly", where(f"{path}.source"))
+    circle = _circle({name: [v.encoder.of] for name, v in recipe.variables.items() if v.encoder is not None})
+    if circle:
+        place = f"variables.{circle[0]}.encoder"
+        yield UserError(f"{place}: encoders read each other in a circle: {' -> '.join(circle)}", where(place))
+
+
+def _shape(variable: VariableSpec) -> str | None:
+    kind, shape = variable.kind, variable.shape
+    if len(shape) != (0 if kind == "text" else _SHAPES[kind].count(",") + 1):
+        return f"expected {_SHAPES[kind]} for kind {kind}, not {shape}"
+    if kind == "image" and shape[1] != shape[2]:
+        return f"images are square, not {shape[1]} x {shape[2]}"
+    return None
+
+
+def _encoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]]:
+    """What is wrong with an encoder: the field, and the problem."""
+    encoder = variable.encoder
+    assert encoder is not None
+    source = recipe.variables.get(encoder.of)
+    if source is None:
+        yield "of", _unknown(encoder.of, recipe)
+    elif isinstance(encoder, ResizeSpec):
+        if {source.kind, variable.kind} != {"image"}:
+            yield "of", f"resize makes an image of an image, not {_A[variable.kind]} of {_A[source.kind]}"
+        elif not _shape(source):
+            if source.shape[0] != variable.shape[0]:
+                yield "of", f"'{encoder.of}' has {source.shape[0]} channels, but this variable {variable.shape[0]}"
+            if source.shape[1] < variable.shape[1]:
+                yield "of", f"resize makes images smaller, but '{encoder.of}' is {source.shape[1]} pixels wide"
+    elif isinstance(encoder, OpenClipSpec):
+        if source.kind not in ("image", "text") or variable.kind != "vector":
+            yield "of", f"open_clip makes a vector of an image or a text, not {_A[variable.kind]} of {_A[source.kind]}"
+        elif encoder.reduce is not None and encoder.reduce.k != variable.shape[0]:
+            yield "reduce.k", f"{encoder.reduce.k} components do not make a vector of shape {variable.shape}"
+
+
+# ---------------------------------------------------------------- stages
+
+
+def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
+    makers: dict[str, str] = {}
+    for name, stage in recipe.stages.items():
+        path = f"stages.{name}"
+        for output in outputs(name, stage):
+            place = f"{path}.generates" if stage.generates else path
+            if output not in recipe.variables:
+                hint = None if stage.generates else "a stage generates the variable of its name unless it says `generates`"
+                yield UserError(f"{place}: {_unknown(output, recipe)}", where(place), hint)
+            if output in makers:
+                yield UserError(f"{place}: stage '{makers[output]}' generates '{output}' already", where(place))
+            makers.setdefault(output, name)
+        for field, problem in (*_given(recipe, name, stage), *_network(recipe, name, stage), *_numbers(stage)):
+            yield UserError(f"{path}.{field}: {problem}", where(f"{path}.{field}"))
+        for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
+            variable = recipe.variables.get(used)
+            if variable and variable.kind in ("vector", "tokens") and not variable.encoder and not stage.weights:
+                problem = f"stage '{name}' trains with '{used}', which needs an encoder: data holds no {variable.kind}"
+                yield UserError(f"variables.{used}: {problem}", where(f"variables.{used}"))
+    links = {
+        output: [link.variable for link in stage.given if link.variable not in outputs(name, stage)]
+        for name, stage in recipe.stages.items()
+        for output in outputs(name, stage)
+    }
+    if circle := _circle(links):
+        place = f"stages.{makers[circle[0]]}.given"
+        yield UserError(f"{place}: stages are given each other in a circle: {' -> '.join(circle)}", where(place))
+
+
+def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for index, link in enumerate(stage.given):
+        field, variable = f"given.{index}", recipe.variables.get(link.variable)
+        if variable is None:
+            yield field, _unknown(link.variable, recipe)
+            continue
+        if link.variable in outputs(name, stage):
+            yield field, f"the stage generates '{link.variable}' itself, so it cannot be given it"
+        if link.variable in seen:
+            yield field, f"'{link.variable}' is given twice"
+        seen.add(link.variable)
+        if variable.kind == "text":
+            yield field, f"a network cannot take text; give a variable that encodes '{link.variable}'"
+        if variable.kind == "image" and isinstance(stage.network, PriorSpec):
+            yield field, "a prior takes no images; give a vector that encodes it"
+        if link.sample_noise > link.noise:
+            problem = f"{link.sample_noise:g} is above {link.noise:g}, the largest level in training (`noise`)"
+            yield f"{field}.sample_noise", problem
+        if link.null == "learned" and not link.dropout:
+            yield f"{field}.null", "is never used: the link has no `dropout`, so its value is never absent in training"
+    if stage.sample.guidance != 1 and not any(link.dropout for link in stage.given):
+        problem = f"{stage.sample.guidance:g} compares with an absent value, but no link of this stage has a `dropout`"
+        yield "sample.guidance", problem
+
+
+def _network(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, str]]:
+    network = stage.network
+    variable = recipe.variables.get(outputs(name, stage)[0])
+    if isinstance(network, PriorSpec) and (network.width % network.heads or network.width % 2):
+        yield "network.width", f"should be even and a multiple of heads ({network.heads}), not {network.width}"
+    if variable is None or _shape(variable):
+        return
+    fits = {"unet": "image", "prior": "vector"}
+    if variable.kind != fits[network.kind]:
+        others = [kind for kind, made in fits.items() if made == variable.kind]
+        tail = f"; use a {others[0]}" if others else ""
+        yield "network.kind", f"a {network.kind} generates {fits[network.kind]}s, not {_A[variable.kind]}{tail}"
+    elif isinstance(network, UNetSpec):
+        yield from _unet(network, variable.shape[1])
+
+
+def _unet(network: UNetSpec, size: int) -> Iterator[tuple[str, str]]:
+    levels = len(network.mult)
+    if not levels:
+        yield "network.mult", "expected a factor for at least one resolution"
+        return
+    if size % 2 ** (levels - 1):
+        yield "network.mult", f"{levels} levels halve the image {levels - 1} times, but {size} pixels do not allow it"
+        return
+    widths = {size >> level: network.channels * factor for level, factor in enumerate(network.mult)}
+    for resolution in network.attention:
+        if resolution not in widths:
+            known = ", ".join(map(str, widths))
+            yield "network.attention", f"{resolution} is none of this network's resolutions, which are {known}"
+    if network.channels % 2:
+        yield "network.channels", f"should be even, not {network.channels}"
+    attending = [widths[at] for at in {*network.attention, min(widths)} if at in widths]
+    odd = [width for width in attending if width % _ADM_HEAD]
+    if network.arch == "adm" and odd:
+        yield "network.channels", f"adm attends with heads of {_ADM_HEAD} channels, which do not divide {min(odd)}"
+
+
+def _numbers(stage: StageSpec) -> Iterator[tuple[str, str]]:
+    sample, train = stage.sample, stage.train
+    if sample.sigma_min >= sample.sigma_max:
+        yield "sample.sigma_min", f"{sample.sigma_min:g} should be below sigma_max, {sample.sigma_max:g}"
+    if sample.churn.max is not None and sample.churn.min > sample.churn.max:
+        yield "sample.churn.min", f"{sample.churn.min:g} should not be above churn.max, {sample.churn.max:g}"
+    if train.batch % train.accumulate:
+        yield "train.accumulate", f"{train.accumulate} micro-batches do not divide a batch of {train.batch}"
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def _sample(recipe: Recipe, where: Where) -> Iterator[UserError]:
+    for index, name in enumerate(recipe.sample.want):
+        if name not in recipe.variables:
+            yield UserError(f"sample.want: {_unknown(name, recipe)}", where(f"sample.want.{index}"))
+    for name, value in recipe.sample.given.items():
+        place, variable = f"sample.given.{name}", recipe.variables.get(name)
+        if variable is None:
+            yield UserError(f"sample.given: {_unknown(name, recipe)}", where(place))
+        elif variable.kind == "label" and isinstance(value, int) and variable.shape and value >= variable.shape[0]:
+            problem = f"{value} is not one of {variable.shape[0]} classes, which count from 0"
+            yield UserError(f"{place}: {problem}", where(place))

@@ -1,0 +1,48 @@
+"""What pydantic annotations say: the models that may stand in a place, and the type of what lies below."""
+
+from __future__ import annotations
+
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+
+def options(annotation: Any) -> list[Any]:
+    """The alternatives of a type, without Annotated and None."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return options(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [option for part in get_args(annotation) for option in options(part)]
+    return [] if annotation in (None, NoneType) else [annotation]
+
+
+def models(annotation: Any) -> list[type[BaseModel]]:
+    """The models among a type's alternatives; two or more make a union told apart by `kind`."""
+    return [option for option in options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def kinds(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The models of a discriminated union by their `kind`; empty for a single model."""
+    found = models(annotation)
+    return {kind: model for model in found for kind in get_args(model.model_fields["kind"].annotation)} if found[1:] else {}
+
+
+def model_of(annotation: Any, kind: Any = None) -> type[BaseModel] | None:
+    """The model that reads a mapping in this place, given the mapping's `kind`."""
+    found = models(annotation)
+    if len(found) == 1:
+        return found[0]
+    return kinds(annotation).get(kind) if isinstance(kind, str) else None
+
+
+def child(annotation: Any, key: str | int, kind: Any = None) -> Any:
+    """The type of the value under a field, key or index; None if nothing is known about it."""
+    model = model_of(annotation, kind)
+    if model is not None:
+        return model.model_fields[key].annotation if key in model.model_fields else None
+    for option in options(annotation):
+        if get_origin(option) in (dict, list, tuple):
+            return get_args(option)[-1 if get_origin(option) is dict else 0]
+    return None

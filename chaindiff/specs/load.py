@@ -1,0 +1,153 @@
+"""Recipes and stage cards: found by path or name, merged with their overrides, validated and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from chaindiff.specs.check import check
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.merge import merge, nest, refuse_strangers
+from chaindiff.specs.recipe import Recipe, StageSpec
+from chaindiff.specs.validate import validate
+from chaindiff.specs.yaml import Node, assignment, describe, read, wrap
+
+LOCK = "recipe.lock.yaml"
+PACKAGE = Path(__file__).resolve().parents[1]
+# A wheel carries recipes and stages within the package, a checkout beside it.
+SHIPPED = PACKAGE if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
+
+What = Literal["recipe", "card"]
+_FOLDERS = {"recipe": "recipes", "card": "stages"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe and where it came from. `lock` is what a lock file says beside the recipe: versions, digests."""
+
+    recipe: Recipe
+    path: Path
+    node: Node
+    lock: dict[str, Any]
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """What was said, merged, without defaults."""
+        return self.node.plain()
+
+    def where(self, path: str) -> str | None:
+        """The "file:line" of a field such as "stages.image.sample", or of the nearest field above it that was said."""
+        return self.node.deepest(path.split(".")).where
+
+
+def load_recipe(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Loaded:
+    """The recipe at a path, of a name, or of a run's directory.
+
+    `set` holds texts such as "stages.image.sample.steps=20"; keyword overrides are nested mappings of the same names.
+    Raises UserError with file, line, what is wrong and the nearest valid name.
+    """
+    path = find(source, "recipe")
+    recipe = read(path)
+    lock = recipe.value.pop("lock", Node({}, None))
+    if not isinstance(lock.value, dict):
+        raise UserError(f"lock: expected fields (a mapping), not {describe(lock.value)}", lock.where)
+    layers = [nest(*assignment(text)) for text in set]
+    if overrides:
+        layers.append(wrap(overrides, "keyword argument"))
+    tree = _assemble(recipe, layers, path)
+    result = validate(Recipe, tree)
+    loaded = Loaded(result, path, tree, lock.plain())
+    check(result, loaded.where)
+    return loaded
+
+
+def find(source: str | Path, what: What, near: Path | None = None, where: str | None = None) -> Path:
+    """A recipe or card by path or bare name: in the current directory, beside the file that uses it, as shipped."""
+    name = os.path.expanduser(os.fspath(source))
+    if what == "recipe" and os.path.isdir(name):
+        name = os.path.join(name, LOCK)
+    plain = name.endswith((".yaml", ".yml"))
+    # A bare word means a recipe or card of that name, never some file without a suffix.
+    names = [name] if plain else [*([name] if os.path.basename(name) != name else []), f"{name}.yaml", f"{name}.yml"]
+    for root in _roots(near):
+        for folder in (root, root / _FOLDERS[what]):
+            for candidate in names:
+                if os.path.isfile(folder / candidate):
+                    return folder / candidate
+    known = available(what, near)
+    hint = f"`chaindiff list` shows all; a path such as {_FOLDERS[what]}/NAME.yaml is found too"
+    raise UserError(f"there is no {what} '{source}'{did_you_mean(Path(name).stem, known)}", where, hint)
+
+
+def available(what: What, near: Path | None = None) -> dict[str, Path]:
+    """The recipes or cards that a bare name finds, in alphabetical order."""
+    found: dict[str, Path] = {}
+    for root in _roots(near):
+        for path in sorted([*(root / _FOLDERS[what]).glob("*.yaml"), *(root / _FOLDERS[what]).glob("*.yml")]):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def _roots(near: Path | None) -> list[Path]:
+    beside = [near.parent, near.parent.parent] if near else []
+    return [Path.cwd(), *beside, SHIPPED]
+
+
+def _fields(node: Node | None) -> Mapping[str, Node]:
+    return node.value if node is not None and isinstance(node.value, dict) else {}
+
+
+def _without_use(node: Node) -> Node:
+    return Node({key: part for key, part in _fields(node).items() if key != "use"}, node.where)
+
+
+def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
+    """Cards lowest, the recipe's own fields on top of them, then the overrides in order.
+
+    An override of `use` changes the card under what the recipe says beside it.
+    """
+    said = recipe
+    for layer in layers:
+        refuse_strangers(said, layer)
+        said = merge(said, layer, Recipe)
+    cards: dict[str, Node] = {}
+    for name, stage in _fields(said.get("stages")).items():
+        use = _fields(stage).get("use")
+        cards[name] = Node(_card(use, path, ()).value, stage.where) if use else Node({}, stage.where)
+    stages = said.get("stages")
+    tree = Node({"stages": Node(cards, stages.where)} if stages and cards else {}, recipe.where)
+    for layer in (recipe, *layers):
+        stages = layer.get("stages")
+        if stages is not None and isinstance(stages.value, dict):
+            bare = {
+                name: _without_use(stage) if isinstance(stage.value, dict) else stage
+                for name, stage in stages.value.items()
+            }
+            layer = Node({**layer.value, "stages": Node(bare, stages.where)}, layer.where)
+        tree = merge(tree, layer, Recipe)
+    return tree
+
+
+def _card(use: Node, near: Path, chain: tuple[Path, ...]) -> Node:
+    """What a card says, on top of the card that it uses itself."""
+    if not isinstance(use.value, str):
+        raise UserError(f"use: expected a card's name, not {describe(use.value)}", use.where)
+    path = find(use.value, "card", near, use.where)
+    if path in chain:
+        names = " -> ".join(link.stem for link in (*chain, path))
+        raise UserError(f"cards use each other in a circle: {names}", use.where)
+    card = read(path)
+    below = card.get("use")
+    return merge(_card(below, path, (*chain, path)), _without_use(card), StageSpec) if below else card
+
+
+def summary(path: Path) -> str:
+    """The description of a recipe or card, or what is wrong with its file."""
+    try:
+        description = read(path).value.get("description")
+    except UserError as error:
+        return f"(broken: {error.message})"
+    return " ".join(str(description.value).split()) if description else ""

@@ -1,0 +1,43 @@
+"""The one merge: of a card and what stands beside `use`, of `--set`, and of keyword overrides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.fields import child, kinds
+from chaindiff.specs.yaml import Node
+
+
+def merge(base: Node, over: Node, annotation: Any) -> Node:
+    """`over` on top of `base`: mappings merge, everything else is replaced.
+
+    Where the schema has a union told apart by `kind`, another kind drops the fields that belonged to the old one.
+    """
+    if isinstance(base.value, list) and isinstance(over.value, dict):
+        raise UserError("a list is replaced as a whole, not by its items", over.where)
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        return over
+    kind, new = (node.value["kind"].plain() if "kind" in node.value else None for node in (base, over))
+    if kinds(annotation) and None not in (kind, new) and new != kind:
+        return over
+    merged = dict(base.value)
+    for key, node in over.value.items():
+        merged[key] = merge(merged[key], node, child(annotation, key, new or kind)) if key in merged else node
+    return Node(merged, base.where)
+
+
+def nest(path: list[str], node: Node) -> Node:
+    """A value at the end of a dotted path, as nested mappings."""
+    for key in reversed(path):
+        node = Node({key: node}, node.where)
+    return node
+
+
+def refuse_strangers(tree: Node, over: Node) -> None:
+    """An override may add a whole stage or variable, but part of one under an unknown name is a slip of the pen."""
+    for group, word, whole in (("stages", "stage", {"use", "network"}), ("variables", "variable", {"kind"})):
+        known, said = (part.value if part and isinstance(part.value, dict) else {} for part in (tree.get(group), over.get(group)))
+        for name, node in said.items():
+            if name not in known and not (isinstance(node.value, dict) and whole & node.value.keys()):
+                raise UserError(f"there is no {word} '{name}'{did_you_mean(name, known)}", node.where)

@@ -1,0 +1,139 @@
+"""Pydantic's errors in plain words: file and line, the field, what is wrong, the nearest valid name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.fields import child, kinds, model_of
+from chaindiff.specs.recipe import StageSpec
+from chaindiff.specs.yaml import Node, describe
+
+MOST = 10  # mistakes that one message lists
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "fields (a mapping)",
+    "model": "fields (a mapping)",
+}
+
+_LIMITS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "greater_than": lambda c: f"above {c['gt']:g}",
+    "greater_than_equal": lambda c: f"at least {c['ge']:g}",
+    "less_than": lambda c: f"below {c['lt']:g}",
+    "less_than_equal": lambda c: f"at most {c['le']:g}",
+    "finite_number": lambda c: "a finite number",
+}
+
+
+def validate(model: type[Model], tree: Node) -> Model:
+    """The config object that a tree describes. Raises one UserError that lists what is wrong."""
+    try:
+        result = model.model_validate(tree.plain())
+    except ValidationError as errors:
+        raise_all([_translate(error, tree, model) for error in errors.errors(include_url=False)])
+        raise  # not reached: a ValidationError lists at least one error
+    raise_all(list(_coerced(tree, result, ())))
+    return result
+
+
+def raise_all(problems: Sequence[UserError]) -> None:
+    """Raises nothing for no problem, the problem itself for one, and a list of them for several."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0]
+    lines = [str(problem) for problem in problems[:MOST]]
+    if len(problems) > MOST:
+        lines.append(f"and {len(problems) - MOST} more")
+    raise UserError("\n  ".join([f"{len(problems)} mistakes", *(line.replace("\n", "\n  ") for line in lines)]))
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
+def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
+    """One of pydantic's errors, with its location stripped of the tags of unions, as a UserError."""
+    path: list[str | int] = []
+    owner: type[BaseModel] | None = None
+    for part in error["loc"]:
+        if part == "[key]":
+            continue
+        if part in kinds(annotation):
+            annotation = kinds(annotation)[part]
+            continue
+        owner = model_of(annotation)
+        annotation = child(annotation, part)
+        path.append(part)
+    code, value, context = error["type"], error["input"], error.get("ctx", {})
+
+    def at(place: Sequence[str | int], what: str) -> UserError:
+        return UserError(f"{dotted(place)}: {what}" if place else what, tree.deepest(place).where)
+
+    if code == "extra_forbidden":
+        names = list(owner.model_fields) if owner else []
+        names += ["use"] if owner is StageSpec else []
+        problem = at(path[:-1], f"unknown field '{path[-1]}'{did_you_mean(str(path[-1]), names)}")
+        problem.where = tree.deepest(path).where
+        return problem
+    if code == "missing":
+        lacks = f"field '{path[-1]}'" if isinstance(path[-1], str) else f"item {path[-1] + 1} of the list"
+        return at(path[:-1], f"missing {lacks}")
+    if code == "union_tag_not_found":
+        return at(path, f"missing field 'kind'; known: {', '.join(kinds(annotation))}")
+    if code == "union_tag_invalid":
+        said = context["tag"]
+        return at([*path, "kind"], f"unknown kind '{said}'{did_you_mean(said, kinds(annotation))}")
+    return at(path, _explain(code, value, context, error["msg"]))
+
+
+def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> str:
+    """What is wrong with a value, by pydantic's name for the error."""
+    if code == "literal_error":
+        names = [name for name in context["expected"].replace(" or ", ", ").replace("'", "").split(", ") if name]
+        return f"{describe(value)} is not one of {', '.join(names)}" + (
+            did_you_mean(value, names) if isinstance(value, str) else ""
+        )
+    if code in _LIMITS:
+        return f"should be {_LIMITS[code](context)}, not {describe(value)}"
+    if code == "string_pattern_mismatch":
+        return f"'{value}' is not a name: letters, digits and underscores, a letter first"
+    if code in ("too_short", "too_long"):
+        least = context.get("min_length", context.get("max_length"))
+        bound = "at least" if code == "too_short" else "at most"
+        return f"expected {bound} {least} item{'s' * (least != 1)}, not {context['actual_length']}"
+    if expected := _EXPECTED.get(code.split("_")[0]):
+        return f"expected {expected}, not {describe(value)}"
+    return f"{message[:1].lower()}{message[1:]} ({describe(value)})"
+
+
+def _coerced(node: Node, result: Any, path: tuple[str | int, ...]) -> Iterator[UserError]:
+    """Values that pydantic turned into another type: a quoted "20" is not a number here, nor is `true`."""
+    if isinstance(node.value, dict):
+        for key, below in node.value.items():
+            if isinstance(result, dict):
+                yield from _coerced(below, result[key], (*path, key))
+            elif isinstance(result, BaseModel):
+                yield from _coerced(below, getattr(result, key), (*path, key))
+    elif isinstance(node.value, list) and isinstance(result, (list, tuple)):
+        for index, (below, value) in enumerate(zip(node.value, result, strict=True)):
+            yield from _coerced(below, value, (*path, index))
+    elif isinstance(result, (bool, int, float)) and _species(node.value) != _species(result):
+        expected = _EXPECTED[type(result).__name__]
+        yield UserError(f"{dotted(path)}: expected {expected}, not {describe(node.value)}", node.where)
+
+
+def _species(value: Any) -> type:
+    """bool, float (for any number), or the value's own type."""
+    return float if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)

@@ -1,0 +1,83 @@
+"""Training batches of a chain: variables of augmented images, each sample a pure function of (seed, image number)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chaindiff.data import ImageData, augment
+from chaindiff.edm.random import generator
+from chaindiff.encoders import Encoder
+from chaindiff.specs.recipe import AugmentSpec
+from chaindiff.training.cache import EmbeddingCache
+from chaindiff.variables import Variable
+
+
+class Batches:
+    """Sample numbers -> the values of some variables, and the augmentation labels under "augment_labels".
+
+    `root` is the image variable that the data holds; every other image or vector comes of it through `encoders`,
+    expensive ones through `caches`. Labels are columns of the data.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        root: Variable,
+        wanted: Iterable[Variable],
+        encoders: Mapping[str, Encoder],
+        caches: Mapping[str, EmbeddingCache],
+        fields: Mapping[str, str],
+        spec: AugmentSpec,
+        seed: int,
+    ):
+        self.data, self.root, self.encoders, self.caches = data, root, encoders, caches
+        self.wanted, self.spec, self.seed = list(wanted), spec, seed
+        self.labels = {
+            v.name: torch.tensor(data.categories(fields[v.name])[1]) for v in self.wanted if v.kind == "label"
+        }
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def rows(self, samples: Iterable[int]) -> list[int]:
+        """Rows of the data: a new order every epoch, a function of (seed, epoch)."""
+        rows = []
+        for sample in samples:
+            epoch, place = divmod(sample, len(self.data))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, generator(self.seed, "order", epoch).permutation(len(self.data))
+            rows.append(int(self._order[place]))
+        return rows
+
+    def __call__(self, samples: list[int]) -> dict[str, Tensor]:
+        rows = self.rows(samples)
+        if self.spec.variants:
+            variants = [int(generator(self.seed, "variant", s).integers(self.spec.variants)) for s in samples]
+            keys = [(self.spec.seed, self.data.names[row], v) for row, v in zip(rows, variants, strict=True)]
+        else:
+            variants, keys = [0] * len(rows), [(self.seed, "augment", sample) for sample in samples]
+        drawn = augment.draw(self.spec, keys)
+        values: dict[str, Tensor] = {}
+
+        def value(name: str) -> Tensor:
+            if name not in values:
+                values[name] = compute(name)
+            return values[name]
+
+        def compute(name: str) -> Tensor:
+            if name in self.labels:
+                return self.labels[name][rows]
+            if name == self.root.name:
+                pixels = self.data.images(rows, self.root.shape[-1])
+                return augment.apply(pixels.float() / 127.5 - 1, drawn)
+            encoder = self.encoders[name]
+            if name in self.caches:
+                return encoder.scale(self.caches[name].rows(rows, variants))
+            return encoder(value(encoder.of))
+
+        batch = {v.name: value(v.name) for v in self.wanted}
+        if drawn.label.shape[1]:
+            batch["augment_labels"] = drawn.label
+        return batch

@@ -1,0 +1,210 @@
+"""The training loop of one stage: a generator that yields progress; logging, previews and bars live outside.
+
+Everything random is a pure function of (seed, image number), so a run that was killed and started again ends with the
+weights of one that was not (bit for bit in eager float32 on a CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from chaindiff.edm.ema import Ema
+from chaindiff.edm.random import Draws, seed
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import OptimizerSpec, TrainSpec
+from chaindiff.stage import Stage
+from chaindiff.training import checkpoint
+
+Batches = Callable[[list[int]], dict[str, Tensor]]  # sample numbers -> variables and augment_labels
+COMPILE_PAYS = 50_000  # images; a cold compilation takes as long as some thousands of them
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run is. `loss` is the mean since the last report, or None."""
+
+    images: int
+    total: int
+    images_per_second: float
+    loss: float | None = None
+    preview: bool = False
+
+
+def learning_rate(spec: OptimizerSpec, images: int, total: int) -> float:
+    """Linear warm-up, then constant, then a cosine down to 0 over the last `decay` images."""
+    rate = spec.lr * min(1.0, images / spec.warmup) if spec.warmup else spec.lr
+    if spec.decay and images > total - spec.decay:
+        rate *= 0.5 * (1 + math.cos(math.pi * (images - total + spec.decay) / spec.decay))
+    return rate
+
+
+def build_optimizer(spec: OptimizerSpec, module: nn.Module) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.kind]
+    return kind(module.parameters(), spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+
+
+def state_tensors(stage: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a run needs to go on, as flat named tensors."""
+    tensors = {f"model.{k}": v for k, v in stage.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
+    return tensors
+
+
+def restore(
+    tensors: dict[str, Tensor], stage: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, where: str
+) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    checkpoint.fill(stage, part("model."), where)
+    checkpoint.fill(ema.model, part("ema."), where)
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = list(stage.parameters())
+    for key, value in part("optimizer.").items():
+        index, name = int(key.split(".", 1)[0]), key.split(".", 1)[1]
+        like = parameters[index]  # moments in the parameter's memory format are many times faster
+        state.setdefault(index, {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard of one stage; lines after the point of resumption are dropped."""
+
+    def __init__(self, folder: Path, images: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["images"] <= images]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images)
+
+    def write(self, images: int, **values: float) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"images": images, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, images)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def train(
+    stage: Stage,
+    batches: Batches,
+    spec: TrainSpec,
+    folder: Path,
+    *,
+    total: int,
+    metadata: dict[str, Any],
+    accelerator: Accelerator | None = None,
+    ema_out: Callable[[Stage], None] | None = None,
+) -> Iterator[Progress]:
+    """Train until `total` images have been seen, continuing from `folder/state.safetensors` if it is there.
+
+    Writes state.safetensors, metrics.jsonl and, at the end, weights.safetensors (the EMA with its configuration).
+    Raises UserError if the batch cannot be shared out, the state belongs to another stage, or the loss is not finite.
+    """
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    micro, rest = divmod(spec.batch, spec.accumulate * ranks)
+    if rest:
+        raise UserError(
+            f"train.batch {spec.batch} cannot be shared by {ranks} processes x {spec.accumulate} micro-batches"
+        )
+    state_path = folder / "state.safetensors"
+    stage.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = Ema(stage, spec.ema.half_life, spec.ema.rampup)
+    optimizer = build_optimizer(spec.optimizer, stage)
+    images = 0
+    if state_path.exists():
+        tensors, kept = checkpoint.load(state_path)
+        if kept.get("identity") != metadata["identity"]:
+            raise UserError(
+                f"{state_path} is the state of another stage or of other training settings",
+                hint=f"choose another --out, or delete {folder} to begin afresh",
+            )
+        restore(tensors, stage, ema, optimizer, str(state_path))
+        images = int(kept["images"])
+        del tensors
+    stage.autocast = torch.bfloat16 if spec.precision == "bf16" else None
+    if compiles(spec, total - images):
+        stage.network.compile()
+    model, optimizer = accelerator.prepare(stage, optimizer)
+    metrics = Metrics(folder, images) if accelerator.is_main_process else None
+    parameters = list(stage.parameters())
+
+    def save_state() -> None:
+        if accelerator.is_main_process:
+            everything = {**metadata, "images": str(images)}
+            checkpoint.save(state_path, state_tensors(stage, ema, optimizer.optimizer), everything)
+        accelerator.wait_for_everyone()
+
+    model.train()
+    running, steps = torch.zeros((), device=accelerator.device), 0
+    began, last, speed = time.perf_counter(), images, 0.0
+    while images < total:
+        rate = learning_rate(spec.optimizer, images + spec.batch, total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for part in range(spec.accumulate):
+            first = images + (part * ranks + rank) * micro
+            samples = list(range(first, first + micro))
+            torch.manual_seed(seed(spec.seed, stage.name, "dropout", first))
+            batch = {k: v.to(accelerator.device) for k, v in batches(samples).items()}
+            loss = model(batch, Draws(samples, spec.seed, stage.name)).mean() / spec.accumulate
+            accelerator.backward(loss)
+            running += loss.detach()
+        if spec.optimizer.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, spec.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        before, images, steps = images, images + spec.batch, steps + 1
+        ema.update(stage, spec.batch, images)
+        mean = None
+        if steps % spec.log_every == 0 or images >= total:
+            mean = float(running) / (steps % spec.log_every or spec.log_every)
+            running.zero_()
+            if not math.isfinite(mean):
+                raise UserError(
+                    f"the loss of stage '{stage.name}' is {mean} after {images} images",
+                    hint="lower train.optimizer.lr or lengthen its warmup; the last checkpoint is kept",
+                )
+            speed = (images - last) / (time.perf_counter() - began)
+            began, last = time.perf_counter(), images
+            if metrics:
+                metrics.write(images, loss=mean, lr=rate, images_per_second=speed)
+        crossed = [n and images // n > before // n for n in (spec.checkpoint_every, spec.preview_every)]
+        if crossed[0] or images >= total:
+            save_state()
+        yield Progress(images, total, speed, mean, bool(crossed[1]))
+    if metrics:
+        metrics.close()
+    if accelerator.is_main_process:
+        checkpoint.save(folder / "weights.safetensors", ema.model.state_dict(), {**metadata, "images": str(images)})
+    accelerator.wait_for_everyone()
+    if ema_out:
+        ema_out(ema.model)  # type: ignore[arg-type]
+
+
+def compiles(spec: TrainSpec, images: int) -> bool:
+    """Whether to compile: when asked to, or when enough images follow and a C++ compiler or a GPU is there."""
+    if spec.execution != "auto":
+        return spec.execution == "compile"
+    able = torch.cuda.is_available() or shutil.which("g++") is not None or shutil.which("clang++") is not None
+    return able and images >= COMPILE_PAYS

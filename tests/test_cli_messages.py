@@ -1,0 +1,232 @@
+"""The command line: what it says, how it ends, and that it is quick to say it. The work itself is stood in for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import chaindiff
+from chaindiff import cli
+from chaindiff.specs.errors import UserError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RECIPE = str(FIXTURES / "recipes" / "vcdm_emoji.yaml")
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """A stand-in for chaindiff.run that records its calls; `work.error` is raised instead."""
+    module = types.ModuleType("chaindiff.run")
+    module.calls, module.error = [], None
+
+    def record(command):
+        def call(loaded, **options):
+            if module.error is not None:
+                raise module.error
+            module.calls.append((command, loaded.recipe.name, options))
+
+        return call
+
+    for command in ("run", "train", "sample", "plan"):
+        setattr(module, command, record(command))
+    monkeypatch.setitem(sys.modules, "chaindiff.run", module)
+    return module
+
+
+@pytest.fixture
+def command(capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run"], ("run", {"out": None, "smoke": False, "given": None})),
+        (
+            ["run", "--smoke", "--out", "there", "--given", "category=3"],
+            ("run", {"out": Path("there"), "smoke": True, "given": {"category": 3}}),
+        ),
+        (["train", "--stage", "clip", "--more", "100"], ("train", {"stage": "clip", "more": 100, "out": None})),
+        (
+            ["sample", "--count", "3", "--seed", "1", "--batch", "2", "--want", "image", "--want", "clip"],
+            (
+                "sample",
+                {"out": None, "count": 3, "seed": 1, "batch": 2, "want": ["image", "clip"], "given": None},
+            ),
+        ),
+        (
+            ["plan", "--given", "clip=x.safetensors", "--picture", "chain.svg"],
+            ("plan", {"want": None, "given": {"clip": "x.safetensors"}, "picture": Path("chain.svg")}),
+        ),
+    ],
+)
+def test_commands_hand_over(command, work, arguments, expected):
+    assert command(arguments[0], RECIPE, *arguments[1:]) == (0, "", "")
+    name, options = expected
+    assert work.calls == [(name, "vcdm_emoji", options)]
+
+
+def test_set_reaches_the_recipe(command, work):
+    command("run", RECIPE, "--set", "name=other", "--set", "sample.count=2")
+    assert work.calls[0][1] == "other"
+
+
+def test_quiet_silences_the_console(command, work, monkeypatch):
+    import rich
+
+    console = types.SimpleNamespace(quiet=False)
+    monkeypatch.setattr(rich, "get_console", lambda: console)
+    command("run", RECIPE)
+    assert console.quiet is False
+    command("run", RECIPE, "--quiet")
+    assert console.quiet is True
+
+
+def test_a_mistake_is_one_message_and_status_2(command, work):
+    work.error = UserError("no such thing", "r.yaml:3", "mend it so")
+    assert command("run", RECIPE) == (2, "", "error: r.yaml:3: no such thing\n  mend it so\n")
+    with pytest.raises(UserError, match="no such thing"):
+        cli.main(["run", RECIPE, "--debug"])
+
+
+def test_a_full_disk_is_one_message_and_status_2(command, work):
+    work.error = OSError(28, "No space left on device", "runs/x/weights")
+    assert command("run", RECIPE) == (2, "", "error: runs/x/weights: No space left on device\n")
+
+
+def test_a_bug_keeps_its_traceback(work):
+    work.error = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", RECIPE])
+
+
+def test_an_interrupt_is_one_line_and_status_130(command, work):
+    work.error = KeyboardInterrupt()
+    assert command("train", RECIPE) == (130, "", "interrupted; the same command continues\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rnu", "x"], "No such command 'rnu'. Did you mean 'run'?"),
+        (["run"], "Missing argument 'RECIPE'."),
+        (["sample", RECIPE, "--count", "none"], "Invalid value for '--count': 'none' is not a valid"),
+        (["sample", RECIPE, "--count", "0"], "Invalid value for '--count': 0 is not in the range x>=1."),
+        (["run", "vcdm_emogi_"], "error: there is no recipe 'vcdm_emogi_'; did you mean 'vcdm_emoji"),
+        (["run", RECIPE, "--given", "label"], "error: --given label: expected NAME=VALUE after --given"),
+        (["train", RECIPE, "--stage", "clp"], "error: --stage clp: there is no stage 'clp'; did you mean 'clip'?"),
+        (["show", RECIPE, "--set", "sample.cuont=1"], "sample: unknown field 'cuont'; did you mean 'count'?"),
+        (["schema", "--out", "/nowhere/schema.json"], "error: /nowhere/schema.json: No such file or directory"),
+    ],
+)
+def test_mistakes_on_the_command_line(command, work, arguments, expected):
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "") and expected in err
+    assert work.calls == []
+
+
+def test_list_show_schema(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(FIXTURES)
+    status, out, _ = command("list")
+    assert status == 0 and out.startswith("recipes:\n") and "\nstage cards:\n" in out
+    assert "vcdm_emoji" in out and "Emoji at 32 pixels, by way of a CLIP embedding and a 16-pixel image\n" in out
+    assert "A transformer prior for embeddings\n" in out
+
+    status, out, _ = command("show", "vcdm_emoji", "--set", "sample.count=5")
+    assert status == 0
+    (tmp_path / "again.yaml").write_text(out)
+    assert command("show", str(tmp_path / "again.yaml")) == (0, out, "")
+    assert "  count: 5\n" in out
+
+    status, out, _ = command("schema")
+    assert status == 0 and json.loads(out)["properties"]["stages"]
+    assert command("schema", "--out", str(tmp_path / "schema.json"))[0] == 0
+    assert (tmp_path / "schema.json").read_text() == out
+
+
+def test_a_broken_file_does_not_break_the_list(command, monkeypatch, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "broken.yaml").write_text("a: [")
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = command("list")
+    assert status == 0 and "(broken: is not valid YAML" in out
+
+
+def python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)
+
+
+HEAVY = ("torch", "numpy", "PIL", "matplotlib", "networkx", "chaindiff.run", "chaindiff.chain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "Commands"),
+        (["run", "--help"], "--smoke"),
+        (["--version"], f"chaindiff {chaindiff.__version__}"),
+        (["list"], "recipes:"),
+        (["schema"], "json-schema.org"),
+        (["show", RECIPE], "name: vcdm_emoji"),
+        (["show", RECIPE, "--set", "x=1"], "unknown field 'x'"),
+        (["run", RECIPE, "--set", "x=1"], "unknown field 'x'"),
+    ],
+)
+def test_nothing_heavy_is_imported_to_answer(arguments, expected):
+    code = (
+        "import sys\nfrom chaindiff.cli import main\n"
+        "try: main()\n"
+        f"finally: print('heavy:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    result = python(code, *arguments)
+    assert expected in result.stdout + result.stderr
+    assert result.stdout.endswith("heavy: []\n")
+
+
+def test_help_is_quick():
+    """The best of a few: what is measured is the program, not what else the machine is doing."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "chaindiff", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_public_names():
+    code = (
+        "import sys, chaindiff\nassert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
+        "assert set(chaindiff.__all__) <= set(dir(chaindiff))\n"
+        "from chaindiff.specs.errors import UserError\nassert chaindiff.UserError is UserError\n"
+        "from chaindiff import Variable\nassert Variable.vector('v', 3).shape == (3,)\n"
+        "try: chaindiff.nothing\nexcept AttributeError as error: print(error)"
+    )
+    result = python(code)
+    assert (result.stdout, result.stderr) == ("module 'chaindiff' has no attribute 'nothing'\n", "")
+
+
+def test_a_wheel_carries_recipes_within_the_package(tmp_path):
+    """The layout of an installed wheel: recipes and stages lie in the package, nothing beside it."""
+    home = Path(chaindiff.__file__).parent
+    shutil.copytree(home, tmp_path / "chaindiff", ignore=shutil.ignore_patterns("assets*", "__pycache__"))
+    for folder in ("recipes", "stages"):
+        shutil.copytree(FIXTURES / folder, tmp_path / "chaindiff" / folder)
+    (tmp_path / "elsewhere").mkdir()
+    # Installed packages come after PYTHONPATH, so this copy wins.
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    code = "import chaindiff.cli as c; assert c.__file__.startswith({!r}); c.main(['show', 'vcdm_emoji'])"
+    result = python(code.format(str(tmp_path)), env=environment, cwd=tmp_path / "elsewhere")
+    assert result.stderr == "" and "Emoji at 32 pixels" in result.stdout

@@ -1,0 +1,425 @@
+"""The resolver. Truth: joint Gaussians whose stages, encoders and sources are exact, in closed form (numpy float64)."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pytest
+
+from chaindiff.graph import Plan, Producer, resolve
+from chaindiff.specs.errors import UserError
+
+EXACT = 1e-8
+DIFFERENT = 1e-5  # far above rounding: a refused request must be off by more than this
+
+
+def stage(outputs: str, inputs: str = "", *conditionals: str) -> Producer:
+    given = frozenset(frozenset(c.split()) for c in conditionals)
+    return Producer(outputs.replace(" ", "_"), "stage", tuple(outputs.split()), tuple(inputs.split()), given)
+
+
+def source(output: str) -> Producer:
+    return Producer(output, "source", tuple(output.split()))
+
+
+def encoder(output: str, of: str) -> Producer:
+    return Producer(f"{output}_of_{of}", "encoder", (output,), (of,))
+
+
+# ------------------------------------------------------------ Gaussian worlds
+
+
+class World:
+    """A linear Gaussian model: every variable is a matrix times one standard normal vector.
+
+    `keeps[x]` names inputs of x's stage that x contains unharmed (mixed with the rest by an invertible matrix), so that
+    an encoder from x to them exists.
+    """
+
+    def __init__(self, producers: Sequence[Producer], keeps: dict[str, str] | None = None, seed: int = 0):
+        self.producers = tuple(producers)
+        rng = np.random.default_rng(seed)
+        keeps = keeps or {}
+        generated = {o for p in producers if p.kind != "encoder" for o in p.outputs}
+        columns = 40
+        fresh = 0
+        self.map: dict[str, np.ndarray] = {}
+        todo = list(producers)
+        while todo:
+            producer = next(
+                p
+                for p in todo
+                if all(i in self.map for i in p.inputs) and (p.kind != "encoder" or p.outputs[0] not in self.map)
+            )
+            todo.remove(producer)
+            todo = [p for p in todo if p.kind != "encoder" or p.outputs[0] not in generated | set(self.map)]
+            width = 2 * len(producer.outputs)
+            for output in producer.outputs:
+                inputs = [self.map[i] for i in producer.inputs]
+                if producer.kind == "encoder":
+                    if output not in generated:
+                        size = len(inputs[0]) if output in keeps else 1  # `keeps` on a decoder: invertible
+                        self.map[output] = rng.normal(size=(size, len(inputs[0]))) @ inputs[0]
+                    continue
+                noise = np.zeros((1, columns))
+                noise[:, fresh : fresh + width] = rng.normal(size=(1, width))
+                for value in inputs:
+                    noise = noise + rng.normal(size=(1, len(value))) @ value
+                parts = np.concatenate([self.map[k] for k in keeps.get(output, "").split()] + [noise])
+                rotation = np.linalg.qr(rng.normal(size=(len(parts), len(parts))))[0]
+                self.map[output] = rotation @ parts
+            fresh += width if producer.kind != "encoder" else 0
+        assert fresh <= columns
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.map)
+
+    def rows(self, names: Iterable[str]) -> np.ndarray:
+        return np.concatenate([np.zeros((0, 40)), *(self.map[name] for name in names)])
+
+    def conditional(self, outputs: Iterable[str], inputs: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Regression matrix and covariance of p(outputs | inputs)."""
+        a, b = self.rows(outputs), self.rows(inputs)
+        gain = a @ b.T @ np.linalg.pinv(b @ b.T, rcond=1e-11, hermitian=True)
+        rest = a - gain @ b
+        return gain, rest @ rest.T
+
+    def encode(self, producer: Producer) -> np.ndarray:
+        (output,), (of,) = producer.outputs, producer.inputs
+        matrix = self.map[output] @ np.linalg.pinv(self.map[of], rcond=1e-11)
+        np.testing.assert_allclose(matrix @ self.map[of], self.map[output], atol=1e-9)
+        return matrix
+
+    def error(self, want: Sequence[str], given: Sequence[str], steps: Iterable[tuple]) -> float:
+        """Largest deviation of mean and covariance, after `steps` (producer, inputs, outputs), from p(want | given)."""
+        total = len(self.rows(given))
+        offsets = np.cumsum([0, *(len(self.map[name]) for name in given)])
+        eye = np.eye(total)
+        mean = {name: eye[offsets[i] : offsets[i + 1]] for i, name in enumerate(given)}  # as a matrix on what is given
+        noise = {name: np.zeros((len(mean[name]), 0)) for name in given}  # as a matrix on independent normals
+
+        def stack(parts: dict[str, np.ndarray], names: Iterable[str], width: int) -> np.ndarray:
+            padded = [np.pad(parts[n], ((0, 0), (0, width - parts[n].shape[1]))) for n in names]
+            return np.concatenate([np.zeros((0, width)), *padded])
+
+        width = 0
+        for producer, inputs, outputs in steps:
+            if producer.kind == "encoder":
+                gain, covariance = self.encode(producer), None
+            else:
+                gain, covariance = self.conditional(outputs, inputs)
+            new_mean, new_noise = gain @ stack(mean, inputs, total), gain @ stack(noise, inputs, width)
+            if covariance is not None:
+                values, vectors = np.linalg.eigh(covariance)
+                new_noise = np.concatenate([new_noise, vectors * np.sqrt(values.clip(0))], axis=1)
+                width = new_noise.shape[1]
+            start = 0
+            for output in outputs:
+                rows = slice(start, start + len(self.map[output]))
+                mean[output], noise[output], start = new_mean[rows], new_noise[rows], rows.stop
+        got_mean, got_noise = stack(mean, want, total), stack(noise, want, width)
+        a, b = self.rows(want), self.rows(given)
+        _, covariance = self.conditional(want, given)
+        off_mean = np.abs(got_mean @ b - a @ b.T @ np.linalg.pinv(b @ b.T, rcond=1e-11, hermitian=True) @ b)
+        return float(max(off_mean.max(initial=0), np.abs(got_noise @ got_noise.T - covariance).max()))
+
+    def heedless(self, want: Iterable[str], given: Sequence[str]) -> list[tuple]:
+        """Ancestral sampling without regard to evidence, written apart from the resolver."""
+        steps: list[tuple] = []
+        have = set(given)
+        encoders = [p for p in self.producers if p.kind == "encoder"]
+        for _ in self.map:
+            for p in encoders:
+                if p.inputs[0] in have and p.outputs[0] not in have:
+                    have.add(p.outputs[0])
+                    steps.append((p, p.inputs, p.outputs))
+
+        def visit(name: str) -> None:
+            if name in have:
+                return
+            makers = [p for p in self.producers if name in p.outputs and p.kind != "encoder"]
+            maker = (makers or [p for p in encoders if name in p.outputs])[0]
+            for i in maker.inputs:
+                visit(i)
+            outputs = tuple(o for o in maker.outputs if o not in have)
+            fixed = tuple(o for o in maker.outputs if o in have)
+            trained = frozenset(fixed) in maker.conditionals
+            steps.append((maker, (*maker.inputs, *fixed) if trained else maker.inputs, outputs))
+            have.update(outputs)
+
+        for name in want:
+            visit(name)
+        return steps
+
+
+def random_world(seed: int) -> World:
+    """Up to five variables: stages, joint stages, sources, encoders beside stages and in their place."""
+    rng = np.random.default_rng([7, seed])
+    names = list("abcde"[: rng.integers(3, 6)])
+    producers: list[Producer] = []
+    keeps: dict[str, str] = {}
+    earlier: list[str] = []
+    while names:
+        joint = len(names) > 1 and rng.random() < 0.2
+        outputs = [names.pop(0) for _ in range(2 if joint else 1)]
+        inputs = [name for name in earlier if rng.random() < 0.5]
+        if inputs and not joint and rng.random() < 0.25:
+            producers.append(encoder(outputs[0], inputs[0]))
+            if rng.random() < 0.3:  # a decoder
+                keeps[outputs[0]] = inputs[0]
+                if not any(inputs[0] == p.outputs[0] and p.kind == "encoder" for p in producers):
+                    producers.append(encoder(inputs[0], outputs[0]))
+        else:
+            conditionals = [o for o in outputs if joint and rng.random() < 0.5]
+            made = stage(" ".join(outputs), " ".join(inputs), *conditionals)
+            producers.append(made if inputs or joint else source(outputs[0]))
+            for i, output in enumerate(outputs):
+                kept = [name for name in inputs + outputs[:i] if rng.random() < 0.4]
+                keeps[output] = " ".join(kept)
+                producers += [encoder(k, output) for k in kept if not encodes_only(producers, k)]
+        earlier += outputs
+    return World(producers, keeps, seed)
+
+
+def encodes_only(producers: Iterable[Producer], name: str) -> bool:
+    return not any(name in p.outputs for p in producers if p.kind != "encoder")
+
+
+CASCADE = World(
+    [
+        stage("clip"),
+        stage("image16", "clip"),
+        stage("image", "image16"),
+        encoder("image16", "image"),
+        encoder("clip", "image16"),
+        encoder("clip", "image"),
+    ],
+    {"image16": "clip", "image": "image16"},
+)
+WORLDS = {
+    "chain": World([source("a"), stage("b", "a"), stage("c", "b"), stage("d", "c")]),
+    "fork": World([source("a"), stage("b", "a"), stage("c", "a"), stage("d", "c")]),
+    "collider": World([source("a"), source("b"), stage("c", "a b"), stage("d", "c")]),
+    "diamond": World([stage("a"), stage("b", "a"), stage("c", "a"), stage("d", "b c")]),
+    "complete": World([stage("a"), stage("b", "a"), stage("c", "a b"), stage("d", "a b c")]),
+    "vcdm": World([source("label"), stage("clip", "label"), stage("image", "clip"), encoder("clip", "image")],
+                  {"image": "clip"}),
+    "cascade": CASCADE,
+    "cascade without image16 -> clip": World(
+        [p for p in CASCADE.producers if p.name != "clip_of_image16"], {"image16": "clip", "image": "image16"}
+    ),
+    "fork of encoders": World(
+        [stage("clip"), stage("small", "clip"), stage("image", "small clip"), encoder("small", "image"),
+         encoder("clip", "image"), encoder("feature", "small")],
+        {"image": "small clip"},
+    ),
+    "latent": World(
+        [source("label"), stage("latent", "label"), encoder("image", "latent"), encoder("latent", "image"),
+         encoder("clip", "image")],
+        {"image": "latent"},
+    ),
+    "joint": World([source("g"), stage("image text", "g", "text"), encoder("embedding", "text"), stage("big", "image")]),
+    "joint with an encoding": World(
+        [source("g"), stage("clip image", "g", "clip"), encoder("clip", "image"), stage("big", "image"),
+         encoder("clip", "big")],
+        {"image": "clip", "big": "image"},
+    ),
+    "joint, both ways": World([stage("image text", "", "text", "image"), stage("a", "image"), stage("b", "text")]),
+} | {f"random {seed}": random_world(seed) for seed in range(24)}  # fmt: skip
+
+
+def requests(names: Sequence[str]) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Every (want, given) with something wanted that is not given."""
+    for roles in itertools.product((0, 1, 2), repeat=len(names)):
+        want = tuple(n for n, r in zip(names, roles, strict=True) if r == 1)
+        if want:
+            yield want, tuple(n for n, r in zip(names, roles, strict=True) if r == 2)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_accepted_request_is_exact_and_every_other_refused(name: str) -> None:
+    world = WORLDS[name]
+    for want, given in requests(world.names):
+        try:
+            plan = resolve(world.producers, want, given)
+        except UserError as error:
+            assert "nothing can produce" not in str(error)
+            assert error.hint
+            assert world.error(want, given, world.heedless(want, given)) > DIFFERENT, (want, given)
+        else:
+            check_executable(plan)
+            steps = [(step.producer, step.inputs, step.outputs) for step in plan.steps]
+            assert world.error(want, given, steps) < EXACT, (want, given)
+
+
+def check_executable(plan: Plan) -> None:
+    """Runs a plan on a dictionary: what is read is there, nothing is made twice, and only what is wanted remains."""
+    have = set(plan.given)
+    for step in plan.steps:
+        assert have.issuperset(step.inputs)
+        assert set(step.inputs) >= set(step.producer.inputs)
+        assert step.outputs and not have.intersection(step.outputs)
+        have.update(step.outputs)
+        assert have.issuperset(step.drop)
+        have.difference_update(step.drop)
+    assert have == set(plan.want) | set(plan.unused)
+
+
+def test_worlds_cover_what_they_should() -> None:
+    producers = [p for world in WORLDS.values() for p in world.producers]
+    assert sum(len(p.outputs) == 2 for p in producers) > 5
+    assert sum(p.kind == "encoder" for p in producers) > 20
+    assert max(len(world.names) for world in WORLDS.values()) == 5
+    answers = []
+    for world in WORLDS.values():
+        for want, given in requests(world.names):
+            try:
+                resolve(world.producers, want, given)
+                answers.append("evidence" if given else "scratch")
+            except UserError as error:
+                answers.append("untrained" if "not trained" in str(error) else "refused")
+    assert {kind for kind in answers if answers.count(kind) > 50} == {"evidence", "scratch", "untrained", "refused"}
+
+
+# ------------------------------------------------------------ plans, by hand
+
+
+def names_of(plan: Plan) -> list[str]:
+    return [step.producer.name for step in plan.steps]
+
+
+def test_from_nothing_every_stage_runs_once_and_no_encoder() -> None:
+    plan = resolve(CASCADE.producers, ["image", "clip"], [])
+    assert names_of(plan) == ["clip", "image16", "image"]
+    assert [step.drop for step in plan.steps] == [(), (), ("image16",)]
+
+
+def test_a_given_variables_stage_does_not_run() -> None:
+    assert names_of(resolve(CASCADE.producers, ["image"], ["clip"])) == ["image16", "image"]
+    assert names_of(resolve(CASCADE.producers, ["image"], ["image16"])) == ["image"]
+    assert names_of(resolve(CASCADE.producers, ["image"], ["image"])) == []
+
+
+def test_given_the_image_the_rest_is_encoded() -> None:
+    plan = resolve(CASCADE.producers, ["clip", "image16"], ["image"])
+    assert [step.producer.kind for step in plan.steps] == ["encoder", "encoder"]
+
+
+def test_what_is_sampled_is_not_encoded_again() -> None:
+    producers = [encoder("clip", "image"), stage("image", "image16"), stage("image16", "clip"), stage("clip")]
+    assert names_of(resolve(producers, ["clip", "image"])) == ["clip", "image16", "image"]
+    assert "stage 'clip' would sample 'clip' without regard to 'image16'" in refusal(producers, ["clip"], ["image16"])
+
+
+def test_evidence_that_changes_nothing_is_told() -> None:
+    plan = resolve(CASCADE.producers, ["image"], ["clip", "image16"])
+    assert names_of(plan) == ["image"] and plan.unused == ("clip",)
+
+
+def test_order_is_topological_then_that_of_declaration() -> None:
+    producers = [stage("z", "x y"), source("y"), source("x"), stage("w", "y")]
+    assert names_of(resolve(producers, ["w", "z"])) == ["y", "x", "z", "w"]
+    plan = resolve(producers, ["z", "w"])
+    assert [step.drop for step in plan.steps] == [(), (), ("x",), ("y",)]
+
+
+def test_unwanted_outputs_of_a_joint_stage_are_dropped_at_once() -> None:
+    (step,) = resolve([stage("image text")], ["image"]).steps
+    assert step.outputs == ("image", "text") and step.drop == ("text",)
+
+
+def test_a_joint_stage_given_one_output_reads_it_and_makes_the_other() -> None:
+    (step,) = resolve([stage("image text", "", "text")], ["image"], ["text"]).steps
+    assert step.inputs == ("text",) and step.outputs == ("image",)
+
+
+# ------------------------------------------------------------ refusals, by their text
+
+
+def refusal(producers: Sequence[Producer], want: Sequence[str], given: Sequence[str] = ()) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(producers, want, given)
+    return str(caught.value)
+
+
+def test_unknown_names() -> None:
+    assert "want: no variable 'imag' in this chain; did you mean 'image'?" in refusal(CASCADE.producers, ["imag"])
+    assert "given: no variable 'clop' in this chain; did you mean 'clip'?" in refusal(
+        CASCADE.producers, ["image"], ["clop"]
+    )
+    assert "nothing is wanted\n  want one or more of: clip, image16, image" in refusal(CASCADE.producers, [])
+
+
+def test_cycle_among_stages() -> None:
+    text = refusal([stage("clip", "image"), stage("image", "clip")], ["image"])
+    assert "stages form a cycle: clip -> image -> clip" in text or "image -> clip -> image" in text
+    assert "take one input away from one of: stage" in text
+
+
+def test_one_variable_of_two_stages() -> None:
+    text = refusal([stage("clip"), source("clip")], ["clip"])
+    assert "'clip' is generated twice: by stage 'clip' and by source 'clip'" in text
+
+
+def test_nothing_can_produce_it() -> None:
+    producers = [stage("clip", "caption"), stage("image", "clip"), encoder("clip", "image")]
+    text = refusal(producers, ["image"])
+    assert text == (
+        "nothing can produce 'image': stage 'image' needs 'clip'; stage 'clip' needs 'caption'; encoder 'clip_of_image' "
+        "needs 'image' to be given; no stage, encoder or source produces 'caption'\n"
+        "  give 'caption', or name a source (empirical or uniform) for what is drawn when sampling"
+    )
+    assert resolve(producers, ["image"], ["caption"]).steps
+    text = refusal([encoder("latent", "image"), encoder("image", "latent")], ["image"])
+    assert "encoder 'image_of_latent' needs 'latent'; encoder 'latent_of_image' needs 'image'" in text
+    assert "give one of 'image' or 'latent'" in text
+
+
+def test_ignored_evidence_is_named_with_ways_out() -> None:
+    producers = [source("group"), stage("clip", "group"), stage("image16", "clip")]
+    assert refusal(producers, ["group"], ["clip"]) == (
+        "source 'group' would sample 'group' without regard to 'clip', which is given and depends on it (group -> clip)\n"
+        "  declare an encoder that computes 'group' from 'clip'; or do not give 'clip'"
+    )
+    producers = [stage("clip"), stage("image16", "clip"), stage("image", "image16 clip"), encoder("clip", "image")]
+    text = refusal(producers, ["image"], ["image16"])
+    assert "stage 'clip' would sample 'clip' without regard to 'image16', which is given" in text
+    assert "give 'clip' as well; or declare an encoder that computes 'clip' from 'image16'; or do not give" in text
+    assert "give 'image' as well" in refusal(producers, ["clip"], ["image16"])
+
+
+def test_evidence_that_an_encoder_computes() -> None:
+    producers = [source("group"), stage("clip", "group"), encoder("clip", "photo"), stage("image", "clip group")]
+    text = refusal(producers, ["image"], ["photo"])
+    assert "without regard to 'clip', which an encoder computes from what is given and depends on it" in text
+    assert "give 'group' as well; or declare an encoder that computes 'group' from 'photo'" not in text
+    assert "give 'group' as well" in text
+
+
+def test_joint_stage_not_trained_for_a_conditional() -> None:
+    text = refusal([stage("image text", "", "text")], ["text"], ["image"])
+    assert "generates 'image' and 'text' together and was not trained to generate 'text' given 'image'" in text
+
+
+def test_an_encoder_shows_that_stages_leave_a_dependence_out() -> None:
+    producers = [stage("clip"), stage("image"), encoder("clip", "image")]
+    assert "'image' and 'clip' would be sampled apart, though encoder 'clip_of_image' computes" in refusal(
+        producers, ["image", "clip"]
+    )
+    assert "add 'clip' to what the stage of 'image' is given" in refusal(producers, ["image", "clip"])
+    assert "stage 'image' would sample 'image' without regard to 'clip', which is given" in refusal(
+        producers, ["image"], ["clip"]
+    )
+    assert names_of(resolve(producers, ["image"])) == ["image"]
+    assert names_of(resolve(producers, ["clip"], ["image"])) == ["clip_of_image"]
+
+
+def test_imports_no_torch() -> None:
+    code = "import sys, chaindiff.graph; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"
