@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +62,7 @@ class Chain:
     name: str = "chain"
     variables: dict[str, Variable] = field(default_factory=dict)
     weights: dict[str, Path] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # spent in every stage so far
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -80,9 +83,7 @@ class Chain:
     def producers(self) -> list[Producer]:
         """What the resolver sees."""
         found = [Producer(s.variable.name, "source", (s.variable.name,)) for s in self.sources]
-        found += [
-            Producer(s.name, "stage", (s.variable.name,), tuple(v.name for v in s.given)) for s in self.stages
-        ]
+        found += [Producer(s.name, "stage", (s.variable.name,), tuple(v.name for v in s.given)) for s in self.stages]
         return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders]
 
     def resolve(self, want: Sequence[str] | None = None, given: Sequence[str] = ()) -> Plan:
@@ -151,8 +152,9 @@ class Chain:
         for step in plan.steps:
             name = step.producer.name
             if step.producer.kind == "stage":
-                stage = self._stages[name]
+                stage, began = self._stages[name], time.perf_counter()
                 values[stage.variable.name] = run_stage(stage, values, samples, seed)
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
             elif step.producer.kind == "encoder":
                 encoder = self._encoders[name]
                 values[name] = encoder(values[encoder.of])
@@ -191,13 +193,12 @@ def run_stage(stage: Stage, values: Values, samples: Sequence[int], seed: int) -
     }
     given = {v.name: values[v.name].to(device) for v in stage.given}
     start = draw(stage.variable.shape, name, "start", 0)
-    state = start
-    for state in stage.sample(start, given, lambda v, n: draw(stage.variable.shape, v, "churn", n), link_noise):
-        pass
-    return state.float()
+    states = stage.sample(start, given, lambda v, n: draw(stage.variable.shape, v, "churn", n), link_noise)
+    last = deque(states, maxlen=1).pop()
+    return last.float()
 
 
-def load(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Chain:  # noqa: A002
+def load(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Chain:
     """The chain of a recipe (a path or a bare name), with shipped or found weights.
 
     `set` and keyword overrides are those of the command line's `--set`. Raises UserError for mistakes in the recipe

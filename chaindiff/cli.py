@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", show_default=False)]
-Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: stages.image.sample.steps=20.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override: stages.image.sample.steps=20.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's directory (default: runs/NAME).")]
 Given = Annotated[list[str], typer.Option("--given", metavar="NAME=VALUE", help="A variable that is known.")]
 Want = Annotated[list[str], typer.Option("--want", metavar="NAME", help="A variable to sample.")]
@@ -40,11 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         status = _fail(str(error) if isinstance(error, UserError) else _system(error))
-    except Exception as error:  # Typer's own errors of usage know how to print themselves
-        if not hasattr(error, "show"):
+    except Exception as error:
+        show = getattr(error, "show", None)
+        if show is None:
             raise
-        error.show()
-        status = getattr(error, "exit_code", 2)
+        show()  # Typer's own errors of usage know how to print themselves
+        status = 2
     if status == 130:
         print("interrupted; the same command continues", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
@@ -93,7 +94,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None: ...
 
 
@@ -116,7 +117,8 @@ def run(
 def train(
     recipe: RecipeName,
     stage: Annotated[str | None, typer.Option("--stage", help="Only this stage.")] = None,
-    more: Annotated[int, typer.Option("--more", min=0, metavar="IMAGES", help="Train on beyond the recipe's images.")] = 0,
+    more: Annotated[int, typer.Option("--more", min=0, metavar="IMAGES", help="Train beyond the recipe's images.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew even where there are weights.")] = False,
     out: Out = None,
     changes: Set = [],  # noqa: B006
     quiet: Quiet = False,
@@ -128,7 +130,7 @@ def train(
         from chaindiff.specs.errors import did_you_mean
 
         raise UserError(f"there is no stage '{stage}'{did_you_mean(stage, loaded.recipe.stages)}", f"--stage {stage}")
-    _work(quiet).train(loaded, stage=stage, more=more, out=out)
+    _work(quiet).train(loaded, stage=stage, more=more, out=out, fresh=fresh)
 
 
 @app.command()
@@ -136,7 +138,7 @@ def sample(
     recipe: RecipeName,
     count: Annotated[int | None, typer.Option("--count", min=1, help="How many samples.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="How many at a time; no sample depends on it.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="How many at a time.")] = None,
     want: Want = [],  # noqa: B006
     given: Given = [],  # noqa: B006
     out: Out = None,
@@ -146,9 +148,7 @@ def sample(
 ) -> None:
     """Sample from a chain."""
     loaded = _load(recipe, changes)
-    _work(quiet).sample(
-        loaded, out=out, count=count, seed=seed, batch=batch, want=want or None, given=_values(given)
-    )
+    _work(quiet).sample(loaded, out=out, count=count, seed=seed, batch=batch, want=want or None, given=_values(given))
 
 
 @app.command()
@@ -156,7 +156,7 @@ def plan(
     recipe: RecipeName,
     want: Want = [],  # noqa: B006
     given: Given = [],  # noqa: B006
-    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the chain into this file (svg or png).")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the chain: a .svg or .png.")] = None,
     changes: Set = [],  # noqa: B006
     quiet: Quiet = False,
     debug: Debug = False,
@@ -171,8 +171,7 @@ def list_(debug: Debug = False) -> None:
     """List the recipes and stage cards that a bare name finds."""
     from chaindiff.specs.load import available, summary
 
-    for what, title in (("recipe", "recipes"), ("card", "stage cards")):
-        known = available(what)
+    for title, known in (("recipes", available("recipe")), ("stage cards", available("card"))):
         width = max(map(len, known), default=0)
         print(f"{title}:" if known else f"{title}: none")
         for name, path in known.items():
@@ -194,10 +193,11 @@ def schema(
     """Print the JSON Schema of recipes, for editors."""
     import json
 
+    from chaindiff.specs.files import write_whole
     from chaindiff.specs.lock import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"
     if out is None:
         print(text, end="")
     else:
-        out.write_text(text, encoding="utf-8")
+        write_whole(out, text)

@@ -38,7 +38,7 @@ class _Peak(TorchDispatchMode):
         self.live = self.peak = 0
         self.seen = {tensor.untyped_storage()._cdata for tensor in owned}  # weights and inputs do not count
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):

@@ -67,11 +67,11 @@ class Stage(nn.Module):
 
     def denoise(
         self,
-        x: Float[Tensor, "batch *shape"],
+        x: Float[Tensor, batch * shape],
         sigma: Float[Tensor, " batch"],
         condition: Condition,
         augment_labels: Tensor | None = None,
-    ) -> Float[Tensor, "batch *shape"]:
+    ) -> Float[Tensor, batch * shape]:
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, eq. 7); the network alone runs in bf16."""
         c = self.precondition(sigma)
         inputs = expand(c.input, x) * x

@@ -53,8 +53,8 @@ def test_plain_open_clip_loads_it(emoji, model, tokenizer, monkeypatch) -> None:
     with torch.inference_mode():
         expected = model.encode_text(tokenizer(["a red heart", "teddy bear"]))
         for other in (same.eval(), plain):
-            assert torch.equal(other.encode_text(texts), expected)
-            assert torch.equal(other.encode_image(pixels), model.encode_image(pixels))
+            torch.testing.assert_close(other.encode_text(texts), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(other.encode_image(pixels), model.encode_image(pixels), rtol=1e-3, atol=1e-3)
     assert expected.shape == (2, 128)
 
 

@@ -30,6 +30,7 @@ SHIFT = 0.125  # standard deviation of the translation, as a share of the image'
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.5, 1.0
 SHRINKS = 0.85  # below this scale in some direction, apply() averages over each pixel's area
 
+VERSION = 1  # rises when the same key gives another augmentation, so that cached embeddings are made anew
 GEOMETRIC, COLOUR = 9, 5  # entries of the label
 UNIFORMS, NORMALS = 14, 7  # random numbers of a draw; the same count for every spec, so that options do not interact
 
@@ -143,8 +144,8 @@ def _centres(side: int, device: torch.device) -> Float[Tensor, " side"]:
     return (torch.arange(side, device=device) * 2 + 1 - side) / side
 
 
-def _matrices(*entries: np.ndarray | float) -> Float64[np.ndarray, "n 3 3"]:
-    """A matrix for each image from its nine entries, row by row, each [n] or one number for all."""
+def _matrices(*entries: np.ndarray | int) -> Float64[np.ndarray, "n 3 3"]:
+    """A matrix for each image from its nine entries, row by row, each [n] or one for all."""
     return np.stack(np.broadcast_arrays(*entries), axis=-1).reshape(-1, 3, 3)
 
 

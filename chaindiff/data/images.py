@@ -67,7 +67,7 @@ class ImageData:
     def resolution(self) -> int:
         """Side of the images as stored, after the crop: the smallest, of 1,000 images at most, spread over the set."""
         some = np.unique(np.linspace(0, len(self) - 1, HEADERS).round().astype(int))
-        return min(min(self._open(index).size) for index in some)
+        return min(min(self._open(index).size) for index in some.tolist())
 
     @cached_property
     def digest(self) -> str:
@@ -111,7 +111,7 @@ class ImageData:
 
     # -- pixels
 
-    def images(self, indices: Sequence[int], size: int) -> torch.Tensor:
+    def images(self, indices: Sequence[int] | np.ndarray, size: int) -> torch.Tensor:
         """Images as uint8 [n, 3, size, size]; smaller ones are enlarged.
 
         Raises UserError for an image that cannot be read.
@@ -120,13 +120,13 @@ class ImageData:
 
         rows = np.asarray(indices, dtype=np.int64)
         if len(self) * 3 * size * size > MEMORY_BYTES:
-            decoded = [torch.from_numpy(self._decode(index, size)) for index in rows]
+            decoded = [torch.from_numpy(self._decode(index, size)) for index in rows.tolist()]
             return torch.stack(decoded) if decoded else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if size not in self._memory:
             empty = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
             self._memory[size] = empty, np.zeros(len(self), dtype=bool)
         memory, known = self._memory[size]
-        for index in rows[~known[rows]]:
+        for index in rows[~known[rows]].tolist():
             memory[index] = torch.from_numpy(self._decode(index, size))
             known[index] = True
         return memory[torch.from_numpy(rows)]

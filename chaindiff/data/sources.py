@@ -1,4 +1,8 @@
-"""Where the files of a data set lie: a folder or a zip, read by name, with limits on what is read."""
+"""Where the files of a data set lie: a folder or a zip, with limits on what is read.
+
+A source has `names()` of its files (POSIX, relative), and for each its bytes (`read`), a `stamp` that changes when it
+does, and `where` it is, for messages.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from chaindiff.specs.errors import UserError
 
@@ -19,16 +22,7 @@ METADATA = {"dataset.json", "metadata.jsonl"}
 IMAGE_BYTES = 256 << 20
 METADATA_BYTES = 1 << 30
 
-
-class Source(Protocol):
-    """Files by name (POSIX, relative): their names, their bytes, and a stamp that changes when they do."""
-
-    path: Path
-
-    def names(self) -> list[str]: ...
-    def read(self, name: str) -> bytes: ...
-    def stamp(self, name: str) -> tuple[int, int]: ...
-    def where(self, name: str) -> str: ...
+_AGAIN = "the file may be incomplete: copy or download it again"
 
 
 def open_source(path: str) -> Source:
@@ -126,7 +120,7 @@ class Zip:
         return f"{self.path}!{name}"
 
 
-_AGAIN = "the file may be incomplete: copy or download it again"
+Source = Folder | Zip
 
 
 def _wanted(names: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class Prediction:
     log_var: State | None = None
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditions are bound beforehand."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def ema_decay(batch: int, images: float, half_life: float, rampup: float | None) -> float:
@@ -18,10 +21,10 @@ def ema_decay(batch: int, images: float, half_life: float, rampup: float | None)
     return 0.5 ** (batch / max(half_life, 1e-8))
 
 
-class Ema:
+class Ema(Generic[Module]):
     """Keeps `model` as the running average of another module's parameters; buffers are copied."""
 
-    def __init__(self, source: nn.Module, half_life: float, rampup: float | None):
+    def __init__(self, source: Module, half_life: float, rampup: float | None):
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
         self.half_life, self.rampup = half_life, rampup
 

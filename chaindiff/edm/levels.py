@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
 
+Grid = Sequence[float] | np.ndarray  # levels or times of one variable, largest first
 
+
+@runtime_checkable
 class Schedule(Protocol):
     """sigma(t), scale s(t) and their derivatives; x(t) = s(t) (clean + sigma(t) noise) (EDM, section 2)."""
 
@@ -87,12 +90,12 @@ class Path:
         return self.steps + (corrections if second_order else 0)
 
 
-def together(sigmas: Mapping[str, Sequence[float]]) -> Path:
+def together(sigmas: Mapping[str, Grid]) -> Path:
     """All levels go down at once, each on its own grid of the same length (a diagonal path)."""
     return Path({v: np.asarray(s, np.float64) for v, s in sigmas.items()}, {v: Linear() for v in sigmas})
 
 
-def staggered(sigmas: Mapping[str, Sequence[float]], offset: float = 1.0) -> Path:
+def staggered(sigmas: Mapping[str, Grid], offset: float = 1.0) -> Path:
     """Each variable starts `offset` of a pass after the one before: 0 is together, 1 is one after the other.
 
     Semantic-first diffusion (arXiv 2512.04926) uses 0.3. The grids must have equal length.

@@ -1,0 +1,35 @@
+"""Encoders: deterministic maps from one variable of a chain to another, built from what a recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from chaindiff.encoders.base import Encoder
+from chaindiff.encoders.clip import OpenClipImage, OpenClipText
+from chaindiff.encoders.resize import Resize
+from chaindiff.encoders.statistics import Statistics
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import ResizeSpec, VariableSpec
+
+__all__ = ["Encoder", "OpenClipImage", "OpenClipText", "Resize", "Statistics", "build_encoder"]
+
+
+def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | None = None) -> Encoder:
+    """The encoder that makes the variable `name`, with its statistics from the file `fitted` if it needs any.
+
+    Without a file, an encoder that needs statistics is not `fitted`: its features can be computed, its values cannot.
+    Raises UserError for a missing or foreign file, for weights that are not there, and for shapes that do not fit.
+    """
+    spec = specs[name]
+    encoder = spec.encoder
+    if encoder is None:
+        raise UserError(f"variable '{name}' has no encoder", f"variables.{name}")
+    source = specs[encoder.of]
+    if isinstance(encoder, ResizeSpec):
+        return Resize(name, encoder, source.shape, spec.shape)
+    tower = OpenClipText if source.kind == "text" else OpenClipImage
+    built = tower(name, encoder, source.shape, spec.shape, spec.sigma_data)
+    if fitted is not None and not built.fitted:
+        built.statistics = Statistics.load(fitted, built)
+    return built

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 
 CLIP_EMOJI = Path(__file__).parents[1] / "assets" / "clip_emoji"
 
@@ -26,7 +27,8 @@ def local_options(folder: str | Path = CLIP_EMOJI) -> dict[str, Any]:
 
 def open_clip_folder(folder: str | Path = CLIP_EMOJI, **options: Any) -> Any:
     """The model of a local folder, in eval mode; `options` are those of `open_clip.create_model`."""
-    return open_clip.create_model(**local_options(folder), **options).eval()
+    model = open_clip.create_model(**local_options(folder), **options).eval()
+    return model.to(memory_format=torch.channels_last)  # twice as fast for depthwise convolutions on a CPU
 
 
 def open_clip_tokenizer(folder: str | Path = CLIP_EMOJI) -> Any:

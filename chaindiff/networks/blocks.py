@@ -49,7 +49,7 @@ class Conv2d(nn.Module):
         kernel: int,
         init: Init,
         resample: str | None = None,
-        taps: tuple[float, ...] = (1, 1),
+        taps: tuple[int, ...] = (1, 1),
         filter_last: bool = False,
         bias_gain: float = 0.0,
     ):
@@ -155,7 +155,7 @@ class Block(nn.Module):
         init_attention: Init,
         bias_gain: float = 0.0,
         resample: str | None = None,
-        taps: tuple[float, ...] = (1, 1),
+        taps: tuple[int, ...] = (1, 1),
         resample_projection: bool = False,
         heads: int = 0,
         context: int = 0,

@@ -33,7 +33,7 @@ class Arch:
     bias_gain: float = 0.0
     eps: float = 1e-6
     skip_scale: float = math.sqrt(0.5)
-    taps: tuple[float, ...] = (1, 1)
+    taps: tuple[int, ...] = (1, 1)
     resample_projection: bool = True
     head_channels: int | None = None  # None: one head
     adaptive_scale: bool = False

@@ -120,7 +120,7 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
         for output in outputs(name, stage):
             place = f"{path}.generates" if stage.generates else path
             if output not in recipe.variables:
-                hint = None if stage.generates else "a stage generates the variable of its name unless it says `generates`"
+                hint = None if stage.generates else "a stage generates what bears its name unless it says `generates`"
                 yield UserError(f"{place}: {_unknown(output, recipe)}", where(place), hint)
             if output in makers:
                 yield UserError(f"{place}: stage '{makers[output]}' generates '{output}' already", where(place))

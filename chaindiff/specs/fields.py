@@ -26,7 +26,9 @@ def models(annotation: Any) -> list[type[BaseModel]]:
 def kinds(annotation: Any) -> dict[str, type[BaseModel]]:
     """The models of a discriminated union by their `kind`; empty for a single model."""
     found = models(annotation)
-    return {kind: model for model in found for kind in get_args(model.model_fields["kind"].annotation)} if found[1:] else {}
+    if len(found) < 2:
+        return {}
+    return {kind: model for model in found for kind in get_args(model.model_fields["kind"].annotation)}
 
 
 def model_of(annotation: Any, kind: Any = None) -> type[BaseModel] | None:

@@ -42,6 +42,12 @@ class Loaded:
         """The "file:line" of a field such as "stages.image.sample", or of the nearest field above it that was said."""
         return self.node.deepest(path.split(".")).where
 
+    def override(self, changes: Mapping[str, Any]) -> Loaded:
+        """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
+        layer = wrap(changes, "override")
+        refuse_strangers(self.node, layer)
+        return _finish(merge(self.node, layer, Recipe), self.path, self.lock)
+
 
 def load_recipe(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Loaded:
     """The recipe at a path, of a name, or of a run's directory.
@@ -57,10 +63,12 @@ def load_recipe(source: str | Path, set: Sequence[str] = (), **overrides: Any) -
     layers = [nest(*assignment(text)) for text in set]
     if overrides:
         layers.append(wrap(overrides, "keyword argument"))
-    tree = _assemble(recipe, layers, path)
-    result = validate(Recipe, tree)
-    loaded = Loaded(result, path, tree, lock.plain())
-    check(result, loaded.where)
+    return _finish(_assemble(recipe, layers, path), path, lock.plain())
+
+
+def _finish(tree: Node, path: Path, lock: dict[str, Any]) -> Loaded:
+    loaded = Loaded(validate(Recipe, tree), path, tree, lock)
+    check(loaded.recipe, loaded.where)
     return loaded
 
 
@@ -96,12 +104,10 @@ def _roots(near: Path | None) -> list[Path]:
     return [Path.cwd(), *beside, SHIPPED]
 
 
-def _fields(node: Node | None) -> Mapping[str, Node]:
-    return node.value if node is not None and isinstance(node.value, dict) else {}
-
-
 def _without_use(node: Node) -> Node:
-    return Node({key: part for key, part in _fields(node).items() if key != "use"}, node.where)
+    if not isinstance(node.value, dict):
+        return node
+    return Node({key: part for key, part in node.value.items() if key != "use"}, node.where)
 
 
 def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
@@ -114,19 +120,14 @@ def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
         refuse_strangers(said, layer)
         said = merge(said, layer, Recipe)
     cards: dict[str, Node] = {}
-    for name, stage in _fields(said.get("stages")).items():
-        use = _fields(stage).get("use")
-        cards[name] = Node(_card(use, path, ()).value, stage.where) if use else Node({}, stage.where)
-    stages = said.get("stages")
-    tree = Node({"stages": Node(cards, stages.where)} if stages and cards else {}, recipe.where)
-    for layer in (recipe, *layers):
-        stages = layer.get("stages")
-        if stages is not None and isinstance(stages.value, dict):
-            bare = {
-                name: _without_use(stage) if isinstance(stage.value, dict) else stage
-                for name, stage in stages.value.items()
-            }
-            layer = Node({**layer.value, "stages": Node(bare, stages.where)}, layer.where)
+    for name, stage in said.fields("stages").items():
+        use = stage.get("use")
+        cards[name] = Node(_card(use, path, ()).value if use else {}, stage.where)
+    tree = Node({}, recipe.where)
+    for layer in (Node({"stages": Node(cards, said.deepest(["stages"]).where)}, None), recipe, *layers):
+        bare = {name: _without_use(stage) for name, stage in layer.fields("stages").items()}
+        if bare:
+            layer = Node({**layer.value, "stages": Node(bare, layer.value["stages"].where)}, layer.where)
         tree = merge(tree, layer, Recipe)
     return tree
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chaindiff.specs.files import write_whole
 from chaindiff.specs.load import LOCK
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.yaml import dump
@@ -27,13 +27,8 @@ def write_lock(directory: Path, recipe: Recipe, extra: Mapping[str, Any]) -> Pat
     `load_recipe` reads it again, `extra` as `Loaded.lock`. The file is whole at any moment.
     """
     plain = json.loads(json.dumps(dict(extra), default=str))
-    path, text = directory / LOCK, resolved(recipe) + dump({"lock": plain})
-    temporary = directory / f".{LOCK}.{os.getpid()}"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = directory / LOCK
+    write_whole(path, resolved(recipe) + dump({"lock": plain}))
     return path
 
 

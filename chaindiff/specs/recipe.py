@@ -32,8 +32,10 @@ class DataSpec(Spec):
     """Where the training data lies: a folder, a zip (EDM or imagefolder convention), or an embedded set's name."""
 
     path: str = Field(description="a folder or zip of images, or `emoji64` (embedded)")
-    split: str | None = Field(None, description="keep the rows of metadata.jsonl whose `split` is this")
-    where: dict[str, str | list[str]] = Field({}, description="keep the rows whose field has this value (or one of)")
+    split: str | None = Field(default=None, description="keep the rows of metadata.jsonl whose `split` is this")
+    where: dict[str, str | list[str]] = Field(
+        default={}, description="keep the rows whose field has this value (or one of)"
+    )
 
 
 # ---------------------------------------------------------------- encoders
@@ -59,10 +61,19 @@ class OpenClipSpec(Spec):
 
     kind: Literal["open_clip"]
     of: Name
-    model: str = Field(description="an open_clip model name, `clip_emoji` (embedded), or a folder with open_clip_config.json")
-    pretrained: str | None = Field(None, description="an open_clip tag, or a weights file; none for a local folder")
+    model: str = Field(
+        description="an open_clip model name, `clip_emoji` (embedded), or a folder with open_clip_config.json"
+    )
+    pretrained: str | None = Field(
+        default=None, description="an open_clip tag, or a weights file; none for a local folder"
+    )
+    interpolation: Literal["bilinear", "bicubic"] | None = Field(
+        default=None, description="antialiased resize to the model's own resolution; none: the model's own filter"
+    )
     reduce: PcaSpec | None = None
-    scaling: Literal["standardise", "raw"] = Field("standardise", description="raw: as published, where RMS is 0.5")
+    scaling: Literal["standardise", "raw"] = Field(
+        default="standardise", description="raw: as published, where RMS is 0.5"
+    )
 
 
 Encoder = Annotated[ResizeSpec | OpenClipSpec, Field(discriminator="kind")]
@@ -78,10 +89,12 @@ class VariableSpec(Spec):
     shape: list[PositiveInt] = []
     encoder: Encoder | None = None
     source: Literal["empirical", "uniform", "given"] | None = Field(
-        None, description="where the value comes from when nothing produces it"
+        default=None, description="where the value comes from when nothing produces it"
     )
-    of: str | None = Field(None, description="for a label or text: the field of metadata.jsonl; none: the variable's name")
-    sigma_data: PositiveFloat = Field(0.5, description="standard deviation of the clean values, per element")
+    of: str | None = Field(
+        default=None, description="for a label or text: the field of metadata.jsonl; none: the variable's name"
+    )
+    sigma_data: PositiveFloat = Field(default=0.5, description="standard deviation of the clean values, per element")
 
 
 # ---------------------------------------------------------------- networks
@@ -95,7 +108,7 @@ class UNetSpec(Spec):
     channels: PositiveInt = 128
     mult: list[PositiveInt] = [1, 2, 2, 2]
     blocks: PositiveInt = 4
-    attention: list[PositiveInt] = Field([16], description="resolutions with self-attention")
+    attention: list[PositiveInt] = Field(default=[16], description="resolutions with self-attention")
     dropout: Probability = 0.1
 
 
@@ -119,13 +132,16 @@ class LinkSpec(Spec):
     """How a stage receives one given variable."""
 
     variable: Name
-    dropout: Probability = Field(0.0, description="probability of absence in training")
-    null: Literal["zeros", "learned"] = Field("zeros", description="what stands for an absent value")
-    presence: bool = Field(True, description="tell the network when the value can be absent; false as in EDM's format")
-    noise: NonNegativeFloat = Field(
-        0.0, description="largest level of noise-conditioning augmentation in training (0: none); the level is told"
+    dropout: Probability = Field(default=0.0, description="probability of absence in training")
+    null: Literal["zeros", "learned"] = Field(default="zeros", description="what stands for an absent value")
+    presence: bool = Field(
+        default=True, description="tell the network when the value can be absent; false as in EDM's format"
     )
-    sample_noise: NonNegativeFloat = Field(0.0, description="level of the noise on this link when sampling")
+    noise: NonNegativeFloat = Field(
+        default=0.0,
+        description="largest level of noise-conditioning augmentation in training (0: none); the level is told",
+    )
+    sample_noise: NonNegativeFloat = Field(default=0.0, description="level of the noise on this link when sampling")
 
 
 Link = Annotated[
@@ -137,7 +153,9 @@ Link = Annotated[
 
 
 class PreconditionSpec(Spec):
-    kind: Literal["edm", "x0"] = Field("edm", description="x0: the network predicts the clean value (VCDM's prior)")
+    kind: Literal["edm", "x0"] = Field(
+        default="edm", description="x0: the network predicts the clean value (VCDM's prior)"
+    )
 
 
 class NoiseSpec(Spec):
@@ -153,9 +171,9 @@ class AugmentSpec(Spec):
 
     probability: Probability = 0.0
     flip: bool = True
-    colour: NonNegativeFloat = Field(0.0, description="strength of the colour jitter; 0: none")
+    colour: NonNegativeFloat = Field(default=0.0, description="strength of the colour jitter; 0: none")
     variants: NonNegativeInt = Field(
-        0, description="augmented variants per image that embeddings are cached for; 0: embed at every step"
+        default=0, description="augmented variants per image that embeddings are cached for; 0: embed at every step"
     )
     seed: NonNegativeInt = 0
 
@@ -166,39 +184,43 @@ class OptimizerSpec(Spec):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    warmup: NonNegativeInt = Field(0, description="images over which the learning rate rises linearly")
-    decay: NonNegativeInt = Field(0, description="images at the end over which the learning rate falls to 0 as a cosine")
-    clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0: none")
+    warmup: NonNegativeInt = Field(default=0, description="images over which the learning rate rises linearly")
+    decay: NonNegativeInt = Field(
+        default=0, description="images at the end over which the learning rate falls to 0 as a cosine"
+    )
+    clip: NonNegativeFloat = Field(default=1.0, description="largest gradient norm; 0: none")
 
 
 class EmaSpec(Spec):
     """Exponential moving average of the weights, with EDM's half-life and warm-up."""
 
-    half_life: NonNegativeFloat = Field(500_000, description="in images")
-    rampup: NonNegativeFloat | None = Field(0.05, description="half-life is at most this share of the images so far")
+    half_life: NonNegativeFloat = Field(default=500_000, description="in images")
+    rampup: NonNegativeFloat | None = Field(
+        default=0.05, description="half-life is at most this share of the images so far"
+    )
 
 
 class TrainSpec(Spec):
     images: NonNegativeInt = Field(description="training images seen in all")
     batch: PositiveInt = 256
-    accumulate: PositiveInt = Field(1, description="micro-batches a step; batch is the whole")
+    accumulate: PositiveInt = Field(default=1, description="micro-batches a step; batch is the whole")
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: EmaSpec = EmaSpec()
     precision: Literal["float32", "bf16"] = "float32"
-    execution: Literal["auto", "eager", "compile"] = Field("auto", description="auto: compile where it pays")
-    checkpoint_every: PositiveInt = Field(100_000, description="images between checkpoints")
-    preview_every: NonNegativeInt = Field(0, description="images between preview grids; 0: none")
-    log_every: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
+    execution: Literal["auto", "eager", "compile"] = Field(default="auto", description="auto: compile where it pays")
+    checkpoint_every: PositiveInt = Field(default=100_000, description="images between checkpoints")
+    preview_every: NonNegativeInt = Field(default=0, description="images between preview grids; 0: none")
+    log_every: PositiveInt = Field(default=50, description="steps between lines of metrics.jsonl")
     seed: NonNegativeInt = 0
 
 
 class ChurnSpec(Spec):
     """EDM's stochastic sampler (algorithm 2)."""
 
-    amount: NonNegativeFloat = Field(0.0, description="S_churn")
-    min: NonNegativeFloat = Field(0.0, description="S_min")
-    max: PositiveFloat | None = Field(None, description="S_max; none: no limit")
-    noise: PositiveFloat = Field(1.0, description="S_noise")
+    amount: NonNegativeFloat = Field(default=0.0, description="S_churn")
+    min: NonNegativeFloat = Field(default=0.0, description="S_min")
+    max: PositiveFloat | None = Field(default=None, description="S_max; none: no limit")
+    noise: PositiveFloat = Field(default=1.0, description="S_noise")
 
 
 class SamplerSpec(Spec):
@@ -208,7 +230,7 @@ class SamplerSpec(Spec):
     sigma_max: PositiveFloat = 80.0
     rho: PositiveFloat = 7.0
     churn: ChurnSpec = ChurnSpec()
-    guidance: PositiveFloat = Field(1.0, description="classifier-free guidance scale; 1 is off")
+    guidance: PositiveFloat = Field(default=1.0, description="classifier-free guidance scale; 1 is off")
 
 
 class StageSpec(Spec):
@@ -223,8 +245,8 @@ class StageSpec(Spec):
     augment: AugmentSpec = AugmentSpec()
     train: TrainSpec
     sample: SamplerSpec = SamplerSpec()
-    weights: str | None = Field(None, description="a weights file; none: the shipped file or the run's own")
-    init: str | None = Field(None, description="begin training from the weights of this file")
+    weights: str | None = Field(default=None, description="a weights file; none: the shipped file or the run's own")
+    init: str | None = Field(default=None, description="begin training from the weights of this file")
 
 
 class SampleSpec(Spec):
@@ -233,7 +255,7 @@ class SampleSpec(Spec):
     count: PositiveInt = 64
     seed: NonNegativeInt = 0
     batch: PositiveInt = 64
-    exact: bool = Field(False, description="pad every call to one tile: bit-identical for any batch size")
+    exact: bool = Field(default=False, description="pad every call to one tile: bit-identical for any batch size")
     execution: Literal["auto", "eager", "compile"] = "auto"
 
 

@@ -50,6 +50,11 @@ class Node:
             return self.value[int(key)]
         return None
 
+    def fields(self, key: str) -> dict[str, Node]:
+        """The mapping under a key; empty if there is none."""
+        node = self.get(key)
+        return node.value if node is not None and isinstance(node.value, dict) else {}
+
     def deepest(self, path: Sequence[str | int]) -> Node:
         """The node at a path, or the last that exists on the way there."""
         node = self
@@ -255,6 +260,15 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})\Z"), list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"(?:{_BASED.pattern}|{_INT.pattern})\Z"), None)
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Line separators of Unicode survive within double quotes only.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def dump(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,15 +13,38 @@ from chaindiff.data import ImageData, augment
 from chaindiff.edm.random import generator
 from chaindiff.encoders import Encoder
 from chaindiff.specs.recipe import AugmentSpec
-from chaindiff.training.cache import EmbeddingCache
 from chaindiff.variables import Variable
+
+
+class Features(Protocol):
+    """An encoder's features of the training data: rows by image and augmented variant."""
+
+    def __len__(self) -> int: ...
+    def rows(self, indices: Sequence[int], variants: Sequence[int]) -> Tensor: ...
+    def chunks(self) -> Iterator[Tensor]: ...
+
+
+class TextFeatures:
+    """Features of every row's text, in memory; a text is the same in every variant of its image."""
+
+    def __init__(self, features: Tensor):
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def rows(self, indices: Sequence[int], variants: Sequence[int]) -> Tensor:
+        return self.features[list(indices)]
+
+    def chunks(self) -> Iterator[Tensor]:
+        yield self.features
 
 
 class Batches:
     """Sample numbers -> the values of some variables, and the augmentation labels under "augment_labels".
 
     `root` is the image variable that the data holds; every other image or vector comes of it through `encoders`,
-    expensive ones through `caches`. Labels are columns of the data.
+    expensive ones through `caches`. Labels are columns of the data, `fields` says which.
     """
 
     def __init__(
@@ -29,7 +53,7 @@ class Batches:
         root: Variable,
         wanted: Iterable[Variable],
         encoders: Mapping[str, Encoder],
-        caches: Mapping[str, EmbeddingCache],
+        caches: Mapping[str, Features],
         fields: Mapping[str, str],
         spec: AugmentSpec,
         seed: int,

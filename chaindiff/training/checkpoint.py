@@ -74,3 +74,23 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
             hint="the file belongs to another network, or to other given variables",
         )
     module.load_state_dict(dict(tensors))
+
+
+def begin_from(module: torch.nn.Module, path: Path) -> None:
+    """Initial weights from another network's file, by name. What conditions on variables that it did not know, begins
+    at zero, so that the network starts as it was (VCDM, section 4). Raises UserError if anything else is missing.
+    """
+    tensors, _ = load(path)
+    # A bare network's file (an imported one) names parameters without the stage's prefix.
+    known = {k if k.startswith(("network.", "conditioner.")) else f"network.{k}": v for k, v in tensors.items()}
+    own = module.state_dict()
+    for name, value in own.items():
+        given = known.get(name)
+        if given is not None and given.shape == value.shape:
+            own[name] = given
+        elif "map_label" in name or name.startswith("conditioner."):
+            own[name] = torch.zeros_like(value)
+        else:
+            found = "is missing" if given is None else f"has shape {list(given.shape)}, expected {list(value.shape)}"
+            raise UserError(f"{path} cannot begin this stage: {name} {found}")
+    module.load_state_dict(own)

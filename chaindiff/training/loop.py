@@ -38,7 +38,7 @@ class Progress:
     total: int
     images_per_second: float
     loss: float | None = None
-    preview: bool = False
+    preview: Stage | None = None  # the averaged weights, when a preview is due
 
 
 def learning_rate(spec: OptimizerSpec, images: int, total: int) -> float:
@@ -112,10 +112,12 @@ def train(
     *,
     total: int,
     metadata: dict[str, Any],
+    begin: int = 0,
     accelerator: Accelerator | None = None,
-    ema_out: Callable[[Stage], None] | None = None,
 ) -> Iterator[Progress]:
     """Train until `total` images have been seen, continuing from `folder/state.safetensors` if it is there.
+
+    `begin` counts the images behind the stage's present weights, where they are not new.
 
     Writes state.safetensors, metrics.jsonl and, at the end, weights.safetensors (the EMA with its configuration).
     Raises UserError if the batch cannot be shared out, the state belongs to another stage, or the loss is not finite.
@@ -131,7 +133,7 @@ def train(
     stage.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = Ema(stage, spec.ema.half_life, spec.ema.rampup)
     optimizer = build_optimizer(spec.optimizer, stage)
-    images = 0
+    images = begin
     if state_path.exists():
         tensors, kept = checkpoint.load(state_path)
         if kept.get("identity") != metadata["identity"]:
@@ -192,14 +194,12 @@ def train(
         crossed = [n and images // n > before // n for n in (spec.checkpoint_every, spec.preview_every)]
         if crossed[0] or images >= total:
             save_state()
-        yield Progress(images, total, speed, mean, bool(crossed[1]))
+        yield Progress(images, total, speed, mean, ema.model if crossed[1] else None)
     if metrics:
         metrics.close()
     if accelerator.is_main_process:
         checkpoint.save(folder / "weights.safetensors", ema.model.state_dict(), {**metadata, "images": str(images)})
     accelerator.wait_for_everyone()
-    if ema_out:
-        ema_out(ema.model)  # type: ignore[arg-type]
 
 
 def compiles(spec: TrainSpec, images: int) -> bool:

@@ -1,0 +1,286 @@
+"""From a recipe to objects: variables, stages with their weights, encoders, sources, and the chain of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chaindiff.assets import registry
+from chaindiff.chain import Chain, Source
+from chaindiff.data import ImageData, open_data
+from chaindiff.data.augment import augment_dim
+from chaindiff.edm.random import seed
+from chaindiff.encoders import Encoder, build_encoder
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.load import Loaded
+from chaindiff.specs.recipe import LinkSpec, Recipe, StageSpec, TrainSpec
+from chaindiff.stage import Stage
+from chaindiff.training import checkpoint
+from chaindiff.variables import Variable, digest
+
+# What changes how a run is observed, not what it learns, is no part of a stage's identity.
+UNLEARNED = {"checkpoint_every", "preview_every", "log_every", "execution", "accumulate"}
+assert set(TrainSpec.model_fields) >= UNLEARNED
+
+
+@dataclass
+class LazyEncoder:
+    """An encoder that loads when it is first used: most requests need none."""
+
+    name: str
+    of: str
+    build: Callable[[], Encoder]
+    _built: Encoder | None = field(default=None, repr=False)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if self._built is None:
+            self._built = self.build()
+        with torch.no_grad():
+            return self._built(value)
+
+
+class Assembly:
+    """The objects of one recipe. `out` is the run's directory, where it looks for weights after the shipped ones."""
+
+    def __init__(self, loaded: Loaded, out: Path | None = None):
+        self.loaded, self.recipe, self.out = loaded, loaded.recipe, out or default_out(loaded.recipe)
+        specs = self.recipe.variables
+        self.variables = {name: Variable.from_specs(name, specs) for name in specs}
+
+    # ------------------------------------------------------------ data
+
+    @cached_property
+    def data(self) -> ImageData:
+        return open_data(self.recipe.data)
+
+    @property
+    def root(self) -> Variable:
+        """The image variable that the data holds: the one that no encoder makes."""
+        for name, spec in self.recipe.variables.items():
+            if spec.kind == "image" and spec.encoder is None:
+                return self.variables[name]
+        raise UserError("no image variable of this recipe comes from its data: each has an encoder")
+
+    def column(self, name: str) -> str:
+        """The metadata field of a label or text variable."""
+        return self.recipe.variables[name].of or name
+
+    def classes(self, name: str) -> list[str]:
+        """Names of a label's classes. Raises UserError if the data has another number of them."""
+        names = self.data.categories(self.column(name))[0]
+        (size,) = self.variables[name].shape
+        if len(names) != size:
+            raise UserError(
+                f"label '{name}' has shape [{size}], but the field '{self.column(name)}' of the data has {len(names)} values",
+                self.loaded.where(f"variables.{name}.shape"),
+            )
+        return names
+
+    # ------------------------------------------------------------ stages
+
+    def links(self, name: str) -> list[tuple[Variable, LinkSpec]]:
+        specs = [g if isinstance(g, LinkSpec) else LinkSpec(variable=g) for g in self.recipe.stages[name].given]
+        return [(self.variables[spec.variable], spec) for spec in specs]
+
+    def generates(self, name: str) -> Variable:
+        return self.variables[(self.recipe.stages[name].generates or [name])[0]]
+
+    def identity(self, name: str) -> str:
+        """Equal for stages that are trained alike on the same data, in whatever recipe they stand."""
+        spec = self.recipe.stages[name]
+        plain = spec.model_dump(include={"network", "precondition", "noise", "augment", "init"})
+        return digest(
+            {
+                **plain,
+                "train": spec.train.model_dump(exclude=UNLEARNED),
+                "generates": self.generates(name).identity,
+                "given": [
+                    [variable.identity, link.model_dump(exclude={"variable", "sample_noise"})]
+                    for variable, link in self.links(name)
+                ],
+                "data": self.recipe.data.model_dump(),
+            }
+        )
+
+    def build(self, name: str) -> Stage:
+        """A stage with its initial weights, a function of its training seed."""
+        spec: StageSpec = self.recipe.stages[name]
+        variable = self.generates(name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed(spec.train.seed, variable.name, "init"))
+            return Stage(
+                variable,
+                given=self.links(name),
+                network=spec.network,
+                precondition=spec.precondition.kind,
+                noise=spec.noise,
+                sampler=spec.sample,
+                augment_dim=augment_dim(spec.augment),
+                name=name,
+            )
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """What a stage's weights file says of itself."""
+        spec = self.recipe.stages[name]
+        variables = [self.generates(name), *(v for v, _ in self.links(name))]
+        return {
+            "format": "chaindiff-stage/1",
+            "identity": self.identity(name),
+            "stage": spec.model_dump(mode="json"),
+            "data": self.recipe.data.model_dump(mode="json"),
+            "variables": {v.name: {"identity": v.identity, "fitted": self.fitted_digest(v.name)} for v in variables},
+        }
+
+    def folder(self, name: str) -> Path:
+        return self.out / "stages" / name
+
+    def find_weights(self, name: str) -> Path | None:
+        """The recipe's own file, this run's, the shipped file, or that of a run beside this one."""
+        spec = self.recipe.stages[name]
+        if spec.weights is not None:
+            return Path(spec.weights).expanduser()
+        own = self.folder(name) / "weights.safetensors"
+        identity = self.identity(name)
+        if own.exists() and checkpoint.metadata(own).get("identity") == identity:
+            return own
+        beside = sorted(self.out.parent.glob("*/stages/*/weights.safetensors"))
+        found = (path for path in beside if checkpoint.metadata(path).get("identity") == identity)
+        return registry.shipped(identity) or next(found, None)
+
+    def unfinished(self, name: str) -> bool:
+        """Whether this run has begun to train the stage, and was stopped."""
+        state = self.folder(name) / "state.safetensors"
+        if not state.exists():
+            return False
+        kept = checkpoint.metadata(state)
+        return int(kept.get("images", 0)) < int(kept.get("total", 0))
+
+    def load(self, name: str, path: Path) -> Stage:
+        """A stage with these weights. Raises UserError if the file belongs to another stage or other variables."""
+        kept = checkpoint.metadata(path)
+        self.check_links(name, path, kept)
+        with torch.device("meta"):
+            stage = self.build(name)
+        stage.to_empty(device="cpu")
+        checkpoint.fill(stage, checkpoint.load(path)[0], str(path))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return stage.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+    def check_links(self, name: str, path: Path, kept: dict[str, str]) -> None:
+        """Compare the meaning of every variable with the one that the weights were trained on, before they load."""
+        import json
+
+        trained = json.loads(kept.get("variables", "{}"))
+        if not trained:
+            raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
+        for variable in (self.generates(name), *(v for v, _ in self.links(name))):
+            if variable.name not in trained or trained[variable.name]["identity"] != variable.identity:
+                raise UserError(
+                    f"stage '{name}': the weights in {path} were not trained on this '{variable.name}'",
+                    self.loaded.where(f"variables.{variable.name}"),
+                    "its kind, shape, encoder or scaling differs; give the variable that the weights were trained on, "
+                    "or train the stage anew",
+                )
+
+    # ------------------------------------------------------------ encoders and sources
+
+    def fitted_path(self, name: str) -> Path:
+        """Where the fitted statistics of an encoder lie: shipped, or in the run."""
+        identity = self.variables[name].identity
+        return registry.shipped(identity) or self.out / "encoders" / registry.file_name(name, identity)
+
+    def fitted_digest(self, name: str) -> str:
+        path = self.fitted_path(name)
+        return checkpoint.metadata(path).get("digest", "") if path.exists() else ""
+
+    def encoder(self, name: str) -> Encoder:
+        """An encoder, ready to use. Raises UserError if its statistics were not fitted yet."""
+        return build_encoder(name, self.recipe.variables, self.fitted_path(name))
+
+    @property
+    def encoded(self) -> list[str]:
+        return [name for name, spec in self.recipe.variables.items() if spec.encoder is not None]
+
+    def source(self, name: str, meta: bool) -> Source:
+        variable, kind = self.variables[name], self.recipe.variables[name].source
+        (size,) = variable.shape
+        weights = [1.0] * size
+        if kind == "empirical" and not meta:
+            self.classes(name)
+            rows = self.data.categories(self.column(name))[1]
+            weights = torch.bincount(torch.tensor(rows), minlength=size).tolist()
+        return Source(variable, weights)
+
+    # ------------------------------------------------------------ chains
+
+    def _chain(self, stages: list[Stage], weights: dict[str, Path], meta: bool) -> Chain:
+        encoders = [
+            LazyEncoder(name, self.recipe.variables[name].encoder.of, lambda name=name: self.encoder(name))  # type: ignore[union-attr]
+            for name in self.encoded
+        ]
+        drawn = [n for n, spec in self.recipe.variables.items() if spec.source in ("empirical", "uniform")]
+        return Chain(
+            stages,
+            encoders,
+            [self.source(name, meta) for name in drawn],
+            self.recipe.name,
+            dict(self.variables),
+            weights,
+        )
+
+    def skeleton(self) -> Chain:
+        """The chain on the meta device, to plan with: nothing is allocated, no weights or data are needed."""
+        with torch.device("meta"):
+            stages = [self.build(name) for name in self.recipe.stages]
+        return self._chain(stages, {}, meta=True)
+
+    def chain(self, needed: set[str] | None = None) -> Chain:
+        """The chain with weights; stages outside `needed` stay on the meta device and cannot be sampled.
+
+        Raises UserError for a needed stage without weights.
+        """
+        stages, weights = [], {}
+        for name in self.recipe.stages:
+            if needed is not None and name not in needed:
+                with torch.device("meta"):
+                    stages.append(self.build(name))
+                continue
+            path = self.find_weights(name)
+            if path is None or not path.exists():
+                raise UserError(
+                    f"stage '{name}' has no weights yet" + (f": there is no {path}" if path else ""),
+                    self.loaded.where(f"stages.{name}"),
+                    f"train it: chaindiff train {self.recipe.name} --stage {name}",
+                )
+            stages.append(self.load(name, path))
+            weights[name] = path
+        self._check_fitted(weights)
+        return self._chain(stages, weights, meta=False)
+
+    def _check_fitted(self, weights: dict[str, Path]) -> None:
+        """Two stages on one link must have been trained with the same fitted statistics."""
+        import json
+
+        seen: dict[str, tuple[str, str]] = {}
+        for stage, path in weights.items():
+            for variable, entry in json.loads(checkpoint.metadata(path).get("variables", "{}")).items():
+                other, fitted = seen.setdefault(variable, (stage, entry["fitted"]))
+                if fitted != entry["fitted"]:
+                    raise UserError(
+                        f"stages '{other}' and '{stage}' were trained on different fits of '{variable}'",
+                        hint="their reducer or standardisation differs; train one of them again",
+                    )
+
+
+def assemble(loaded: Loaded, out: Path | None = None) -> Assembly:
+    return Assembly(loaded, out)
+
+
+def default_out(recipe: Recipe) -> Path:
+    return Path("runs") / recipe.name

@@ -1,0 +1,152 @@
+"""Find the files of an open_clip model: by name and tag, by name and weights file, or in a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.recipe import OpenClipSpec
+
+ASSETS = Path(__file__).parents[1] / "assets"
+CONFIG = "open_clip_config.json"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+# What open_clip does to images where a model says nothing of its own (the values of OpenAI's CLIP).
+PREPROCESSING = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model's configuration, preprocessing and weights; `create` and `tokenizer` load them through open_clip."""
+
+    config: dict[str, Any]
+    preprocessing: dict[str, Any]
+    weights: Path
+    create: Callable[[], Any]
+    tokenizer: Callable[[], Any]
+
+    @property
+    def width(self) -> int:
+        return self.config["embed_dim"]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights file."""
+        status = self.weights.stat()
+        return _sha256(self.weights, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(spec: OpenClipSpec, where: str) -> Files:
+    """The files of the model that a recipe names.
+
+    Raises UserError for unknown names, folders without a model, and weights that are not on this machine and cannot
+    be fetched.
+    """
+    embedded = ASSETS / spec.model
+    folder = embedded if (embedded / CONFIG).is_file() else Path(spec.model).expanduser()
+    if folder.is_dir() or "/" in spec.model:
+        if spec.pretrained is not None:
+            raise UserError(
+                f"the model folder '{spec.model}' brings its own weights; `pretrained: {spec.pretrained}` has no use",
+                f"{where}.pretrained",
+                "remove `pretrained`",
+            )
+        return _folder(folder.resolve(), f"{where}.model")
+    return _named(spec, where)
+
+
+def _folder(folder: Path, where: str) -> Files:
+    try:
+        content = json.loads((folder / CONFIG).read_text("utf-8"))
+        config, preprocessing = content["model_cfg"], content.get("preprocess_cfg", {})
+        text: dict[str, Any] = config["text_cfg"]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {CONFIG} in {folder}", where, "expected a folder that open_clip wrote") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG} is not a model's configuration: {error!r}", where) from error
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"there are no weights in {folder}", where, f"expected {' or '.join(WEIGHTS)}")
+
+    def create() -> Any:
+        import open_clip
+
+        if "hf_model_name" in text:
+            from chaindiff.encoders.clip_emoji import open_clip_folder
+
+            return open_clip_folder(folder)
+        return open_clip.create_model(f"local-dir:{folder}")
+
+    def tokenizer() -> Any:
+        import open_clip
+
+        return open_clip.get_tokenizer(f"local-dir:{folder}")
+
+    return Files(config, _preprocessing(preprocessing), weights, create, tokenizer)
+
+
+def _named(spec: OpenClipSpec, where: str) -> Files:
+    import open_clip
+
+    config, tags = open_clip.get_model_config(spec.model), open_clip.list_pretrained_tags_by_model(spec.model)
+    if config is None:
+        known = ["clip_emoji", *open_clip.list_models()]
+        raise UserError(
+            f"there is no open_clip model '{spec.model}'{did_you_mean(spec.model, known)}", f"{where}.model"
+        )
+    if spec.pretrained is None:
+        known = f"known: {', '.join(tags)}; " if tags else ""
+        hint = f"set pretrained to a tag ({known}fetched from the hub) or to a weights file"
+        raise UserError(f"the open_clip model '{spec.model}' needs weights", f"{where}.pretrained", hint)
+    file = Path(spec.pretrained).expanduser()
+    tag: dict[str, Any] = {}
+    if spec.pretrained in tags:
+        tag = open_clip.get_pretrained_cfg(spec.model, spec.pretrained)
+        file = _fetch(spec, tag, where)
+    elif not file.is_file():
+        message = f"'{spec.pretrained}' is neither a weights file nor a tag of '{spec.model}'"
+        raise UserError(message + did_you_mean(spec.pretrained, tags), f"{where}.pretrained")
+    # OpenAI's models were trained with a faster approximation of GELU: the tag knows, the model's name may not.
+    quick = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
+    return Files(
+        {**config, "quick_gelu": quick},
+        _preprocessing(tag),
+        file,
+        lambda: open_clip.create_model(spec.model, pretrained=str(file), force_quick_gelu=quick),
+        lambda: open_clip.get_tokenizer(spec.model),
+    )
+
+
+def _fetch(spec: OpenClipSpec, tag: dict[str, Any], where: str) -> Path:
+    from open_clip import download_pretrained
+
+    try:
+        return Path(download_pretrained(tag))
+    except Exception as error:  # the hub's client raises many kinds when there is no network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the weights '{spec.pretrained}' of '{spec.model}' are not here and cannot be fetched: {reason}",
+            f"{where}.pretrained",
+            "fetch them where there is a network and set pretrained to the file, or use a model that is here: "
+            "a folder with open_clip_config.json, or clip_emoji (embedded)",
+        ) from error
+
+
+def _preprocessing(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: own.get(name, default) for name, default in PREPROCESSING.items()}

@@ -1,0 +1,112 @@
+"""Fitted statistics of an encoder's features: principal components and standardisation, kept in a safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Float64
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from chaindiff.encoders.base import fingerprint
+from chaindiff.specs.errors import UserError
+
+if TYPE_CHECKING:
+    import chaindiff.encoders.clip
+
+FORMAT = "chaindiff-fitted/1"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean of the features, their principal components (orthonormal rows) if reduced, and the deviation of the result.
+
+    A dimension that never varies has deviation 1 here: its value is 0 whatever it is divided by.
+    """
+
+    mean: Float[Tensor, " width"]
+    std: Float[Tensor, " k"]
+    components: Float[Tensor, "k width"] | None = None
+
+    @classmethod
+    def fit(cls, chunks: Iterable[Tensor], k: int | None) -> tuple[Statistics, float]:
+        """Statistics of the rows of all chunks [rows, width], and the share of the variance that k components explain.
+
+        In float64, from the mean and the covariance, so that memory holds one chunk. The components have the sign that
+        makes their largest entry positive. Raises UserError for fewer rows or dimensions than components.
+        """
+        rows, mean, scatter = 0, torch.zeros(()), torch.zeros(())
+        for chunk in chunks:  # merging means and scatter matrices: Chan, Golub & LeVeque 1979, equations 1.5
+            n, centre = len(chunk), chunk.double().mean(0)
+            centred, apart = chunk.double() - centre, centre - mean
+            scatter = scatter + centred.T @ centred + torch.outer(apart, apart) * (rows * n / (rows + n))
+            mean = mean + apart * (n / (rows + n))
+            rows += n
+        covariance = scatter / max(rows, 1)
+        if k is None:
+            return cls(mean.float(), _nonzero(covariance.diagonal().sqrt())), 1.0
+        if k > min(covariance.shape[-1], rows - 1):
+            raise UserError(
+                f"{k} principal components cannot be fitted to {rows} embeddings of {covariance.shape[-1]} numbers",
+                hint="choose a smaller k, or none: reduce: null",
+            )
+        variance, vectors = _principal(covariance)
+        share = (variance[:k].sum() / variance.sum()).item() if variance.sum() > 0 else 1.0
+        return cls(mean.float(), _nonzero(variance[:k].sqrt()), vectors[:k].float().contiguous()), share
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {"mean": self.mean, "std": self.std}
+        return tensors if self.components is None else {**tensors, "components": self.components}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the numbers."""
+        hashed = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            hashed.update(f"{name}{list(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        return hashed.hexdigest()
+
+    @staticmethod
+    def belongs_to(encoder: chaindiff.encoders.clip.OpenClip) -> str:
+        """What a file must agree on with an encoder: the features, the reducer and the scaling."""
+        return fingerprint([encoder.features_identity, encoder.reduction])
+
+    @classmethod
+    def load(cls, path: Path, encoder: chaindiff.encoders.clip.OpenClip) -> Statistics:
+        """Read a file that was fitted for this encoder. Raises UserError if it is missing, broken or another's."""
+        hint = f"fit it again: remove the file and train a stage that uses '{encoder.name}'"
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                statistics = cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise UserError(
+                f"variable '{encoder.name}' needs statistics of its embeddings, and there is no {path}",
+                f"variables.{encoder.name}.encoder",
+                "training a stage that uses it fits them",
+            ) from error
+        except (SafetensorError, OSError, TypeError) as error:
+            raise UserError(f"not a complete file of fitted statistics: {error}", str(path), hint) from error
+        if metadata.get("format") != FORMAT or metadata.get("encoder") != cls.belongs_to(encoder):
+            message = f"these statistics were not fitted for the encoder of '{encoder.name}'"
+            differs = "its model, weights, preprocessing, reducer or scaling differs"
+            raise UserError(message, str(path), f"{differs}; {hint}")
+        if metadata.get("digest") != statistics.digest:
+            raise UserError("the statistics are not those that were written", str(path), hint)
+        return statistics
+
+
+def _nonzero(std: Float64[Tensor, " k"]) -> Float[Tensor, " k"]:
+    return torch.where(std > 1e-7 * std.max(), std, torch.ones_like(std)).float()
+
+
+def _principal(covariance: Float64[Tensor, "d d"]) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
+    """Variances in falling order and the directions they belong to, as rows."""
+    _, variance, vectors = torch.linalg.svd(covariance)
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return variance, vectors * largest.sign()

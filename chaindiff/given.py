@@ -1,0 +1,101 @@
+"""What a person gives on the command line, as tensors: class names, numbers, images, embeddings in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from chaindiff.assemble import Assembly
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.recipe import DataSpec
+from chaindiff.variables import Variable
+
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Values of given variables, [1, *shape] or [rows, *shape].
+
+    A label is a class's name or number. An image is a file or folder. Anything that an encoder makes of images can be
+    given as an image, which is then encoded; or as numbers in a .safetensors or .npy file.
+    Raises UserError for unknown variables, classes and files.
+    """
+    values = {}
+    for name, value in given.items():
+        if name not in assembly.variables:
+            raise UserError(f"--given {name}: no such variable{did_you_mean(name, assembly.variables)}")
+        values[name] = _read(assembly, assembly.variables[name], value)
+    return values
+
+
+def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
+    where = f"--given {variable.name}"
+    if isinstance(value, Tensor):
+        return value
+    if variable.kind == "label":
+        return torch.tensor([_class(assembly, variable, value, where)])
+    path = Path(str(value)).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"there is no file or folder {path}",
+            where,
+            f"give {variable} as an image, a folder of images, or numbers in a .safetensors or .npy file",
+        )
+    if path.is_dir() or path.suffix.lower() in IMAGES:
+        return _encode(assembly, variable, path, where)
+    tensor = _numbers(path, variable, where)
+    tensor = tensor[None] if tuple(tensor.shape) == variable.shape else tensor
+    if tuple(tensor.shape[1:]) != variable.shape:
+        raise UserError(f"{path} holds {list(tensor.shape)}; expected [rows, *{list(variable.shape)}]", where)
+    return tensor
+
+
+def _class(assembly: Assembly, variable: Variable, value: Any, where: str) -> int:
+    names = assembly.classes(variable.name)
+    if str(value) in names:
+        return names.index(str(value))
+    if str(value).isdigit() and int(value) < len(names):
+        return int(value)
+    raise UserError(f"'{value}' is no class of {variable.name}{did_you_mean(str(value), names)}", where)
+
+
+def _encode(assembly: Assembly, variable: Variable, path: Path, where: str) -> Tensor:
+    """Read images as the variable itself, or as what its encoder reads, and so on up."""
+    if variable.kind == "image":
+        folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+        return _images(folder, name, variable)
+    spec = assembly.recipe.variables[variable.name].encoder
+    if spec is None:
+        raise UserError(f"{path} is an image, but no encoder makes {variable} of images", where)
+    value = _encode(assembly, assembly.variables[spec.of], path, where)
+    with torch.no_grad():
+        return assembly.encoder(variable.name)(value)
+
+
+def _images(folder: Path, name: str | None, variable: Variable) -> Tensor:
+    from chaindiff.data import open_data
+
+    data = open_data(DataSpec(path=str(folder)))
+    rows = [i for i, n in enumerate(data.names) if name is None or n == name]
+    return data.images(rows, variable.shape[-1]).float() / 127.5 - 1
+
+
+def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a complete .safetensors or .npy file: {error}", where) from error
+    if variable.name in tensors:
+        return tensors[variable.name].float()
+    if len(tensors) == 1:
+        return next(iter(tensors.values())).float()
+    raise UserError(f"{path} holds no tensor '{variable.name}'{did_you_mean(variable.name, tensors)}", where)

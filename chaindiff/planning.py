@@ -1,0 +1,158 @@
+"""What a request runs and what it costs, as text and as a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chaindiff.cost import Cost, measure
+from chaindiff.drawing import Arrow, Box, chain_svg
+from chaindiff.graph import Plan
+from chaindiff.variables import Variable
+
+if TYPE_CHECKING:
+    from chaindiff.chain import Chain
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """A plan with its costs. `str()` gives a table, `svg()` and `drawing()` the chain's picture."""
+
+    name: str
+    plan: Plan
+    variables: dict[str, Variable]
+    costs: dict[str, Cost]  # of every stage of the chain, those that do not run included
+    solvers: dict[str, str]
+    chain: Chain
+
+    @classmethod
+    def of(cls, chain: Chain, plan: Plan) -> ChainPlan:
+        return cls(
+            chain.name,
+            plan,
+            chain.variables,
+            {stage.name: measure(stage) for stage in chain.stages},
+            {stage.name: f"{stage.sampler.solver}, {stage.sampler.steps} steps" for stage in chain.stages},
+            chain,
+        )
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the stages that run, in order."""
+        return [s.producer.name for s in self.plan.steps if s.producer.kind == "stage"]
+
+    def share(self, stage: str) -> float:
+        """The stage's part of all floating-point operations of this request."""
+        total = sum(self.costs[name].total_flops for name in self.running)
+        return self.costs[stage].total_flops / total if stage in self.running and total else 0.0
+
+    @property
+    def table(self) -> list[dict[str, str]]:
+        """One row a step: what runs, what it reads and makes, and what that costs for one sample."""
+        rows = []
+        for step in self.plan.steps:
+            name, kind = step.producer.name, step.producer.kind
+            row = {
+                "step": f"{kind} {name}",
+                "makes": ", ".join(str(self.variables[v]) if v in self.variables else v for v in step.outputs),
+                "from": ", ".join(step.inputs) or "-",
+                "drops": ", ".join(step.drop) or "-",
+            }
+            if kind == "stage":
+                cost = self.costs[name]
+                row |= {
+                    "sampler": self.solvers[name],
+                    "parameters": f"{cost.parameters:,}",
+                    "NFE": str(cost.nfe),
+                    "FLOPs/NFE": amount(cost.flops),
+                    "FLOPs": amount(cost.total_flops),
+                    "share": f"{self.share(name):.1%}",
+                    "memory": f"{amount(cost.weight_bytes)}B + {amount(cost.activation_bytes)}B a sample",
+                }
+            rows.append(row)
+        return rows
+
+    def __str__(self) -> str:
+        given = f", given {', '.join(self.plan.given)}" if self.plan.given else ""
+        lines = [f"{self.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
+        if not self.plan.steps:
+            lines.append("nothing runs: everything that is wanted is given")
+        for number, row in enumerate(self.table, 1):
+            lines.append(f"{number}. {row['step']}: {row['makes']} from {row['from']}")
+            if "sampler" in row:
+                lines.append(f"     {row['sampler']}; NFE {row['NFE']}; {row['parameters']} parameters")
+                lines.append(
+                    f"     {row['FLOPs']}FLOP a sample ({row['FLOPs/NFE']}FLOP x {row['NFE']}), {row['share']} of all"
+                )
+                lines.append(f"     memory {row['memory']}")
+            if row["drops"] != "-":
+                lines.append(f"     then drops {row['drops']}")
+        total = sum(self.costs[name].total_flops for name in self.running)
+        peak = max((self.costs[n].activation_bytes for n in self.running), default=0)
+        weights = sum(self.costs[n].weight_bytes for n in self.running)
+        nfe = sum(self.costs[n].nfe for n in self.running)
+        lines += [
+            "",
+            f"in all: NFE {nfe}, {amount(total)}FLOP a sample, weights {amount(weights)}B, "
+            f"activations {amount(peak)}B a sample (float32)",
+        ]
+        if self.plan.unused:
+            lines.append(f"given but not needed: {', '.join(self.plan.unused)}")
+        return "\n".join(lines)
+
+    def sketch(self) -> str:
+        """The steps in one line: clip -> image16 -> image; given variables in brackets."""
+        parts = [f"[{name}]" for name in self.plan.given if name not in self.plan.unused]
+        parts += [
+            f"{'+'.join(s.outputs)}{' (encoded)' if s.producer.kind == 'encoder' else ''}" for s in self.plan.steps
+        ]
+        return "  " + " -> ".join(parts)
+
+    def drawing(self) -> tuple[list[Box], list[Arrow]]:
+        """Boxes and arrows of the chain: variables, the stages and sources that make them, encoders as dashed arrows."""
+        known = {v for step in self.plan.steps for v in step.outputs} | set(self.plan.given)
+        parts = [(p.name, p.kind, p.outputs, p.inputs) for p in self.chain.producers]
+        shown = {v for _, kind, outputs, inputs in parts if kind != "encoder" for v in (*outputs, *inputs)} | known
+        runs = {(s.producer.kind, s.producer.name) for s in self.plan.steps}
+        boxes, arrows = [], []
+        for name in (v for v in self.variables if v in shown):
+            variable = self.variables[name]
+            style = "given" if name in self.plan.given else "wanted" if name in self.plan.want else "variable"
+            small = f"{variable.kind} {' x '.join(map(str, variable.shape))}"
+            boxes.append(Box(name, (small,), style if name in known else "idle"))
+        for name, kind, outputs, inputs in parts:
+            on = (kind, name) in runs
+            if kind == "encoder":
+                if inputs[0] in shown and outputs[0] in shown:
+                    arrows.append(
+                        Arrow(inputs[0], outputs[0], "", "encoder" if on or not known & {inputs[0]} else "idle")
+                    )
+                continue
+            box = f"{kind} {name}"
+            small = [] if kind == "source" else [f"{amount(self.costs[name].parameters)} parameters"]
+            if on and kind == "stage":
+                small += [f"NFE {self.costs[name].nfe}", f"{self.share(name):.1%} of the FLOPs"]
+            boxes.append(Box(box, tuple(small), ("source" if kind == "source" else "stage") if on else "idle"))
+            arrows += [Arrow(box, output, "", "link" if on else "idle") for output in outputs]
+            if kind == "stage":
+                arrows += self._links(name, box, on)
+        return boxes, arrows
+
+    def _links(self, name: str, box: str, on: bool) -> list[Arrow]:
+        stage = next(s for s in self.chain.stages if s.name == name)
+        arrows = []
+        for link in stage.conditioner:
+            noise = f"noise {link.spec.sample_noise:g}" if link.tells_level else ""
+            arrows.append(Arrow(link.variable.name, box, noise, ("noisy" if noise else "link") if on else "idle"))
+        return arrows
+
+    def svg(self) -> str:
+        return chain_svg(*self.drawing())
+
+
+def amount(value: float) -> str:
+    """A number with a unit prefix: 83.7 G."""
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.3g} {prefix}"
+    return f"{value:.3g} "

@@ -1,0 +1,48 @@
+"""Progress for people: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EVERY = 20.0  # seconds between lines where there is no terminal
+
+
+class Bar:
+    """Counts up to `total`; `text` beside the bar says how it goes."""
+
+    def __init__(self, title: str, total: int, done: int = 0):
+        self.title, self.total = title, total
+        self.console = get_console()
+        self._next = time.monotonic() + EVERY
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, text="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, text: str | None = None) -> None:
+        fields = {} if text is None else {"text": text}
+        self._progress.update(self._task, completed=done, **fields)
+        if not self.console.is_terminal and (time.monotonic() >= self._next or done >= self.total):
+            self._next = time.monotonic() + EVERY
+            words = f"{self.title}: {done:,} of {self.total:,}" + (f"; {text}" if text else "")
+            self.console.print(words, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,53 @@
+"""The smoke version of a recipe: every part of it once, at tiny sizes, on the embedded images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chaindiff.specs.load import Loaded
+from chaindiff.specs.recipe import OpenClipSpec, UNetSpec
+
+CLIP_WIDTH = 128  # of the embedded image-text model
+CLASSES = 7  # groups of the embedded images
+
+
+def smoke_version(loaded: Loaded) -> Loaded:
+    """A recipe of the same shape with tiny networks, some training steps and four samples; named NAME_smoke."""
+    recipe = loaded.recipe
+    variables: dict[str, Any] = {}
+    for name, spec in recipe.variables.items():
+        if isinstance(spec.encoder, OpenClipSpec):
+            width = spec.encoder.reduce.k if spec.encoder.reduce else CLIP_WIDTH
+            variables[name] = {"shape": [width], "encoder": {"model": "clip_emoji", "pretrained": None}}
+        elif spec.kind == "label":
+            variables[name] = {"shape": [CLASSES], "of": "group"}
+    stages: dict[str, Any] = {}
+    for name, stage in recipe.stages.items():
+        if isinstance(stage.network, UNetSpec):
+            network: dict[str, Any] = {"channels": 64 if stage.network.arch == "adm" else 16, "blocks": 1}
+        else:
+            network = {"width": 32, "depth": 1, "heads": 2}
+        stages[name] = {
+            "network": network,
+            "augment": {"variants": min(stage.augment.variants, 1)},
+            "train": {
+                "images": 24,
+                "batch": 8,
+                "accumulate": 1,
+                "precision": "float32",
+                "execution": "eager",
+                "log_every": 1,
+            },
+            "sample": {"steps": 3},
+            "weights": None,
+            "init": None,
+        }
+    return loaded.override(
+        {
+            "name": f"{recipe.name}_smoke",
+            "data": {"path": "emoji64", "split": "test", "where": {"style": "google"}},
+            "variables": variables,
+            "stages": stages,
+            "sample": {"count": 4, "batch": 4},
+        }
+    )

@@ -1,0 +1,31 @@
+"""Fit what an encoder needs to know of the training data: its principal components and standardisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chaindiff.encoders import Statistics
+from chaindiff.encoders.clip import OpenClip
+from chaindiff.encoders.statistics import FORMAT
+from chaindiff.training import checkpoint
+from chaindiff.training.batches import Features
+
+
+def fit(encoder: OpenClip, features: Features, path: Path) -> Path:
+    """Fit the statistics on all features, write them to `path` and give them to the encoder.
+
+    Raises UserError if the features are not complete, or too few for the reducer.
+    """
+    reduce = encoder.spec.reduce
+    statistics, explained = Statistics.fit(features.chunks(), reduce.k if reduce else None)
+    metadata = {
+        "format": FORMAT,
+        "encoder": Statistics.belongs_to(encoder),
+        "digest": statistics.digest,
+        "identity": {**encoder.features_identity, **encoder.reduction},
+        "rows": len(features),
+        "explained": round(explained, 6),
+    }
+    checkpoint.save(path, statistics.tensors(), metadata)
+    encoder.statistics = statistics
+    return path

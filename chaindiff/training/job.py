@@ -1,0 +1,151 @@
+"""Train one stage of a recipe: its encoders are fitted, its embeddings cached, then its network trains."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from chaindiff.assemble import Assembly
+from chaindiff.chain import run_stage
+from chaindiff.data.augment import active
+from chaindiff.encoders import Encoder, build_encoder
+from chaindiff.encoders.clip import OpenClip
+from chaindiff.pictures import grid, save_png
+from chaindiff.progress import Bar
+from chaindiff.specs.errors import UserError
+from chaindiff.stage import Stage
+from chaindiff.training import checkpoint
+from chaindiff.training.batches import Batches, Features, TextFeatures
+from chaindiff.training.cache import EmbeddingCache
+from chaindiff.training.fit import fit
+from chaindiff.training.loop import train
+
+EMBEDDING_BATCH = 128
+PREVIEWS = 16
+
+
+def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: int = 0) -> Path:
+    """Train a stage to the images of its recipe, or `more` beyond `start`; returns its weights file.
+
+    An unfinished run goes on where it was. Raises UserError for data, weights or settings that do not fit.
+    """
+    spec, folder = assembly.recipe.stages[name], assembly.folder(name)
+    state = folder / "state.safetensors"
+    stage = assembly.build(name)
+    images, total = 0, spec.train.images
+    tensors: dict[str, Tensor] | None = None
+    if state.exists():
+        kept = checkpoint.metadata(state)
+        images, total = int(kept.get("images", 0)), int(kept.get("total", total))
+        if more and images >= total:
+            total = images + more
+    elif more and start is not None:
+        tensors, kept = checkpoint.load(start)
+        images = int(kept.get("images", 0))
+        total = images + more
+    elif spec.init is not None:
+        checkpoint.begin_from(stage, Path(spec.init).expanduser())
+    if tensors is not None:
+        checkpoint.fill(stage, tensors, str(start))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    with accelerator.main_process_first():  # one process fills the caches, the others read them
+        batches = prepare(assembly, name)
+    steps = train(
+        stage,
+        batches,
+        spec.train,
+        folder,
+        total=total,
+        begin=images if tensors is not None else 0,
+        metadata={**assembly.metadata(name), "total": str(total)},
+        accelerator=accelerator,
+    )
+    with Bar(f"train {name}", total, images) as bar:
+        for progress in steps:
+            loss = (
+                "" if progress.loss is None else f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s"
+            )
+            bar.update(min(progress.images, total), loss or None)
+            if progress.preview is not None and accelerator.is_main_process:
+                preview(progress.preview, batches, folder / "previews" / f"{progress.images:09d}.png")
+    return folder / "weights.safetensors"
+
+
+def preview(stage: Stage, batches: Batches, path: Path) -> None:
+    """A grid of samples of the averaged weights, given the data's own values."""
+    if stage.variable.kind != "image":
+        return
+    batch = batches(list(range(PREVIEWS)))
+    images = run_stage(stage, batch, range(PREVIEWS), 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(grid(images, columns=math.isqrt(PREVIEWS)), path)
+
+
+# ------------------------------------------------------------ encoders and caches
+
+
+def prepare(assembly: Assembly, name: str) -> Batches:
+    """The training batches of a stage: encoders fitted, expensive ones cached."""
+    spec, recipe = assembly.recipe.stages[name], assembly.recipe
+    wanted = [assembly.generates(name), *(variable for variable, _ in assembly.links(name))]
+    encoders: dict[str, Encoder] = {}
+    caches: dict[str, Features] = {}
+    queue = [v.name for v in wanted]
+    while queue:
+        variable = queue.pop()
+        encoder_spec = recipe.variables[variable].encoder
+        if encoder_spec is None or variable in encoders:
+            continue
+        queue.append(encoder_spec.of)
+        path = assembly.fitted_path(variable)
+        encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
+        if encoder.cached and isinstance(encoder, OpenClip):
+            features = embed(assembly, encoder, name)
+            if not encoder.fitted:
+                fit(encoder, features, path)
+            caches[variable] = features
+        encoders[variable] = encoder
+    labels = {v.name: assembly.column(v.name) for v in wanted if v.kind == "label"}
+    for label in labels:
+        assembly.classes(label)
+    texts = {n: assembly.column(n) for n, s in recipe.variables.items() if s.kind == "text"}
+    return Batches(
+        assembly.data, assembly.root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed
+    )
+
+
+def embed(assembly: Assembly, encoder: OpenClip, name: str) -> Features:
+    """Features of an encoder over the training data; images' are cached on disk, which is completed if it is not.
+
+    Raises UserError if the encoder reads neither the data's own image nor a text, or nothing could be cached.
+    """
+    data, root, augment = assembly.data, assembly.root, assembly.recipe.stages[name].augment
+    if assembly.recipe.variables[encoder.of].kind == "text":
+        return TextFeatures(encoder.features(data.field(assembly.column(encoder.of))))
+    if encoder.of != root.name:
+        raise UserError(
+            f"variable '{encoder.name}' embeds '{encoder.of}', which is not the data's own image '{root.name}'",
+            assembly.loaded.where(f"variables.{encoder.name}.encoder.of"),
+            f"set of: {root.name}",
+        )
+    if active(augment) and not augment.variants:
+        raise UserError(
+            f"stage '{name}' augments its images without end, so the embedding '{encoder.name}' cannot be cached",
+            assembly.loaded.where(f"stages.{name}.augment"),
+            "set augment.variants, say to 8: so many augmented versions of every image are embedded once",
+        )
+    cache = EmbeddingCache(cache_folder(), encoder, data, augment, root.shape[-1])
+    if not cache.complete:
+        with Bar(f"embed {encoder.name}", len(cache)) as bar:
+            for done, _ in cache.build(EMBEDDING_BATCH):
+                bar.update(done)
+    return cache
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("CHAINDIFF_CACHE", "~/.cache/chaindiff")).expanduser()

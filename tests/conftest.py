@@ -1,0 +1,33 @@
+"""Shapes in signatures are checked while the tests run; and helpers that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+# Functions of these packages whose annotations carry shapes are checked at every call (edm, networks, data, ...).
+HOOK = install_import_hook(
+    ["chaindiff.edm", "chaindiff.networks", "chaindiff.data", "chaindiff.pictures"], "checker.check"
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def fixture(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of reference numbers."""
+    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the caches of the person who runs it."""
+    monkeypatch.setenv("CHAINDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,220 @@
+"""The embedding cache and fitting: rows against direct computation, interruption, damage, statistics files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from chaindiff.data import ImageData, augment, open_data
+from chaindiff.encoders import build_encoder
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import AugmentSpec, DataSpec, VariableSpec
+from chaindiff.training.cache import EmbeddingCache
+from chaindiff.training.fit import fit
+
+SPEC = AugmentSpec(probability=0.5, variants=3, seed=4)
+STILL = AugmentSpec(flip=False, variants=3)
+IMAGES, SIDE = 7, 16
+
+CONFIG = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(open_clip.CLIP(**CONFIG).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> ImageData:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(IMAGES):
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return open_data(DataSpec(path=str(folder)))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr("chaindiff.training.cache.SHARD", 8)
+
+
+def encoder(model: Path, k: int | None = None, fitted: Path | None = None, **options):
+    clip = {"kind": "open_clip", "of": "image", "model": str(model), **options}
+    if k:
+        clip["reduce"] = {"kind": "pca", "k": k}
+    variables = {
+        "image": VariableSpec(kind="image", shape=[3, SIDE, SIDE]),
+        "clip": VariableSpec(kind="vector", shape=[k or 8], encoder=clip),
+    }
+    return build_encoder("clip", variables, fitted)
+
+
+@pytest.fixture
+def cache(tmp_path, model, data) -> EmbeddingCache:
+    return EmbeddingCache(tmp_path, encoder(model), data, SPEC, SIDE)
+
+
+def again(cache: EmbeddingCache) -> EmbeddingCache:
+    return EmbeddingCache(cache.folder.parent, cache.encoder, cache.data, cache.spec, cache.size)
+
+
+def direct(cache: EmbeddingCache, index: int, variant: int) -> torch.Tensor:
+    image = cache.data.images([index], SIDE).float() / 127.5 - 1
+    drawn = augment.draw(cache.spec, [(cache.spec.seed, cache.data.names[index], variant)])
+    with torch.inference_mode():
+        return cache.encoder.features(augment.apply(image, drawn))[0]
+
+
+def test_rows_are_the_features_of_the_augmented_images(cache):
+    assert not cache.complete and len(cache) == 21
+    progress = list(cache.build(batch=3))
+    assert progress[0] == (0, 21) and progress[-1] == (21, 21)
+    assert [done for done, _ in progress] == sorted({done for done, _ in progress})
+    assert cache.complete and again(cache).complete
+    pairs = [(6, 2), (0, 0), (3, 1), (0, 0), (5, 1)]
+    rows = again(cache).rows(*zip(*pairs, strict=True))
+    torch.testing.assert_close(rows, torch.stack([direct(cache, *pair) for pair in pairs]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.cat(list(cache.chunks())), cache.rows(np.repeat(range(7), 3), np.tile(range(3), 7)))
+    assert list(cache.build(batch=3)) == [(21, 21)]
+
+
+def test_without_augmentation_one_variant_stands_for_all(tmp_path, model, data):
+    cache = EmbeddingCache(tmp_path, encoder(model), data, STILL, SIDE)
+    list(cache.build())
+    assert len(cache) == IMAGES
+    rows = cache.rows([2, 2, 2], [0, 1, 2])
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+    torch.testing.assert_close(rows[0], direct(cache, 2, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_build_goes_on(cache):
+    for done, _ in cache.build(batch=4):
+        if done == 12:  # one shard of 8 is written, the second is half done
+            break
+    assert [path.name for path in sorted(cache.folder.iterdir())] == ["000000.safetensors"]
+    first = (cache.folder / "000000.safetensors").stat().st_mtime_ns
+    assert [done for done, _ in again(cache).build(batch=4)] == [8, 12, 16, 20, 21]
+    assert (cache.folder / "000000.safetensors").stat().st_mtime_ns == first
+    assert again(cache).complete
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another's", "missing"])
+def test_a_damaged_shard_is_made_anew(cache, damage):
+    list(cache.build())
+    expected = cache.rows([4], [0]).clone()
+    path = cache.folder / "000001.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.unlink()
+        save_file({"features": torch.zeros(8, 8)}, path, {"key": "another's"})
+    fresh = again(cache)
+    assert not fresh.complete
+    with pytest.raises(UserError) as error:
+        fresh.rows([4], [0])
+    assert "is not complete: shard 1 is missing" in str(error.value)
+    assert "run the same training command again" in str(error.value)
+    assert [done for done, _ in fresh.build()] == [13, 21]
+    assert torch.equal(again(cache).rows([4], [0]), expected)
+
+
+def test_ranks_share_the_shards(cache):
+    assert [list(again(cache).build(8, rank, 2))[-1] for rank in range(2)] == [(13, 13), (8, 8)]
+    assert cache.complete
+
+
+def test_the_key_covers_all_that_the_numbers_depend_on(tmp_path, model, data):
+    def key(spec=SPEC, size=SIDE, over=data, **options) -> str:
+        return EmbeddingCache(tmp_path, encoder(model, **options), over, spec, size).key
+
+    other = open_data(DataSpec(path="emoji64", split="test"))
+    specs = [SPEC.model_copy(update=u) for u in ({"seed": 5}, {"variants": 4}, {"probability": 0.4}, {"colour": 0.1})]
+    assert len({key(), key(size=8), key(over=other), key(STILL), *map(key, specs)}) == 8
+    assert key(k=3) == key() == key(scaling="raw")  # reducing and scaling come after
+
+
+def test_embeddings_that_are_not_finite(cache):
+    cache.encoder.model.visual.proj.data.fill_(float("nan"))
+    with pytest.raises(UserError) as error:
+        list(cache.build())
+    assert "the embedding 'clip' of the image '0.png' is not finite" in str(error.value)
+
+
+def test_nothing_to_cache_without_variants(tmp_path, model, data):
+    with pytest.raises(ValueError, match="nothing to cache"):
+        EmbeddingCache(tmp_path, encoder(model), data, AugmentSpec(probability=0.1), SIDE)
+
+
+# -- fitting
+
+
+def test_fitted_values_have_the_deviation_asked_for(tmp_path, model, cache):
+    list(cache.build())
+    path = tmp_path / "clip.safetensors"
+    fresh = encoder(model, k=3)
+    unfitted = fresh.key
+    fit(fresh, cache, path)
+    everything = torch.cat(list(cache.chunks()))
+    values = fresh.scale(everything)
+    torch.testing.assert_close(values.mean(0), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(values.T @ values / len(values), 0.25 * torch.eye(3), rtol=0, atol=1e-3)
+
+    loaded = encoder(model, k=3, fitted=path)
+    assert loaded.fitted and loaded.key == fresh.key != unfitted
+    assert torch.equal(loaded.scale(everything), values)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["digest"] == loaded.statistics.digest and int(metadata["rows"]) == 21
+    assert 0 < float(metadata["explained"]) < 1
+
+
+def test_statistics_of_another_encoder_are_refused(tmp_path, model, cache):
+    list(cache.build())
+    path = fit(encoder(model, k=3), cache, tmp_path / "clip.safetensors")
+    for options in ({"k": 2}, {"k": 3, "scaling": "raw"}, {}):
+        with pytest.raises(UserError) as error:
+            encoder(model, fitted=path, **options)
+        assert f"{path}: these statistics were not fitted for the encoder of 'clip'" in str(error.value)
+        assert "its model, weights, preprocessing, reducer or scaling differs" in str(error.value)
+
+
+def test_missing_and_broken_statistics(tmp_path, model, cache):
+    list(cache.build())
+    path = tmp_path / "clip.safetensors"
+    with pytest.raises(UserError) as error:
+        encoder(model, k=3, fitted=path)
+    assert f"variable 'clip' needs statistics of its embeddings, and there is no {path}" in str(error.value)
+    assert "training a stage that uses it fits them" in str(error.value)
+    assert encoder(model, scaling="raw", fitted=path).fitted  # needs none
+
+    fit(encoder(model, k=3), cache, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="not a complete file of fitted statistics"):
+        encoder(model, k=3, fitted=path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="the statistics are not those that were written"):
+        encoder(model, k=3, fitted=path)
+
+
+def test_fitting_needs_a_complete_cache(tmp_path, model, cache):
+    with pytest.raises(UserError, match="is not complete: shard 0 is missing"):
+        fit(encoder(model, k=3), cache, tmp_path / "clip.safetensors")

@@ -1,0 +1,320 @@
+"""Data sets: folders, zips, metadata, filters, decoding, and what is said when they are wrong."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chaindiff.data import open_data
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import DataSpec
+
+
+def png(pixels: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", **options)
+    return file.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def write(folder: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def zipped(path: Path, files: dict[str, bytes | str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def lines(*rows: dict) -> str:
+    return "\n".join(json.dumps(row) for row in rows) + "\n"
+
+
+@pytest.fixture
+def files() -> dict[str, bytes | str]:
+    rows = [
+        {"file_name": "a/0.png", "caption": "red cat", "style": "flat", "split": "train", "tags": ["cat", "red"]},
+        {"file_name": "a/1.png", "caption": "dog", "style": "round", "split": "train", "tags": ["dog"]},
+        {"file_name": "b/2.png", "caption": "blue cat", "style": "flat", "split": "test", "tags": ["cat"]},
+    ]
+    images = {row["file_name"]: png(noise(8, 8, seed)) for seed, row in enumerate(rows)}
+    return {**images, "metadata.jsonl": lines(*rows)}
+
+
+def refusal(spec: DataSpec | str | Path, use=len) -> str:
+    """The message that opening (and using) the data ends with."""
+    with pytest.raises(UserError) as error:
+        use(open_data(spec if isinstance(spec, DataSpec) else DataSpec(path=str(spec))))
+    return str(error.value)
+
+
+# -- opening
+
+
+def test_folder_and_zip_agree(tmp_path, files):
+    folder = open_data(DataSpec(path=str(write(tmp_path / "set", files))))
+    archive = open_data(DataSpec(path=str(zipped(tmp_path / "set.zip", files))))
+    for data in (folder, archive):
+        assert data.names == ["a/0.png", "a/1.png", "b/2.png"]
+        assert data.field("caption") == ["red cat", "dog", "blue cat"]
+        assert data.field("tags") == ["cat, red", "dog", "cat"]
+        for index in range(3):
+            np.testing.assert_array_equal(data.images([index], 8)[0].permute(1, 2, 0), noise(8, 8, index))
+    assert archive.description == "set: 3 images at 8 x 8"
+
+
+def test_edm_zip(tmp_path):
+    labels = [["0/b.png", 10], ["0/a.png", 9], ["0/c.png", 10]]
+    files = {name: png(noise(4, 4, cls)) for name, cls in labels}
+    data = open_data(
+        DataSpec(path=str(zipped(tmp_path / "x.zip", {**files, "dataset.json": json.dumps({"labels": labels})})))
+    )
+    assert data.field("label") == ["9", "10", "10"]
+    assert data.categories("label") == (["9", "10"], [0, 1, 1])
+    plain = open_data(DataSpec(path=str(zipped(tmp_path / "y.zip", {**files, "dataset.json": '{"labels": null}'}))))
+    assert plain.fields == []
+
+
+def test_embedded_set_opens_without_torch():
+    code = """
+import sys
+from chaindiff.data import open_data
+from chaindiff.specs.recipe import DataSpec
+data = open_data(DataSpec(path="emoji64"))
+print(len(data), data.resolution, data.categories("style")[0], len(data.digest), "torch" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "5014 64 ['fluent3d', 'fluentflat', 'google', 'twitter'] 64 False"
+
+
+def test_plain_folder_hidden_files_and_order(tmp_path):
+    image = png(noise(4, 4))
+    data = open_data(
+        DataSpec(path=str(write(tmp_path, {"z.PNG": image, "sub/y.png": image, ".x.png": image, "notes.txt": "hello"})))
+    )
+    assert data.names == ["sub/y.png", "z.PNG"]
+
+
+def test_metadata_in_a_subfolder_is_relative_to_it(tmp_path):
+    files = {"train/0.png": png(noise(4, 4)), "train/metadata.jsonl": lines({"file_name": "0.png", "text": "one"})}
+    assert open_data(DataSpec(path=str(write(tmp_path, files)))).field("text") == ["one"]
+
+
+# -- filters
+
+
+def test_split_and_where(tmp_path, files):
+    path = str(write(tmp_path, files))
+    assert open_data(DataSpec(path=path, split="train")).names == ["a/0.png", "a/1.png"]
+    assert open_data(DataSpec(path=path, where={"style": ["round", "flat"]}, split="test")).names == ["b/2.png"]
+    assert open_data(DataSpec(path=path, where={"tags": "cat"})).names == ["a/0.png", "b/2.png"]
+
+
+def test_categories_mean_the_same_in_every_split(tmp_path, files):
+    data = open_data(DataSpec(path=str(write(tmp_path, files)), split="test"))
+    assert data.categories("style") == (["flat", "round"], [0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"where": {"stile": "flat"}}, "no field 'stile'; did you mean 'style'?"),
+        ({"where": {"style": "flatt"}}, "no image has style 'flatt'; did you mean 'flat'?"),
+        ({"split": "validation"}, "no image has split 'validation'; known: test, train"),
+        ({"split": "test", "where": {"style": "round"}}, "no image has split 'test'"),
+        ({"where": {"style": "round", "tags": "red"}}, "no image is left by {'style': 'round', 'tags': 'red'}"),
+    ],
+)
+def test_filter_mistakes(tmp_path, files, options, message):
+    assert message in refusal(DataSpec(path=str(write(tmp_path, files)), **options))
+
+
+def test_unknown_field(tmp_path, files):
+    message = refusal(write(tmp_path, files), lambda data: data.field("captoin"))
+    assert "did you mean 'caption'?" in message and "metadata.jsonl" in message
+
+
+def test_label_needs_one_value(tmp_path, files):
+    message = refusal(write(tmp_path, files), lambda data: data.categories("tags"))
+    assert "a/0.png: needs one value of 'tags' to be a label; it has 2" in message
+
+
+# -- pixels
+
+
+@pytest.mark.parametrize("side, size, kernel", [(32, 8, "BOX"), (30, 8, "BICUBIC"), (8, 12, "BICUBIC")])
+def test_crop_and_resize_as_pil(tmp_path, side, size, kernel):
+    pixels = noise(side, side + 7)
+    data = open_data(DataSpec(path=str(write(tmp_path, {"a.png": png(pixels)}))))
+    middle = Image.fromarray(pixels[:, 3 : 3 + side])
+    expected = np.asarray(middle.resize((size, size), Image.Resampling[kernel]))
+    assert data.resolution == side
+    np.testing.assert_array_equal(data.images([0], size)[0].permute(1, 2, 0), expected)
+
+
+def test_modes_become_rgb(tmp_path):
+    clear = np.zeros((4, 4, 4), np.uint8)
+    half = np.full((4, 4, 4), 128, np.uint8) * np.array([0, 0, 0, 1], np.uint8)
+    grey = noise(4, 4)[..., 0]
+    deep = grey.astype(np.uint16) * 256 + 7
+    files = {"0.png": png(clear), "1.png": png(half), "2.png": png(grey), "3.png": png(deep)}
+    images = open_data(DataSpec(path=str(write(tmp_path, files)))).images(range(4), 4).numpy()
+    assert (images[0] == 255).all()
+    assert (images[1] == 127).all()
+    for image in images[2:]:
+        np.testing.assert_array_equal(image, np.broadcast_to(grey, (3, 4, 4)))
+
+
+def test_photographs_stand_upright(tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image = open_data(DataSpec(path=str(tmp_path))).images([0], 8)[0, 0]
+    assert image[:, 4:].min() > 200 and image[:, :4].max() < 50
+
+
+def test_resolution_is_the_smallest(tmp_path):
+    files = {"a.png": png(noise(9, 20)), "b.png": png(noise(12, 7))}
+    assert open_data(DataSpec(path=str(write(tmp_path, files)))).resolution == 7
+
+
+def test_memory_and_pickle(tmp_path, files):
+    path = zipped(tmp_path / "a.zip", files)
+    data = open_data(DataSpec(path=str(path)))
+    first = data.images([2, 0, 2], 8)
+    again = pickle.loads(pickle.dumps(data))
+    assert again.names == data.names and again.digest == data.digest
+    assert (again.images([2, 0, 2], 8) == first).all()
+    path.unlink()
+    assert (data.images([0, 2], 8) == first[[1, 0]]).all()  # decoded once, kept
+
+
+def test_a_large_set_is_not_kept_in_memory(tmp_path, files, monkeypatch):
+    data = open_data(DataSpec(path=str(zipped(tmp_path / "a.zip", files))))
+    kept = data.images([1, 0], 8)
+    monkeypatch.setattr("chaindiff.data.images.MEMORY_BYTES", 10)
+    fresh = pickle.loads(pickle.dumps(data))
+    assert (fresh.images([1, 0], 8) == kept).all() and fresh.images([], 8).shape == (0, 3, 8, 8)
+    assert not fresh._memory
+
+
+def test_forked_workers_read_the_same_zip():
+    from torch.utils.data import DataLoader, Dataset
+
+    data = open_data(DataSpec(path="emoji64", split="test"))
+    data._decode(0, 8)  # the parent's file is open and somewhere in the middle
+
+    class Rows(Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            return data.images([index], 8)[0]
+
+    import torch
+
+    got = torch.cat(list(DataLoader(Rows(), batch_size=8, num_workers=2, multiprocessing_context="fork")))
+    assert (got == data.images(range(64), 8)).all()
+
+
+def test_digest_follows_content_and_selection(tmp_path, files):
+    digest = {}
+    digest["all"] = open_data(DataSpec(path=str(zipped(tmp_path / "a.zip", files)))).digest
+    digest["copy"] = open_data(DataSpec(path=str(zipped(tmp_path / "b.zip", files)))).digest
+    digest["train"] = open_data(DataSpec(path=str(tmp_path / "a.zip"), split="train")).digest
+    changed = {**files, "a/0.png": png(noise(8, 8, 99))}
+    digest["changed"] = open_data(DataSpec(path=str(zipped(tmp_path / "c.zip", changed)))).digest
+    assert digest["all"] == digest["copy"]
+    assert len({digest["all"], digest["train"], digest["changed"]}) == 3
+
+
+# -- what is wrong
+
+
+def test_missing_path(tmp_path):
+    message = refusal(tmp_path / "nowhere")
+    assert f"no data at {tmp_path / 'nowhere'}" in message
+    assert "a folder of images, a zip of images or an embedded set (emoji64)" in message
+    assert "--set data.path=FOLDER" in message
+
+
+def test_not_a_set(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped(tmp_path / "b.zip", {"0.png": png(noise(64, 64))}).read_bytes()[:500])
+    assert "neither a folder nor a readable zip" in refusal(tmp_path / "a.zip")
+    (tmp_path / "empty").mkdir()
+    assert "no images here" in refusal(tmp_path / "empty")
+
+
+def test_broken_images(tmp_path):
+    whole = png(noise(32, 32))
+    read = lambda data: data.images([0], 32)  # noqa: E731
+    truncated = write(tmp_path / "a", {"x.png": whole[:1000]})
+    message = refusal(truncated, read)
+    assert "x.png: not a readable image: image file is truncated" in message and "replace it, or remove it" in message
+    assert "x.png: not a readable image: the format is unknown" in refusal(write(tmp_path / "b", {"x.png": "?"}), read)
+
+    archive = zipped(tmp_path / "c.zip", {"x.png": whole})
+    content = bytearray(archive.read_bytes())
+    content[400] ^= 255
+    archive.write_bytes(content)
+    assert "c.zip!x.png: cannot be read from the zip: Bad CRC-32" in refusal(archive, read)
+
+
+def test_bombs(tmp_path, monkeypatch):
+    read = lambda data: data.images([0], 8)  # noqa: E731
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x.png", bytes(3 << 20))
+        file.writestr("y/metadata.jsonl", "")
+    monkeypatch.setattr("chaindiff.data.sources.IMAGE_BYTES", 2 << 20)
+    assert "x.png: refused: 3 MiB once unpacked; the limit is 2 MiB" in refusal(archive, read)
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert "refused: 40 x 40 pixels" in refusal(write(tmp_path / "b", {"x.png": png(noise(40, 40))}), read)
+    assert "not a readable image: Image size (10000 pixels) exceeds limit" in refusal(
+        write(tmp_path / "c", {"x.png": png(noise(100, 100))}), read
+    )
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/x.png", "a/../../x.png", "..\\x.png", "C:/x.png"])
+def test_names_that_point_outside(tmp_path, name):
+    assert "a name that points outside of it; refused" in refusal(zipped(tmp_path / "a.zip", {name: png(noise(4, 4))}))
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ("{\n", "metadata.jsonl:1: not valid JSON"),
+        ('{"file_name": "0.png"}\n\n[1]\n', "metadata.jsonl:3: each line must be a JSON object with a `file_name`"),
+        (lines({"file_name": "O.png"}), "the metadata names 'O.png', which is not there; did you mean '0.png'?"),
+        (lines({"file_name": "../0.png"}), "the metadata names '../0.png', which is not there"),
+        (lines({"file_name": "0.png", "a": 1}, {"file_name": "0.png", "a": 2}), "a second row for '0.png'"),
+        (b"\xff\xfe", "metadata.jsonl: not UTF-8 text"),
+    ],
+)
+def test_wrong_metadata(tmp_path, metadata, message):
+    assert message in refusal(write(tmp_path, {"0.png": png(noise(4, 4)), "metadata.jsonl": metadata}))
+
+
+@pytest.mark.parametrize("labels", ['{"labels": [["0.png"]]}', '{"labels": [["0.png", [0, 1]]]}'])
+def test_wrong_labels(tmp_path, labels):
+    message = refusal(write(tmp_path, {"0.png": png(noise(4, 4)), "dataset.json": labels}))
+    assert "dataset.json: expected {'labels': [[file, class], ...]} with whole-number classes" in message
