@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +59,19 @@ class Assembly:
 
     @cached_property
     def data(self) -> ImageData:
-        return open_data(self.recipe.data)
+        with self.located():
+            return open_data(self.recipe.data)
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Errors that name a field of the recipe get the file and line where it was said."""
+        try:
+            yield
+        except UserError as error:
+            field = error.where or ""
+            if field.split(".")[0] in type(self.recipe).model_fields:
+                raise UserError(f"{field}: {error.message}", self.loaded.where(field), error.hint) from error
+            raise
 
     @property
     def root(self) -> Variable:
@@ -77,7 +91,7 @@ class Assembly:
         (size,) = self.variables[name].shape
         if len(names) != size:
             raise UserError(
-                f"label '{name}' has shape [{size}], but the field '{self.column(name)}' of the data has {len(names)} values",
+                f"label '{name}' has shape [{size}], but the field '{self.column(name)}' has {len(names)} values",
                 self.loaded.where(f"variables.{name}.shape"),
             )
         return names
@@ -85,8 +99,7 @@ class Assembly:
     # ------------------------------------------------------------ stages
 
     def links(self, name: str) -> list[tuple[Variable, LinkSpec]]:
-        specs = [g if isinstance(g, LinkSpec) else LinkSpec(variable=g) for g in self.recipe.stages[name].given]
-        return [(self.variables[spec.variable], spec) for spec in specs]
+        return [(self.variables[spec.variable], spec) for spec in self.recipe.stages[name].given]
 
     def generates(self, name: str) -> Variable:
         return self.variables[(self.recipe.stages[name].generates or [name])[0]]
@@ -174,8 +187,6 @@ class Assembly:
 
     def check_links(self, name: str, path: Path, kept: dict[str, str]) -> None:
         """Compare the meaning of every variable with the one that the weights were trained on, before they load."""
-        import json
-
         trained = json.loads(kept.get("variables", "{}"))
         if not trained:
             raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
@@ -201,7 +212,8 @@ class Assembly:
 
     def encoder(self, name: str) -> Encoder:
         """An encoder, ready to use. Raises UserError if its statistics were not fitted yet."""
-        return build_encoder(name, self.recipe.variables, self.fitted_path(name))
+        with self.located():
+            return build_encoder(name, self.recipe.variables, self.fitted_path(name))
 
     @property
     def encoded(self) -> list[str]:
@@ -265,8 +277,6 @@ class Assembly:
 
     def _check_fitted(self, weights: dict[str, Path]) -> None:
         """Two stages on one link must have been trained with the same fitted statistics."""
-        import json
-
         seen: dict[str, tuple[str, str]] = {}
         for stage, path in weights.items():
             for variable, entry in json.loads(checkpoint.metadata(path).get("variables", "{}")).items():

@@ -42,7 +42,7 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
         )
     lock = sampled.lock
     provenance = {
-        "Weights (sha256)": {name: digest for name, digest in lock["weights"].items()},
+        "Weights (sha256)": lock["weights"],
         "Given (sha256)": lock["given"],
         "Sampling": {
             "seed": recipe.sample.seed,

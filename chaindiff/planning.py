@@ -109,7 +109,7 @@ class ChainPlan:
         return "  " + " -> ".join(parts)
 
     def drawing(self) -> tuple[list[Box], list[Arrow]]:
-        """Boxes and arrows of the chain: variables, the stages and sources that make them, encoders as dashed arrows."""
+        """Boxes and arrows: variables, the stages and sources that make them, and encoders as dashed arrows."""
         known = {v for step in self.plan.steps for v in step.outputs} | set(self.plan.given)
         parts = [(p.name, p.kind, p.outputs, p.inputs) for p in self.chain.producers]
         shown = {v for _, kind, outputs, inputs in parts if kind != "encoder" for v in (*outputs, *inputs)} | known

@@ -17,7 +17,7 @@ class Bar:
     def __init__(self, title: str, total: int, done: int = 0):
         self.title, self.total = title, total
         self.console = get_console()
-        self._next = time.monotonic() + EVERY
+        self._next, self._text = time.monotonic() + EVERY, ""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,9 +40,9 @@ class Bar:
         self._progress.stop()
 
     def update(self, done: int, text: str | None = None) -> None:
-        fields = {} if text is None else {"text": text}
-        self._progress.update(self._task, completed=done, **fields)
+        self._text = self._text if text is None else text
+        self._progress.update(self._task, completed=done, text=self._text)
         if not self.console.is_terminal and (time.monotonic() >= self._next or done >= self.total):
             self._next = time.monotonic() + EVERY
-            words = f"{self.title}: {done:,} of {self.total:,}" + (f"; {text}" if text else "")
+            words = f"{self.title}: {done:,} of {self.total:,}" + (f"; {self._text}" if self._text else "")
             self.console.print(words, highlight=False, markup=False, soft_wrap=True)

@@ -233,7 +233,7 @@ def explain_missing_data(assembly: Assembly) -> None:
         begin = f"--set stages.{image_stages[-1]}.init=WEIGHTS.safetensors" if image_stages else ""
         raise UserError(
             error.message,
-            error.where or assembly.loaded.where("data.path"),
+            error.where,
             f"{error.hint or ''}\n  {recipe.name} has no shipped weights, so it trains on its own images first. You can"
             f"\n    train on any folder of images:   chaindiff run {recipe.name} --set data.path=FOLDER"
             f"\n    begin from EDM weights:          add {begin}"

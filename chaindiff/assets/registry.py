@@ -1,7 +1,12 @@
-"""Where weights are: shipped files first, then those of runs. A file is found by what it is, not by what it is called."""
+"""Shipped weights, found by what they are and not by what they are called.
+
+`python -m chaindiff.assets.registry RUN` ships the finished stages and fitted encoders of a run, in half precision.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -15,3 +20,27 @@ def file_name(name: str, identity: str) -> str:
 def shipped(identity: str) -> Path | None:
     """The shipped file of this identity, whatever its stage is called."""
     return next(iter(sorted(SHIPPED.glob(f"*-{identity}.safetensors"))), None)
+
+
+def ship(run: Path) -> list[Path]:
+    """Copy a run's finished weights into the package; statistics of encoders stay in full precision."""
+    import torch
+
+    from chaindiff.training import checkpoint
+
+    written = []
+    for path in sorted(run.glob("stages/*/weights.safetensors")):
+        tensors, metadata = checkpoint.load(path)
+        halves = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
+        written.append(SHIPPED / file_name(path.parent.name, metadata["identity"]))
+        checkpoint.save(written[-1], halves, metadata)
+    for path in sorted(run.glob("encoders/*.safetensors")):
+        if re.fullmatch(r"\w+-[0-9a-f]{16}\.safetensors", path.name):
+            written.append(SHIPPED / path.name)
+            checkpoint.save(written[-1], *checkpoint.load(path))
+    return written
+
+
+if __name__ == "__main__":
+    for shipped_file in ship(Path(sys.argv[1])):
+        print(f"{shipped_file.name}: {shipped_file.stat().st_size / 1e6:.2f} MB")

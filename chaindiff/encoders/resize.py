@@ -51,7 +51,8 @@ class Resize(Encoder):
                 f"variables.{name}.shape",
                 "both are square images [channels, side, side] with as many channels",
             )
-        self.name, self.of, self.filter, self.source, self.shape = name, spec.of, spec.filter, source, shape
+        self.name, self.of, self.source, self.shape = name, spec.of, source, shape
+        self.filter: Filter = spec.filter
 
     def features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c side side"]:
         return resize(x, self.shape[-1], self.filter)

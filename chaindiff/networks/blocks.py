@@ -96,7 +96,7 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with min(32, channels // 4) groups (EDM's rule), or the next fewer that divide the channels."""
+    """Group normalisation with min(32, channels // 4) groups (EDM's rule), or the next fewer that divides them."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__()

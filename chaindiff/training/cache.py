@@ -19,6 +19,8 @@ from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import AugmentSpec
 from chaindiff.training import checkpoint
 
+Numbers = Sequence[int] | np.ndarray
+
 SHARD = 4096  # rows of a file: what an interruption can cost
 
 
@@ -73,9 +75,7 @@ class EmbeddingCache:
                     checkpoint.save(self._path(shard), {"features": torch.cat(parts)}, metadata)
                 yield done, total
 
-    def rows(
-        self, indices: Sequence[int] | np.ndarray, variants: Sequence[int] | np.ndarray
-    ) -> Float[Tensor, "n width"]:
+    def rows(self, indices: Numbers, variants: Numbers) -> Float[Tensor, "n width"]:
         """Features of these variants of these images. Raises UserError if they are not built."""
         wanted = np.asarray(indices, np.int64) * self.variants + np.asarray(variants, np.int64) % self.variants
         out = torch.empty(len(wanted), self.width)

@@ -103,7 +103,8 @@ def prepare(assembly: Assembly, name: str) -> Batches:
             continue
         queue.append(encoder_spec.of)
         path = assembly.fitted_path(variable)
-        encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
+        with assembly.located():
+            encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
         if encoder.cached and isinstance(encoder, OpenClip):
             features = embed(assembly, encoder, name)
             if not encoder.fitted:
