@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from chaindiff.pictures import grid, save_png, to_image
 from chaindiff.training import checkpoint
@@ -87,4 +87,5 @@ class Samples:
 def read_image(path: Path) -> Tensor:
     """An image file as [channels, height, width] in [-1, 1]."""
     with Image.open(path) as image:
-        return pil_to_tensor(image).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1

@@ -48,9 +48,8 @@ def plan(
     picture: Path | None = None,
 ) -> ChainPlan:
     """Check a request, and print what it would run and what that costs; needs no weights, data or memory."""
-    recipe = loaded.recipe
-    given = {**recipe.sample.given, **(given or {})}
-    found = Assembly(loaded).skeleton().plan(want or recipe.sample.want or None, tuple(given))
+    asked = loaded.recipe.sample
+    found = Assembly(loaded).skeleton().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
     say(str(found))
     if picture is not None:
         draw(found, picture)
@@ -109,23 +108,22 @@ def sample(
     given: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """Sample with the weights that are there."""
-    options = {"count": count, "seed": seed, "batch": batch, "want": want}
+    options = {"count": count, "seed": seed, "batch": batch, "want": want, "given": given}
     changes = {key: value for key, value in options.items() if value is not None}
-    sampled = sample_chain(Assembly(loaded.override({"sample": changes}), out), given)
+    sampled = sample_chain(Assembly(loaded.override({"sample": changes}), out))
     say(f"{sampled.samples.count} samples in {sampled.samples.folder}")
     return sampled
 
 
-def sample_chain(assembly: Assembly, given: Mapping[str, Any] | None = None) -> Sampled:
+def sample_chain(assembly: Assembly) -> Sampled:
     """Make the samples that are missing from a run; those of other settings or weights are made anew."""
     asked, out = assembly.recipe.sample, assembly.out
-    given = {**asked.given, **(given or {})}
-    found = assembly.skeleton().plan(asked.want or None, tuple(given))
+    found = assembly.skeleton().plan(asked.want or None, tuple(asked.given))
     chain = assembly.chain(set(found.running))
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
     keep = list(dict.fromkeys([*made, *asked.want]))
     samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, asked.batch)
-    values = read_given(assembly, given)
+    values = read_given(assembly, asked.given)
     lock = lock_of(assembly, found, chain.weights, values)
     if (out / LOCK).exists() and load_recipe(out).lock.get("samples") != lock["samples"]:
         if samples.folder.exists():
@@ -199,9 +197,9 @@ def run(
         out = out or default_out(loaded.recipe)
         banner = "SMOKE RUN: tiny networks, a few training steps, the embedded images. Not results."
         say(banner)
-    assembly = Assembly(loaded, out)
-    asked = {**loaded.recipe.sample.given, **(given or {})}
-    found = assembly.skeleton().plan(loaded.recipe.sample.want or None, tuple(asked))
+    loaded = loaded.override({"sample": {"given": given or {}}})
+    assembly, asked = Assembly(loaded, out), loaded.recipe.sample
+    found = assembly.skeleton().plan(asked.want or None, tuple(asked.given))
     for name in found.running:
         weights = assembly.find_weights(name)
         if weights is None and not assembly.recipe.stages[name].weights:
@@ -209,7 +207,7 @@ def run(
             train_stage(assembly, name)
         elif weights is not None:
             say(f"stage {name}: weights {weights}")
-    sampled = sample_chain(assembly, given)
+    sampled = sample_chain(assembly)
     page = assembly.out / "report.html"
     if not sampled.seconds and page.exists():
         say(f"nothing to do: {assembly.out} is complete (delete {sampled.samples.folder} to sample again)")

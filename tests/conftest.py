@@ -11,7 +11,8 @@ from jaxtyping import install_import_hook
 
 # Functions of these packages whose annotations carry shapes are checked at every call (edm, networks, data, ...).
 HOOK = install_import_hook(
-    ["chaindiff.edm", "chaindiff.networks", "chaindiff.data", "chaindiff.pictures"], "checker.check"
+    [f"chaindiff.{part}" for part in ("edm", "networks", "data", "pictures", "encoders", "stage", "training")],
+    "checker.check",
 )
 
 import pytest  # noqa: E402

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from chaindiff.specs.recipe import AugmentSpec
 from chaindiff.variables import Variable
 
 
+@runtime_checkable
 class Features(Protocol):
     """An encoder's features of the training data: rows by image and augmented variant."""
 
