@@ -163,16 +163,17 @@ class Assembly:
         if own.exists() and checkpoint.metadata(own).get("identity") == identity:
             return own
         beside = sorted(self.out.parent.glob("*/stages/*/weights.safetensors"))
-        found = (path for path in beside if checkpoint.metadata(path).get("identity") == identity)
+        found = (path for path in beside if identity_of(path) == identity)
         return registry.shipped(identity) or next(found, None)
 
     def unfinished(self, name: str) -> bool:
-        """Whether this run has begun to train the stage, and was stopped."""
-        state = self.folder(name) / "state.safetensors"
+        """Whether this run has begun to train the stage, and was stopped before it wrote the weights."""
+        state, weights = (self.folder(name) / f"{what}.safetensors" for what in ("state", "weights"))
         if not state.exists():
             return False
         kept = checkpoint.metadata(state)
-        return int(kept.get("images", 0)) < int(kept.get("total", 0))
+        written = checkpoint.metadata(weights).get("images") if weights.exists() else None
+        return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
 
     def load(self, name: str, path: Path) -> Stage:
         """A stage with these weights. Raises UserError if the file belongs to another stage or other variables."""
@@ -286,6 +287,14 @@ class Assembly:
                         f"stages '{other}' and '{stage}' were trained on different fits of '{variable}'",
                         hint="their reducer or standardisation differs; train one of them again",
                     )
+
+
+def identity_of(path: Path) -> str | None:
+    """The identity of the stage in a file of another run; a damaged one is nobody's, and no error of this run."""
+    try:
+        return checkpoint.metadata(path).get("identity")
+    except UserError:
+        return None
 
 
 def assemble(loaded: Loaded, out: Path | None = None) -> Assembly:

@@ -29,13 +29,24 @@ def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Tensor
     """
     values = {}
     for name, value in given.items():
-        if name not in assembly.variables:
-            raise UserError(f"--given {name}: no such variable{did_you_mean(name, assembly.variables)}")
-        values[name] = _read(assembly, assembly.variables[name], value)
+        values[name] = _read(assembly, _variable(assembly, name), value)
     return values
 
 
-def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
+def check_given(assembly: Assembly, given: Mapping[str, Any]) -> None:
+    """What can be told before the encoders are fitted: raises UserError for unknown variables, classes and files."""
+    for name, value in given.items():
+        _checked(assembly, _variable(assembly, name), value)
+
+
+def _variable(assembly: Assembly, name: str) -> Variable:
+    if name not in assembly.variables:
+        raise UserError(f"--given {name}: no such variable{did_you_mean(name, assembly.variables)}")
+    return assembly.variables[name]
+
+
+def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Path:
+    """A class as a tensor, or the path of what is to be read."""
     where = f"--given {variable.name}"
     if isinstance(value, Tensor):
         return value
@@ -48,6 +59,13 @@ def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
             where,
             f"give {variable} as an image, a folder of images, or numbers in a .safetensors or .npy file",
         )
+    return path
+
+
+def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
+    where, path = f"--given {variable.name}", _checked(assembly, variable, value)
+    if isinstance(path, Tensor):
+        return path
     if path.is_dir() or path.suffix.lower() in IMAGES:
         return _encode(assembly, variable, path, where)
     tensor = _numbers(path, variable, where)

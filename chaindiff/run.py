@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chaindiff.assemble import Assembly, default_out
 from chaindiff.drawing import chain_png
-from chaindiff.given import read_given
+from chaindiff.given import check_given, read_given
 from chaindiff.outputs import Samples
 from chaindiff.page import write_run_report
 from chaindiff.planning import ChainPlan
@@ -73,11 +73,17 @@ def draw(found: ChainPlan, path: Path) -> None:
 def train(
     loaded: Loaded, stage: str | None = None, more: int = 0, out: Path | None = None, fresh: bool = False
 ) -> None:
-    """Train one stage, or all in order; with `more`, go on from the run's or the shipped weights."""
+    """Train one stage, or all in order; with `more`, go on from the run's or the shipped weights.
+
+    Training that was stopped goes on in every case; `fresh` begins anew where it had ended.
+    """
     assembly = Assembly(loaded, out)
     for name in [stage] if stage else list(loaded.recipe.stages):
+        unfinished = assembly.unfinished(name)
+        if fresh and not unfinished:
+            (assembly.folder(name) / "state.safetensors").unlink(missing_ok=True)
         weights = None if fresh else assembly.find_weights(name)
-        if weights is not None and weights.exists() and not more and not assembly.unfinished(name):
+        if weights is not None and weights.exists() and not more and not unfinished:
             say(f"stage {name} has weights: {weights} (--more IMAGES goes on from them, --fresh trains anew)")
         else:
             train_stage(assembly, name, start=weights, more=more)
@@ -204,6 +210,7 @@ def run(
         weights = assembly.find_weights(name)
         if weights is None and not assembly.recipe.stages[name].weights:
             explain_missing_data(assembly)
+            check_given(assembly, asked.given)  # a mistyped class must not wait for the training
             train_stage(assembly, name)
         elif weights is not None:
             say(f"stage {name}: weights {weights}")

@@ -57,7 +57,7 @@ class Stage(nn.Module):
                 image_channels=self.conditioner.image_channels,
                 context=self.conditioner.context,
             )
-        self.network = network
+        self.network: nn.Module = network
         self.precondition = PRECONDITIONINGS[precondition](generates.sigma_data)
         self.noise = noise or NoiseSpec()
         self.sampler = sampler or SamplerSpec()
@@ -67,11 +67,11 @@ class Stage(nn.Module):
 
     def denoise(
         self,
-        x: Float[Tensor, batch * shape],
+        x: Float[Tensor, "batch *shape"],
         sigma: Float[Tensor, " batch"],
         condition: Condition,
         augment_labels: Tensor | None = None,
-    ) -> Float[Tensor, batch * shape]:
+    ) -> Float[Tensor, "batch *shape"]:
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, eq. 7); the network alone runs in bf16."""
         c = self.precondition(sigma)
         inputs = expand(c.input, x) * x
@@ -186,7 +186,8 @@ class BoundStage:
             value.repeat(terms, *[1] * (value.ndim - 1)), levels.repeat(terms), self._fit(batch * terms)
         )
         if terms > 1:
-            clean = sum(w * part for w, part in zip(self.weights, clean.chunk(terms), strict=True))
+            weights = clean.new_tensor(self.weights).reshape(-1, *[1] * value.ndim)
+            clean = (weights * clean.unflatten(0, (terms, batch))).sum(0)
         return Prediction({name: clean})
 
     def _fit(self, batch: int) -> Condition:

@@ -35,7 +35,7 @@ class ExactNetwork(nn.Module):
         self.weight = nn.Parameter(torch.from_numpy(WEIGHT[name]))
         self.variance = VARIANCE[name]
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:  # noqa: ANN001
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:
         spread = 0.5
         sigma = (noise_labels * 4).exp()[:, None]
         noisy = x * (sigma**2 + spread**2).sqrt()
@@ -45,7 +45,7 @@ class ExactNetwork(nn.Module):
         return (exact - skip * noisy) / (sigma * spread / (sigma**2 + spread**2).sqrt())
 
 
-def gaussian_chain(**sampler) -> Chain:  # noqa: ANN003
+def gaussian_chain(**sampler) -> Chain:
     settings = SamplerSpec(steps=40, **sampler)
     stages = [
         Stage(v, given=[VARIABLES[p] for p in PARENTS[n]], network=ExactNetwork(n), sampler=settings).double()
@@ -75,7 +75,7 @@ REQUESTS = [(want, given) for want in SUBSETS for given in SUBSETS if want and n
 
 
 @pytest.mark.parametrize(("want", "given"), REQUESTS, ids=lambda names: "".join(names) or "-")
-def test_accepted_requests_have_the_exact_conditional_and_others_are_refused(want, given) -> None:  # noqa: ANN001
+def test_accepted_requests_have_the_exact_conditional_and_others_are_refused(want, given) -> None:
     """Against the closed form: mean within 5 standard errors, covariance within 4% of the larger deviation product."""
     count = 4000
     point = {n: torch.tensor([[0.4, -0.7]], dtype=torch.float64) * (1 + "abc".index(n)) for n in given}
@@ -124,7 +124,9 @@ def small_chain() -> Chain:
     churned = SamplerSpec(steps=4, churn=ChurnSpec(amount=2))
     stages = [
         Stage(clip, network=prior, sampler=churned, precondition="x0"),
-        Stage(image, given=[(clip, LinkSpec(variable="clip", noise=0.5, sample_noise=0.2))], network=unet, sampler=churned),
+        Stage(
+            image, given=[(clip, LinkSpec(variable="clip", noise=0.5, sample_noise=0.2))], network=unet, sampler=churned
+        ),
     ]
     for stage in stages:
         for parameter in stage.parameters():  # zero-initialised outputs would hide the conditions

@@ -44,9 +44,7 @@ def test_network_equals_the_reference(arch: str) -> None:
     network, tensors = reference_unet(f"{arch}_tiny", arch)
     network.double().load_state_dict({k: v.double() for k, v in part(tensors, "state.").items()})
     inputs = part(tensors, "in.")
-    out = network.eval()(
-        inputs["x"], inputs["noise_labels"], inputs.get("class_labels"), inputs.get("augment_labels")
-    )
+    out = network.eval()(inputs["x"], inputs["noise_labels"], inputs.get("class_labels"), inputs.get("augment_labels"))
     error = (out - tensors["out.y"]).norm() / tensors["out.y"].norm()
     assert error < 1e-5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 import pytest
@@ -48,9 +49,7 @@ class Gaussians:
 
 
 def last(states):
-    for state in states:
-        pass
-    return state
+    return deque(states, maxlen=1).pop()
 
 
 @pytest.mark.parametrize(
@@ -117,12 +116,12 @@ def test_landing_variable_keeps_its_euler_step_while_others_are_corrected() -> N
 def test_churn_leaves_the_distribution_as_it_is() -> None:
     """With the exact denoiser of N(0, 0.5^2) and S_noise 1, stochastic sampling ends with that variance."""
     noise = generator(0, "churn")
-    shape = (200_000,)
-    grid = karras_sigmas(48, 0.002, 80, 7)
+    shape = (50_000,)
+    grid = karras_sigmas(256, 0.002, 80, 7)
     start = {"x": torch.from_numpy(noise.standard_normal(shape)) * 80}
     draw = lambda v, k: torch.from_numpy(noise.standard_normal(shape))  # noqa: E731
     out = last(solve(Gaussians(x=0.5), start, together({"x": grid}), churn=Churn(30), noise=draw))["x"]
-    assert out.std().item() == pytest.approx(0.5, rel=0.01)
+    assert out.std().item() == pytest.approx(0.5, rel=0.02)
     assert out.mean().item() == pytest.approx(0, abs=0.01)
 
 

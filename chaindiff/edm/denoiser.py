@@ -26,8 +26,10 @@ class Prediction:
 class Denoiser(Protocol):
     """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditions are bound beforehand."""
 
-    sigma_min: float
-    sigma_max: float
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
 
     def __call__(self, x: State, sigma: Levels) -> Prediction: ...
 

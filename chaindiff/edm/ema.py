@@ -31,7 +31,7 @@ class Ema(Generic[Module]):
     @torch.no_grad()
     def update(self, source: nn.Module, batch: int, images: float) -> None:
         keep = ema_decay(batch, images, self.half_life, self.rampup)
-        averaged, current = list(self.model.parameters()), list(source.parameters())
-        torch._foreach_lerp_(averaged, [p.detach() for p in current], 1 - keep)
+        for mine, theirs in zip(self.model.parameters(), source.parameters(), strict=True):
+            mine.lerp_(theirs, 1 - keep)
         for mine, theirs in zip(self.model.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)

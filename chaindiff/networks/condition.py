@@ -6,15 +6,15 @@ Ho et al. 2022, Saharia et al. 2022).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chaindiff.edm.denoiser import expand
 from chaindiff.edm.precondition import noise_label
 from chaindiff.specs.recipe import LinkSpec
 from chaindiff.variables import Variable
@@ -87,7 +87,7 @@ class Link(nn.Module):
         sigma = like.new_zeros(batch) if given.sigma is None else given.sigma.to(like)
         if self.tells_level and given.noise is not None and given.value is not None:
             # Noise is added to what the consumer receives, then the variance is brought back to the data's.
-            level = expand(sigma, value)
+            level = sigma.reshape(-1, *[1] * (value.ndim - 1))
             spread = self.variable.sigma_data
             value = (value + level * given.noise.to(like)) * (spread / (level**2 + spread**2).sqrt())
         value = torch.where(present.reshape(-1, *[1] * len(self.received)), value, null.to(like.dtype))
@@ -118,15 +118,15 @@ class Conditioner(nn.Module):
         shapes = [link.received for link in self if link.variable.kind == "tokens"]
         return (sum(s[0] for s in shapes), max(s[1] for s in shapes)) if shapes else None
 
-    def __iter__(self):
-        return iter(self.links.values())
+    def __iter__(self) -> Iterator[Link]:
+        return iter(cast("Iterable[Link]", self.links.values()))
 
     def forward(self, given: Mapping[str, Given], batch: int, like: Tensor) -> Condition:
         labels: list[Tensor] = []
         images: list[Tensor] = []
         context: list[Tensor] = []
-        for name, link in self.links.items():
-            value, told = link(given[name], batch, like)
+        for link in self:
+            value, told = link(given[link.variable.name], batch, like)
             kind = {"image": images, "tokens": context}.get(link.variable.kind, labels)
             kind.append(value)
             if told is not None:

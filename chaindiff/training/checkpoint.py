@@ -37,6 +37,12 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
         ) from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes that were killed while they wrote have left: a file as large as a checkpoint each."""
+    for path in folder.glob(".*.safetensors.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises UserError if it is missing, cut short or something else."""
     try:

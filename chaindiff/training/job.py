@@ -42,7 +42,7 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     if state.exists():
         kept = checkpoint.metadata(state)
         images, total = int(kept.get("images", 0)), int(kept.get("total", total))
-        if more and images >= total:
+        if more and not assembly.unfinished(name):
             total = images + more
     elif more and start is not None:
         tensors, kept = checkpoint.load(start)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from chaindiff.edm.ema import Ema
 from chaindiff.edm.random import Draws, seed
 from chaindiff.specs.errors import UserError
+from chaindiff.specs.files import write_whole
 from chaindiff.specs.recipe import OptimizerSpec, TrainSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
@@ -91,7 +92,7 @@ class Metrics:
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["images"] <= images]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images)
 
     def write(self, images: int, **values: float) -> None:
@@ -148,7 +149,10 @@ def train(
     if compiles(spec, total - images):
         stage.network.compile()
     model, optimizer = accelerator.prepare(stage, optimizer)
-    metrics = Metrics(folder, images) if accelerator.is_main_process else None
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = Metrics(folder, images)
+        checkpoint.remove_leftovers(folder)
     parameters = list(stage.parameters())
 
     def save_state() -> None:
@@ -178,21 +182,19 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         before, images, steps = images, images + spec.batch, steps + 1
         ema.update(stage, spec.batch, images)
+        crossed = [n and images // n > before // n for n in (spec.checkpoint_every, spec.preview_every)]
+        logs, saves = steps % spec.log_every == 0 or images >= total, crossed[0] or images >= total
+        if logs or saves:
+            refuse_divergence(stage, float(running), images)
         mean = None
-        if steps % spec.log_every == 0 or images >= total:
+        if logs:
             mean = float(running) / (steps % spec.log_every or spec.log_every)
             running.zero_()
-            if not math.isfinite(mean):
-                raise UserError(
-                    f"the loss of stage '{stage.name}' is {mean} after {images} images",
-                    hint="lower train.optimizer.lr or lengthen its warmup; the last checkpoint is kept",
-                )
             speed = (images - last) / (time.perf_counter() - began)
             began, last = time.perf_counter(), images
             if metrics:
                 metrics.write(images, loss=mean, lr=rate, images_per_second=speed)
-        crossed = [n and images // n > before // n for n in (spec.checkpoint_every, spec.preview_every)]
-        if crossed[0] or images >= total:
+        if saves:
             save_state()
         yield Progress(images, total, speed, mean, ema.model if crossed[1] else None)
     if metrics:
@@ -200,6 +202,19 @@ def train(
     if accelerator.is_main_process:
         checkpoint.save(folder / "weights.safetensors", ema.model.state_dict(), {**metadata, "images": str(images)})
     accelerator.wait_for_everyone()
+
+
+def refuse_divergence(stage: Stage, loss: float, images: int) -> None:
+    """Raises UserError if the loss is not finite, or the weights are not (infinite gradients of a finite loss)."""
+    found = f"loss of stage '{stage.name}' is {loss}"
+    if math.isfinite(loss):
+        if all(bool(parameter.isfinite().all()) for parameter in stage.parameters()):
+            return
+        found = f"weights of stage '{stage.name}' are not finite"
+    raise UserError(
+        f"the {found} after {images} images",
+        hint="lower train.optimizer.lr or lengthen its warmup; the last checkpoint is kept",
+    )
 
 
 def compiles(spec: TrainSpec, images: int) -> bool:

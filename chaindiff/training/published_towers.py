@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  (loaded lazily)
 
 SIZE, DIM, CONTEXT = 96, 128, 32
 PIECES, LAYERS = 8000, (0, 2, 5)  # kept of MiniLM's 30522 and six, so that all weights take less than 25 MB
