@@ -166,6 +166,24 @@ class Assembly:
         found = (path for path in beside if identity_of(path) == identity)
         return registry.shipped(identity) or next(found, None)
 
+    def weights(self, name: str) -> Path:
+        """The weights of a stage. Raises UserError if there are none, or those of another stage or other variables."""
+        path = self.find_weights(name)
+        if path is None:
+            raise UserError(
+                f"stage '{name}' has no weights yet",
+                self.loaded.where(f"stages.{name}"),
+                f"train it: chaindiff train {self.recipe.name} --stage {name}",
+            )
+        if not path.exists():
+            raise UserError(
+                f"stage '{name}': there is no weights file {path}",
+                self.loaded.where(f"stages.{name}.weights"),
+                "correct the path, or leave it out: the stage's own weights are found, or trained",
+            )
+        self.check_links(name, path, checkpoint.metadata(path))
+        return path
+
     def unfinished(self, name: str) -> bool:
         """Whether this run has begun to train the stage, and was stopped before it wrote the weights."""
         state, weights = (self.folder(name) / f"{what}.safetensors" for what in ("state", "weights"))
@@ -176,9 +194,7 @@ class Assembly:
         return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
 
     def load(self, name: str, path: Path) -> Stage:
-        """A stage with these weights. Raises UserError if the file belongs to another stage or other variables."""
-        kept = checkpoint.metadata(path)
-        self.check_links(name, path, kept)
+        """A stage with these weights. Raises UserError if their names or shapes are others."""
         with torch.device("meta"):
             stage = self.build(name)
         stage.to_empty(device="cpu")
@@ -264,15 +280,8 @@ class Assembly:
                 with torch.device("meta"):
                     stages.append(self.build(name))
                 continue
-            path = self.find_weights(name)
-            if path is None or not path.exists():
-                raise UserError(
-                    f"stage '{name}' has no weights yet" + (f": there is no {path}" if path else ""),
-                    self.loaded.where(f"stages.{name}"),
-                    f"train it: chaindiff train {self.recipe.name} --stage {name}",
-                )
-            stages.append(self.load(name, path))
-            weights[name] = path
+            weights[name] = self.weights(name)
+            stages.append(self.load(name, weights[name]))
         self._check_fitted(weights)
         return self._chain(stages, weights, meta=False)
 

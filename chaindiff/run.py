@@ -171,7 +171,7 @@ def lock_of(
         "samplers": {n: recipe.stages[n].sample.model_dump() for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.links(n)] for n in found.running},
         "given": {n: hashlib.sha256(v.numpy().tobytes()).hexdigest() for n, v in values.items()},
-        "sample": asked.model_dump(exclude={"execution"}),
+        "sample": asked.model_dump(exclude={"execution", "given"}),
         "execution": execution,
     }
     return {
@@ -206,14 +206,15 @@ def run(
     loaded = loaded.override({"sample": {"given": given or {}}})
     assembly, asked = Assembly(loaded, out), loaded.recipe.sample
     found = assembly.skeleton().plan(asked.want or None, tuple(asked.given))
+    untrained = [name for name in found.running if assembly.find_weights(name) is None]
     for name in found.running:
-        weights = assembly.find_weights(name)
-        if weights is None and not assembly.recipe.stages[name].weights:
-            explain_missing_data(assembly)
-            check_given(assembly, asked.given)  # a mistyped class must not wait for the training
-            train_stage(assembly, name)
-        elif weights is not None:
-            say(f"stage {name}: weights {weights}")
+        if name not in untrained:
+            say(f"stage {name}: weights {assembly.weights(name)}")
+    if untrained:  # wrong weights or a mistyped class must not wait for the training
+        explain_missing_data(assembly)
+        check_given(assembly, asked.given)
+    for name in untrained:
+        train_stage(assembly, name)
     sampled = sample_chain(assembly)
     page = assembly.out / "report.html"
     if not sampled.seconds and page.exists():
