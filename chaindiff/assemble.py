@@ -173,7 +173,7 @@ class Assembly:
             raise UserError(
                 f"stage '{name}' has no weights yet",
                 self.loaded.where(f"stages.{name}"),
-                f"train it: chaindiff train {self.recipe.name} --stage {name}",
+                f"train it: chaindiff train {self.loaded.spoken} --stage {name}",
             )
         if not path.exists():
             raise UserError(

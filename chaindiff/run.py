@@ -241,8 +241,8 @@ def explain_missing_data(assembly: Assembly) -> None:
             error.message,
             error.where,
             f"{error.hint or ''}\n  {recipe.name} has no shipped weights, so it trains on its own images first. You can"
-            f"\n    train on any folder of images:   chaindiff run {recipe.name} --set data.path=FOLDER"
+            f"\n    train on any folder of images:   chaindiff run {assembly.loaded.spoken} --set data.path=FOLDER"
             f"\n    begin from EDM weights:          add {begin}"
-            f"\n    see the whole pipeline at once:  chaindiff run {recipe.name} --smoke"
+            f"\n    see the whole pipeline at once:  chaindiff run {assembly.loaded.spoken} --smoke"
             f"\n    sample a chain that is trained:  chaindiff run vcdm_emoji",
         ) from error

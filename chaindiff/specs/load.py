@@ -42,6 +42,12 @@ class Loaded:
         """The "file:line" of a field such as "stages.image.sample", or of the nearest field above it that was said."""
         return self.node.deepest(path.split(".")).where
 
+    @property
+    def spoken(self) -> str:
+        """What a person types to name this recipe: its bare name if it is shipped, else its path."""
+        shipped = self.path.parent == SHIPPED / _FOLDERS["recipe"]
+        return self.path.stem if shipped else os.path.relpath(self.path)
+
     def override(self, changes: Mapping[str, Any]) -> Loaded:
         """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
         layer = wrap(changes, "override")
