@@ -59,7 +59,11 @@ def command(capsys):
             ["run", "--smoke", "--out", "there", "--given", "category=3"],
             ("run", {"out": Path("there"), "smoke": True, "given": {"category": 3}}),
         ),
-        (["train", "--stage", "clip", "--more", "100"], ("train", {"stage": "clip", "more": 100, "out": None})),
+        (
+            ["train", "--stage", "clip", "--more", "100"],
+            ("train", {"stage": "clip", "more": 100, "out": None, "fresh": False}),
+        ),
+        (["train", "--fresh"], ("train", {"stage": None, "more": 0, "out": None, "fresh": True})),
         (
             ["sample", "--count", "3", "--seed", "1", "--batch", "2", "--want", "image", "--want", "clip"],
             (

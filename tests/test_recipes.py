@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+import chaindiff as cd
 from chaindiff.assemble import Assembly
+from chaindiff.data import open_data
+from chaindiff.given import read_given
+from chaindiff.outputs import read_image
 from chaindiff.specs.load import available, load_recipe
+from chaindiff.specs.recipe import DataSpec
 from chaindiff.training import checkpoint
 
 RECIPES = sorted(available("recipe"))
@@ -114,3 +121,69 @@ def test_smoke_runs_the_whole_pipeline(tmp_path: Path) -> None:
         "samples/clip/000000.safetensors",
     ):
         assert (out / path).exists(), path
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The main job's first eight images, from an empty directory."""
+    folder = tmp_path_factory.mktemp("main")
+    done = command("run", "vcdm_emoji", "--set", "sample.count=8", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_main_job_samples_from_shipped_weights(main_job: Path) -> None:
+    """Pictures look like emoji on white: bright corners, something in the middle, and no two alike."""
+    images = torch.stack([read_image(main_job / "runs/vcdm_emoji/samples/image" / f"{n:06d}.png") for n in range(8)])
+    assert images.shape == (8, 3, 32, 32)
+    corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].mean()
+    middle = images[:, :, 12:20, 12:20].mean()
+    assert corners > 0.8
+    assert middle < corners - 0.3
+    distances = torch.cdist(images.flatten(1), images.flatten(1)) + torch.eye(8) * 1e3
+    assert distances.min() > 3
+
+
+def test_the_main_job_does_nothing_twice(main_job: Path) -> None:
+    done = command("run", "vcdm_emoji", "--set", "sample.count=8", cwd=main_job)
+    assert done.returncode == 0
+    assert "nothing to do" in done.stdout
+
+
+def test_python_samples_are_those_of_the_command_line(main_job: Path) -> None:
+    out = cd.load("vcdm_emoji").sample(8, seed=0, batch=64)
+    assert out["clip"].shape == (8, 32)
+    file = read_image(main_job / "runs/vcdm_emoji/samples/image/000005.png")
+    assert (out["image"][5].clamp(-1, 1) - file).abs().max() < 1 / 127.5
+
+
+def test_a_picture_given_for_its_embedding(tmp_path: Path) -> None:
+    """`--given clip=FILE` encodes the picture; the embedding stage does not run, and the embedding is the encoder's."""
+    picture = tmp_path / "photo.png"
+    data = open_data(DataSpec(path="emoji64"))
+    pixels = data.images([data.names.index("images/google/1f431.png")], 64)[0]
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture)
+    assembly = Assembly(load_recipe("vcdm_emoji"), tmp_path / "run")
+    value = read_given(assembly, {"clip": str(picture)})["clip"]
+    encoder = assembly.encoder("clip")
+    assert torch.allclose(value, encoder(pixels[None].float() / 127.5 - 1), atol=1e-5)
+    chain = assembly.chain({"image16", "image"})
+    assert set(chain.sample(2, given={"clip": value})) == {"image16", "image"}
+
+
+def test_training_goes_on_from_shipped_weights(tmp_path: Path) -> None:
+    """`--more` counts on from the images behind the shipped file, and hardly moves its weights in a few steps."""
+    out = tmp_path / "more"
+    done = command(
+        *("train", "edm_emoji16", "--more", "256", "--out", str(out)),
+        *("--set", "stages.image16.train.execution=eager"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    tensors, metadata = checkpoint.load(out / "stages/image16/weights.safetensors")
+    shipped = Assembly(load_recipe("edm_emoji16"), tmp_path / "other").find_weights("image16")
+    assert shipped is not None
+    before, kept = checkpoint.load(shipped)
+    assert int(metadata["images"]) == int(kept["images"]) + 256
+    change = max((tensors[k] - before[k].float()).abs().max().item() for k in tensors)
+    assert 0 < change < 0.05

@@ -240,7 +240,7 @@ def test_sampling_without_weights(command: Command, recipe: Path, tmp_path: Path
     assert status == 2
     assert error == (
         f"error: {stage_line(recipe, 'small')}: stage 'small' has no weights yet\n"
-        "  train it: chaindiff train tiny --stage small\n"
+        f"  train it: chaindiff train {recipe} --stage small\n"
     )
     missing = tmp_path / "w.safetensors"
     status, _, error = command("run", "--set", f"stages.small.weights={missing}", out=tmp_path / "run")

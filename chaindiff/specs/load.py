@@ -46,7 +46,8 @@ class Loaded:
     def spoken(self) -> str:
         """What a person types to name this recipe: its bare name if it is shipped, else its path."""
         shipped = self.path.parent == SHIPPED / _FOLDERS["recipe"]
-        return self.path.stem if shipped else os.path.relpath(self.path)
+        here = self.path.is_relative_to(Path.cwd())
+        return self.path.stem if shipped else os.fspath(self.path.relative_to(Path.cwd()) if here else self.path)
 
     def override(self, changes: Mapping[str, Any]) -> Loaded:
         """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
