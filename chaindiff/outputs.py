@@ -68,11 +68,8 @@ class Samples:
                 for row, image in enumerate(value):
                     save_png(to_image(image), self.path(variable, first + row))
             else:
-                checkpoint.save(
-                    self.path(variable, first),
-                    {variable.name: value},
-                    {"first": str(first), "identity": variable.identity},
-                )
+                # One entry of metadata: with more, the format's writer orders them at random.
+                checkpoint.save(self.path(variable, first), {variable.name: value}, {"identity": variable.identity})
 
     def write_grids(self) -> None:
         """A grid of the first samples of every image variable, from the files."""
