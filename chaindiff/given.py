@@ -23,20 +23,35 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Values of given variables, [1, *shape] or [rows, *shape].
 
-    A label is a class's name or number. An image is a file or folder. Anything that an encoder makes of images can be
-    given as an image, which is then encoded; or as numbers in a .safetensors or .npy file.
+    A label is a class's name or number, a text stands for its encodings. An image is a file or folder. Anything that
+    an encoder makes of images can be given as an image, which is then encoded; or as numbers in a .safetensors or
+    .npy file.
     Raises UserError for unknown variables, classes and files.
     """
     values = {}
     for name, value in given.items():
-        values[name] = _read(assembly, _variable(assembly, name), value)
+        variable = _variable(assembly, name)
+        values |= _texts(assembly, name, value) if variable.kind == "text" else {name: _read(assembly, variable, value)}
     return values
 
 
 def check_given(assembly: Assembly, given: Mapping[str, Any]) -> None:
     """What can be told before the encoders are fitted: raises UserError for unknown variables, classes and files."""
     for name, value in given.items():
-        _checked(assembly, _variable(assembly, name), value)
+        variable = _variable(assembly, name)
+        if variable.kind != "text":  # any words will do
+            _checked(assembly, variable, value)
+
+
+def _texts(assembly: Assembly, name: str, value: Any) -> dict[str, Tensor]:
+    """A text enters the chain as its encodings, those that some stage is given."""
+    specs, texts = assembly.recipe.variables, value if isinstance(value, list) else [value]
+    used = {variable.name for stage in assembly.recipe.stages for variable, _ in assembly.links(stage)}
+    encodings = [n for n, spec in specs.items() if n in used and spec.encoder is not None and spec.encoder.of == name]
+    if not encodings:
+        raise UserError(f"--given {name}: no stage is given an encoding of this text")
+    with torch.no_grad():
+        return {n: assembly.encoder(n)([str(text) for text in texts]) for n in encodings}
 
 
 def _variable(assembly: Assembly, name: str) -> Variable:

@@ -187,3 +187,45 @@ def test_training_goes_on_from_shipped_weights(tmp_path: Path) -> None:
     assert int(metadata["images"]) == int(kept["images"]) + 256
     change = max((tensors[k] - before[k].float()).abs().max().item() for k in tensors)
     assert 0 < change < 0.05
+
+
+TEXT_RECIPE = """
+name: text_prior
+data: {path: emoji64, split: test, where: {style: google}}
+variables:
+  image64: {kind: image, shape: [3, 64, 64]}
+  caption: {kind: text, source: given}
+  text:
+    kind: vector
+    shape: [8]
+    encoder: {kind: open_clip, model: clip_emoji, of: caption, reduce: {kind: pca, k: 8}}
+  clip:
+    kind: vector
+    shape: [16]
+    encoder: {kind: open_clip, model: clip_emoji, of: image64, reduce: {kind: pca, k: 16}}
+stages:
+  clip:
+    given: [{variable: text, dropout: 0.1}]
+    network: {kind: prior, width: 32, depth: 1, heads: 2}
+    precondition: {kind: x0}
+    augment: {probability: 0.1, variants: 1}
+    train: {images: 64, batch: 16, execution: eager}
+    sample: {steps: 3, guidance: 2.0}
+sample: {want: [clip], count: 4}
+"""
+
+
+def test_a_prior_given_text_trains_and_samples(tmp_path: Path) -> None:
+    """An unCLIP-like prior: captions and images through the two towers, reduced and standardised."""
+    (tmp_path / "text.yaml").write_text(TEXT_RECIPE)
+    done = command("run", "text.yaml", "--given", "caption=a red heart", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "text_prior"
+    embeddings, _ = checkpoint.load(out / "samples" / "clip" / "000000.safetensors")
+    assert embeddings["clip"].shape == (4, 16)
+    assert embeddings["clip"].isfinite().all()
+    fitted = sorted(path.name.split("-")[0] for path in (out / "encoders").iterdir())
+    assert fitted == ["clip", "text"]
+    assert (
+        command("run", "text.yaml", "--given", "caption=a red heart", cwd=tmp_path).stdout.count("nothing to do") == 1
+    )
