@@ -19,6 +19,7 @@ from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
 from chaindiff.encoders import Encoder, build_encoder
+from chaindiff.planning import ChainPlan
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import LinkSpec, Recipe, StageSpec, TrainSpec
@@ -268,6 +269,12 @@ class Assembly:
         with torch.device("meta"):
             stages = [self.build(name) for name in self.recipe.stages]
         return self._chain(stages, {}, meta=True)
+
+    @cached_property
+    def request(self) -> ChainPlan:
+        """The plan of what the recipe itself asks to sample."""
+        asked = self.recipe.sample
+        return self.skeleton().plan(asked.want or None, tuple(asked.given))
 
     def chain(self, needed: set[str] | None = None) -> Chain:
         """The chain with weights; stages outside `needed` stay on the meta device and cannot be sampled.

@@ -16,6 +16,7 @@ from rich import get_console
 from torch import Tensor
 
 from chaindiff.assemble import Assembly, default_out
+from chaindiff.chain import TILE
 from chaindiff.drawing import chain_png
 from chaindiff.given import check_given, read_given
 from chaindiff.outputs import Samples
@@ -124,11 +125,12 @@ def sample(
 def sample_chain(assembly: Assembly) -> Sampled:
     """Make the samples that are missing from a run; those of other settings or weights are made anew."""
     asked, out = assembly.recipe.sample, assembly.out
-    found = assembly.skeleton().plan(asked.want or None, tuple(asked.given))
+    found = assembly.request
     chain = assembly.chain(set(found.running))
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
     keep = list(dict.fromkeys([*made, *asked.want]))
-    samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, asked.batch)
+    size = TILE if asked.exact else asked.batch  # as the chain streams them
+    samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size)
     values = read_given(assembly, asked.given)
     lock = lock_of(assembly, found, chain.weights, values)
     if (out / LOCK).exists() and load_recipe(out).lock.get("samples") != lock["samples"]:
@@ -205,7 +207,7 @@ def run(
         say(banner)
     loaded = loaded.override({"sample": {"given": given or {}}})
     assembly, asked = Assembly(loaded, out), loaded.recipe.sample
-    found = assembly.skeleton().plan(asked.want or None, tuple(asked.given))
+    found = assembly.request
     untrained = [name for name in found.running if assembly.find_weights(name) is None]
     for name in found.running:
         if name not in untrained:

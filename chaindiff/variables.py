@@ -61,13 +61,6 @@ class Variable:
         meaning = self.meaning or self.name
         return digest({"kind": self.kind, "shape": self.shape, "sigma_data": self.sigma_data, "meaning": meaning})
 
-    @property
-    def elements(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
-
     def __str__(self) -> str:
         return f"{self.name} [{' x '.join(map(str, self.shape))}]"
 

@@ -150,6 +150,19 @@ def test_the_main_job_does_nothing_twice(main_job: Path) -> None:
     assert "nothing to do" in done.stdout
 
 
+def test_exact_samples_are_the_same_files_for_any_batch_and_made_once(tmp_path: Path) -> None:
+    pictures = []
+    for batch in (5, 64):
+        arguments = ["run", "edm_emoji16", "--out", str(tmp_path / f"batch{batch}")]
+        for change in ("exact=true", f"batch={batch}", "count=18"):
+            arguments += ["--set", f"sample.{change}"]
+        assert command(*arguments, cwd=tmp_path).returncode == 0
+        assert "nothing to do" in command(*arguments, cwd=tmp_path).stdout
+        folder = tmp_path / f"batch{batch}" / "samples" / "image16"
+        pictures.append([(folder / f"{n:06d}.png").read_bytes() for n in range(18)])
+    assert pictures[0] == pictures[1]
+
+
 def test_python_samples_are_those_of_the_command_line(main_job: Path) -> None:
     out = cd.load("vcdm_emoji").sample(8, seed=0, batch=64)
     assert out["clip"].shape == (8, 32)
