@@ -153,7 +153,7 @@ def test_the_main_job_does_nothing_twice(main_job: Path) -> None:
 def test_exact_samples_are_the_same_files_for_any_batch_and_made_once(tmp_path: Path) -> None:
     pictures = []
     for batch in (5, 64):
-        arguments = ["run", "edm_emoji16", "--out", str(tmp_path / f"batch{batch}")]
+        arguments = ["run", "vcdm_emoji16", "--out", str(tmp_path / f"batch{batch}")]
         for change in ("exact=true", f"batch={batch}", "count=18"):
             arguments += ["--set", f"sample.{change}"]
         assert command(*arguments, cwd=tmp_path).returncode == 0
