@@ -28,6 +28,9 @@ from chaindiff.training import checkpoint
 from chaindiff.variables import Variable, digest
 
 # What changes how a run is observed, not what it learns, is no part of a stage's identity.
+# Defaults are left out, so that a new field changes the identity of nothing that does not use it.
+TRAINED = {"network", "precondition", "noise", "augment", "init"}
+NOT_TRAINED = {"variable", "sample_noise", "sample_keep", "sample_absent"}
 UNLEARNED = {"checkpoint_every", "preview_every", "log_every", "execution", "accumulate"}
 assert set(TrainSpec.model_fields) >= UNLEARNED
 
@@ -108,17 +111,17 @@ class Assembly:
     def identity(self, name: str) -> str:
         """Equal for stages that are trained alike on the same data, in whatever recipe they stand."""
         spec = self.recipe.stages[name]
-        plain = spec.model_dump(include={"network", "precondition", "noise", "augment", "init"})
+        plain = spec.model_dump(include=TRAINED, exclude_defaults=True)
         return digest(
             {
                 **plain,
-                "train": spec.train.model_dump(exclude=UNLEARNED),
+                "train": spec.train.model_dump(exclude=UNLEARNED, exclude_defaults=True),
                 "generates": self.generates(name).identity,
                 "given": [
-                    [variable.identity, link.model_dump(exclude={"variable", "sample_noise"})]
+                    [variable.identity, link.model_dump(exclude=NOT_TRAINED, exclude_defaults=True)]
                     for variable, link in self.links(name)
                 ],
-                "data": self.recipe.data.model_dump(),
+                "data": self.recipe.data.model_dump(exclude_defaults=True),
             }
         )
 

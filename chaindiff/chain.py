@@ -189,7 +189,7 @@ def run_stage(stage: Stage, values: Values, samples: Sequence[int], seed: int) -
     link_noise = {
         link.variable.name: draw(link.received, link.variable.name, "link", 0)
         for link in stage.conditioner
-        if link.spec.sample_noise
+        if link.spec.sample_noise and link.spec.sampled
     }
     given = {v.name: values[v.name].to(device) for v in stage.given}
     start = draw(stage.variable.shape, name, "start", 0)

@@ -47,7 +47,7 @@ class Stage(nn.Module):
         self.name, self.variable, self.augment_dim = name or generates.name, generates, augment_dim
         pairs = [item if isinstance(item, tuple) else (item, LinkSpec(variable=item.name)) for item in given]
         self.conditioner = Conditioner([Link(variable, spec, generates) for variable, spec in pairs])
-        self.given = [variable for variable, _ in pairs]
+        self.given = [variable for variable, spec in pairs if spec.sampled]  # what sampling needs
         if not isinstance(network, nn.Module):
             network = networks.build(
                 network,
@@ -98,7 +98,8 @@ class Stage(nn.Module):
             present = draws.uniform(f"{name}/present") >= spec.dropout if spec.dropout else None
             sigma = training_level(draws.uniform(f"{name}/level"), spec.noise) if spec.noise else None
             noise = draws.normal(f"{name}/noise", link.received) if spec.noise else None
-            on = [None if t is None else t.to(clean.device) for t in (present, sigma, noise)]
+            keep = torch.tensor(spec.keep)[draws.integers(f"{name}/keep", len(spec.keep))] if spec.keep else None
+            on = [None if t is None else t.to(clean.device) for t in (present, sigma, noise, keep)]
             given[name] = Given(batch[name], *on)
         sigma = (draws.normal("sigma") * self.noise.std + self.noise.mean).exp().to(clean.device)
         noisy = clean + expand(sigma, clean) * draws.normal("noise", self.variable.shape).to(clean.device)
@@ -126,7 +127,7 @@ class Stage(nn.Module):
         scale = self.sampler.guidance
         if scale == 1:
             return [(frozenset(), 1.0)]
-        absent = frozenset(link.variable.name for link in self.conditioner if link.spec.dropout)
+        absent = frozenset(x.variable.name for x in self.conditioner if x.spec.can_be_absent and x.spec.sampled)
         if not absent:
             raise UserError(
                 f"stage '{self.name}' asks for guidance {scale}, but was trained without dropout on any link",
@@ -148,8 +149,9 @@ class Stage(nn.Module):
                 name, level = link.variable.name, link.spec.sample_noise
                 noise = None if link_noise is None else link_noise.get(name)
                 sigma = torch.full((batch,), level, device=like.device) if link.tells_level else None
-                value = None if name in absent else given[name].to(like.device)
-                values[name] = Given(value, None, sigma, noise if level else None)
+                value = None if name in absent or not link.spec.sampled else given[name].to(like.device)
+                keep = None if link.spec.sample_keep is None else torch.full((batch,), link.spec.sample_keep)
+                values[name] = Given(value, None, sigma, noise if level else None, keep)
             parts.append(self.conditioner(values, batch, like))
         return BoundStage(self, _concatenate(parts), [weight for _, weight in terms])
 

@@ -59,3 +59,7 @@ class Draws:
         """Uniform in [0, 1), [batch], float32."""
         values = [generator(self.seed, sample, self.stage, role).random() for sample in self.samples]
         return torch.tensor(values, dtype=torch.float32)
+
+    def integers(self, role: str, below: int) -> Tensor:
+        """Uniform whole numbers from 0 to `below` - 1, [batch]."""
+        return torch.tensor([int(generator(self.seed, s, self.stage, role).integers(below)) for s in self.samples])

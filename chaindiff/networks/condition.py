@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,13 +37,14 @@ class Given:
     """One given variable's value for a batch, as a consumer is about to receive it.
 
     `present` marks samples for which the value is known at all; `sigma` and `noise` (unit, in the received shape)
-    are the link's noise-conditioning augmentation.
+    are the link's noise-conditioning augmentation; of a vector, the first `keep` entries are known.
     """
 
     value: Tensor | None
     present: Bool[Tensor, " batch"] | None = None
     sigma: Float[Tensor, " batch"] | None = None
     noise: Tensor | None = None
+    keep: Int[Tensor, " batch"] | None = None
 
 
 def level_features(sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
@@ -61,13 +62,14 @@ class Link(nn.Module):
         self.variable, self.spec = variable, spec
         self.received = (variable.shape[0], *target.shape[1:]) if variable.kind == "image" else variable.shape
         self.null = nn.Parameter(torch.zeros(self.received)) if spec.null == "learned" else None
-        self.tells_presence = spec.dropout > 0 and spec.presence
+        self.tells_entries = bool(spec.keep)  # one flag for each entry of the vector, in place of one for the whole
+        self.tells_presence = spec.dropout > 0 and spec.presence and not self.tells_entries
         self.tells_level = spec.noise > 0
 
     @property
     def label_width(self) -> int:
         own = self.variable.shape[0] if self.variable.kind in ("vector", "label") else 0
-        return own + self.tells_presence + LEVEL_WIDTH * self.tells_level
+        return own + self.tells_presence + own * self.tells_entries + LEVEL_WIDTH * self.tells_level
 
     def receive(self, value: Tensor) -> Tensor:
         """The value in the shape in which this stage takes it: labels one-hot, images at the stage's resolution."""
@@ -84,14 +86,21 @@ class Link(nn.Module):
         present = given.present
         if present is None:
             present = torch.full((batch,), given.value is not None, device=like.device)
+        if given.keep is not None:
+            present = present & (given.keep.to(like.device) > 0)
         sigma = like.new_zeros(batch) if given.sigma is None else given.sigma.to(like)
         if self.tells_level and given.noise is not None and given.value is not None:
             # Noise is added to what the consumer receives, then the variance is brought back to the data's.
             level = sigma.reshape(-1, *[1] * (value.ndim - 1))
             spread = self.variable.sigma_data
             value = (value + level * given.noise.to(like)) * (spread / (level**2 + spread**2).sqrt())
-        value = torch.where(present.reshape(-1, *[1] * len(self.received)), value, null.to(like.dtype))
+        known = present.reshape(-1, *[1] * len(self.received))
         told = [present.to(like.dtype)[:, None]] if self.tells_presence else []
+        if self.tells_entries:
+            most = max(self.spec.keep) if given.keep is None else given.keep.to(like.device)[:, None]
+            known = known & (torch.arange(self.received[0], device=like.device) < most)
+            told.append(known.to(like.dtype))
+        value = torch.where(known, value, null.to(like.dtype))
         if self.tells_level:
             told.append(level_features(sigma) * present[:, None])
         return value, torch.cat(told, dim=1) if told else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import OpenClipSpec, PriorSpec, Recipe, ResizeSpec, StageSpec, UNetSpec, VariableSpec
+from chaindiff.specs.recipe import LinkSpec, OpenClipSpec, PriorSpec, Recipe, ResizeSpec, StageSpec, UNetSpec, VariableSpec
 from chaindiff.specs.validate import raise_all
 
 Where = Callable[[str], str | None]
@@ -161,11 +161,28 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, s
         if link.sample_noise > link.noise:
             problem = f"{link.sample_noise:g} is above {link.noise:g}, the largest level in training (`noise`)"
             yield f"{field}.sample_noise", problem
-        if link.null == "learned" and not link.dropout:
+        if link.null == "learned" and not link.can_be_absent:
             yield f"{field}.null", "is never used: the link has no `dropout`, so its value is never absent in training"
-    if stage.sample.guidance != 1 and not any(link.dropout for link in stage.given):
+        for problem in _absence(link, variable):
+            yield f"{field}.{problem[0]}", problem[1]
+    if stage.sample.guidance != 1 and not any(link.can_be_absent and link.sampled for link in stage.given):
         problem = f"{stage.sample.guidance:g} compares with an absent value, but no link of this stage has a `dropout`"
         yield "sample.guidance", problem
+
+
+def _absence(link: LinkSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
+    """What is wrong with how much of a variable a link gives."""
+    if link.keep and variable.kind != "vector":
+        yield "keep", f"counts the entries of a vector, but '{link.variable}' is {_A[variable.kind]}"
+    elif link.keep and max(link.keep) > variable.shape[0]:
+        yield "keep", f"{max(link.keep)} is more than the {variable.shape[0]} entries of '{link.variable}'"
+    elif link.keep and not max(link.keep):
+        yield "keep", "0 alone never gives anything; leave the link out"
+    if link.sample_keep is not None and link.sample_keep not in link.keep:
+        known = f"one of {link.keep}" if link.keep else "which this link has not"
+        yield "sample_keep", f"{link.sample_keep} was not trained: it should be in `keep`, {known}"
+    if link.sample_absent and not link.can_be_absent:
+        yield "sample_absent", "the value is never absent in training: the link has no `dropout`, and no 0 in `keep`"
 
 
 def _network(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, str]]:

@@ -141,7 +141,25 @@ class LinkSpec(Spec):
         default=0.0,
         description="largest level of noise-conditioning augmentation in training (0: none); the level is told",
     )
+    keep: list[NonNegativeInt] = Field(
+        default=[],
+        description="train on the first k entries of a vector, k drawn from this list and told; none: always on all",
+    )
     sample_noise: NonNegativeFloat = Field(default=0.0, description="level of the noise on this link when sampling")
+    sample_keep: NonNegativeInt | None = Field(
+        default=None, description="entries of the vector that sampling gives; none: the most of `keep`"
+    )
+    sample_absent: bool = Field(default=False, description="sample as if the value were not known")
+
+    @property
+    def can_be_absent(self) -> bool:
+        """Whether training teaches the stage to go without the value."""
+        return self.dropout > 0 or 0 in self.keep
+
+    @property
+    def sampled(self) -> bool:
+        """Whether sampling looks at the value at all."""
+        return not self.sample_absent and self.sample_keep != 0
 
 
 Link = Annotated[
