@@ -39,6 +39,16 @@ class StageRow:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of the page: a note, a table whose first row has the titles, and pictures."""
+
+    title: str
+    note: str = ""
+    table: Sequence[Sequence[str]] = ()
+    pictures: Sequence[Picture] = ()
+
+
+@dataclass(frozen=True)
 class Page:
     """What the page of a run shows; every string is plain text, `chain_svg` excepted.
 
@@ -52,7 +62,7 @@ class Page:
     chain_svg: str = ""
     pictures: Sequence[Picture] = ()
     stages: Sequence[StageRow] = ()
-    metrics: Mapping[str, object] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
     provenance: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     recipe: str = ""
 
@@ -82,13 +92,28 @@ def _parts(page: Page) -> Iterable[str]:
         yield f'<h2>Samples</h2>\n<div class="grids">{"".join(map(_figure, page.pictures))}</div>'
     if page.stages:
         yield f'<h2>Plan and cost</h2>\n<div class="wide">{_stage_table(page.stages)}</div>'
-    if page.metrics:
-        yield f"<h2>Metrics</h2>\n{_definitions(page.metrics)}"
+    for section in page.sections:
+        yield from _section(section)
     for heading, entries in page.provenance.items():
         if entries:
             yield f"<h2>{escape(heading)}</h2>\n{_definitions(entries)}"
     if page.recipe:
         yield f"<details><summary>The locked recipe</summary>\n<pre>{escape(page.recipe)}</pre></details>"
+
+
+def _section(section: Section) -> Iterable[str]:
+    yield f"<h2>{escape(section.title)}</h2>"
+    if section.note:
+        yield f'<p class="description">{escape(section.note)}</p>'
+    if section.table:
+        head, *rows = (
+            "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+            for tag, row in zip(("th", *["td"] * len(section.table)), section.table, strict=False)
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        yield f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    if section.pictures:
+        yield f'<div class="grids smooth">{"".join(map(_figure, section.pictures))}</div>'
 
 
 def _image(kind: str, data: bytes, alt: str) -> str:

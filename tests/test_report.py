@@ -13,7 +13,7 @@ from PIL import Image
 
 from chaindiff.drawing import Arrow, Box, chain_svg
 from chaindiff.pictures import grid, png_bytes
-from chaindiff.report import Page, Picture, StageRow, count, html, write_report
+from chaindiff.report import Page, Picture, Section, StageRow, count, html, write_report
 
 NASTY = "<script>alert('x')</script> & \"quoted\" $body ${title}"
 VOID = {"meta", "img", "br"}
@@ -63,7 +63,7 @@ def page(**changes: object) -> Page:
             StageRow("clip", "clip given label", "prior", 4_900_000, 35, 1.0, 3.25),
             StageRow("image", "image given clip", "unet", 1_830_000, 35, 3.0, 1234.5),
         ],
-        "metrics": {"FID": 12.3456789},
+        "sections": [Section("Metrics", "KID of 1,000 samples")],
         "provenance": {"Weights": {"clip": "sha256 abc"}, "Seeds": {"samples": 0}, "Empty": {}},
         "recipe": "name: vcdm_emoji\n",
     }
@@ -74,7 +74,7 @@ def test_the_page_holds_everything_and_loads_nothing() -> None:
     text = html(page())
     reader = Reader(text)
     everything = "".join(reader.text)
-    for part in ("clip, then image", "4 samples", "12.346", "sha256 abc", "name: vcdm_emoji", "Seeds"):
+    for part in ("clip, then image", "4 samples", "KID of 1,000 samples", "sha256 abc", "name: vcdm_emoji", "Seeds"):
         assert part in everything
     assert "Empty" not in everything
     assert not {"script", "link", "iframe", "object"} & set(reader.tags)
@@ -96,13 +96,14 @@ def test_everything_is_escaped() -> None:
     nasty = page(
         title=NASTY, description=NASTY, banner=NASTY, chain_svg=NASTY, recipe=NASTY,
         pictures=[Picture(NASTY, b"", NASTY)], stages=[StageRow(NASTY, NASTY, NASTY)],
-        metrics={NASTY: NASTY}, provenance={NASTY: {NASTY: NASTY}},
+        sections=[Section(NASTY, NASTY, [[NASTY], [NASTY]], [Picture(NASTY, b"", NASTY)])],
+        provenance={NASTY: {NASTY: NASTY}},
     )  # fmt: skip
     text = html(nasty)
     reader = Reader(text)
     assert "<script>" not in text and "script" not in reader.tags
-    assert "".join(reader.text).count(NASTY) == 15  # all but the chain, which is data
-    assert reader.attributes.count(("img", "alt", NASTY)) == 1
+    assert "".join(reader.text).count(NASTY) == 19  # all but the chain, which is data
+    assert reader.attributes.count(("img", "alt", NASTY)) == 2
 
 
 def test_table_of_costs() -> None:
@@ -114,6 +115,12 @@ def test_table_of_costs() -> None:
         ["image", "image given clip", "unet", "1.83 M", "35", "3", "75%", "1,234"],
         ["total", "", "", "6.73 M", "70", "4", "100%", "1,238"],
     ]
+
+
+def test_a_section_has_a_table_with_a_head() -> None:
+    table = [["row", "KID"], ["EDM", "0.02"]]
+    reader = Reader(html(Page("run", sections=[Section("Links", table=table)])))
+    assert reader.cells == ["row", "KID", "EDM", "0.02"] and reader.tags.count("th") == 2
 
 
 def test_unknown_numbers_are_dashes_and_make_no_totals() -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.fields import child, kinds
+from chaindiff.specs.fields import child, kinds, model_of
 from chaindiff.specs.yaml import Node
 
 
 def merge(base: Node, over: Node, annotation: Any) -> Node:
-    """`over` on top of `base`: mappings merge, everything else is replaced.
+    """`over` on top of `base`: mappings merge, numbered items of a list too, everything else is replaced.
 
     Where the schema has a union told apart by `kind`, another kind drops the fields that belonged to the old one.
     """
     if isinstance(base.value, list) and isinstance(over.value, dict):
-        raise UserError("a list is replaced as a whole, not by its items", over.where)
+        return _merge_items(base, over, annotation)
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
     kind, new = (node.value["kind"].plain() if "kind" in node.value else None for node in (base, over))
@@ -25,6 +25,21 @@ def merge(base: Node, over: Node, annotation: Any) -> Node:
     for key, node in over.value.items():
         merged[key] = merge(merged[key], node, child(annotation, key, new or kind)) if key in merged else node
     return Node(merged, base.where)
+
+
+def _merge_items(base: Node, over: Node, annotation: Any) -> Node:
+    """`given.0.noise=0.1`: the items of a list by their position."""
+    items = list(base.value)
+    for key, node in over.value.items():
+        if not (key.isdecimal() and int(key) < len(items)):
+            counted = f"its items are 0 to {len(items) - 1}" if items else "it is empty"
+            raise UserError(f"this list has no item '{key}'; {counted}, or replace it as a whole", node.where)
+        item, inner = items[int(key)], child(annotation, int(key))
+        model = model_of(inner)
+        if model is not None and not isinstance(item.value, dict):  # a bare name stands for the first field
+            item = Node({next(iter(model.model_fields)): item}, item.where)
+        items[int(key)] = merge(item, node, inner)
+    return Node(items, base.where)
 
 
 def nest(path: list[str], node: Node) -> Node:

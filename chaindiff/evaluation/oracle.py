@@ -1,0 +1,85 @@
+"""The data's own values of a chain's variables: what a stage is replaced by to see what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chaindiff.assemble import Assembly
+from chaindiff.data import ImageData, open_data
+from chaindiff.edm.random import generator
+from chaindiff.progress import Bar
+from chaindiff.specs.errors import UserError
+from chaindiff.training import checkpoint
+from chaindiff.variables import digest
+
+BATCH = 128
+
+
+def split_of(assembly: Assembly, split: str | None) -> ImageData:
+    """The recipe's data, or another split of it. Raises UserError if there is no such split."""
+    spec = assembly.recipe.data
+    if split is None or split == spec.split:
+        return assembly.data
+    return open_data(spec.model_copy(update={"split": split}))
+
+
+class DataValues:
+    """Values of variables for every image of a data set, without augmentation; computed once and kept in `folder`."""
+
+    def __init__(self, assembly: Assembly, data: ImageData, folder: Path):
+        self.assembly, self.data, self.folder = assembly, data, folder
+
+    def pixels(self, rows: Sequence[int]) -> Tensor:
+        """Images in [-1, 1], [rows, channels, height, width]."""
+        return self.data.images(list(rows), self.assembly.root.shape[-1]).float() / 127.5 - 1
+
+    def of(self, name: str, rows: Sequence[int]) -> Tensor:
+        """A variable's values for some rows; images are computed again each time, everything else is kept."""
+        variable, spec = self.assembly.variables[name], self.assembly.recipe.variables[name]
+        if variable.kind == "image":
+            return self._compute(name, rows)
+        if spec.encoder is None and variable.kind != "label":
+            raise UserError(f"the data holds no values of '{name}': no encoder makes it")
+        return self._kept(name)[list(rows)]
+
+    def _kept(self, name: str) -> Tensor:
+        variable = self.assembly.variables[name]
+        key = digest([variable.identity, self.assembly.fitted_digest(name), self.data.digest, len(self.data)])
+        path = self.folder / f"{name}-{key}.safetensors"
+        if not path.exists():
+            parts = []
+            with Bar(f"encode {name}", len(self.data)) as bar:
+                for first in range(0, len(self.data), BATCH):
+                    parts.append(self._compute(name, range(first, min(first + BATCH, len(self.data)))))
+                    bar.update(first + len(parts[-1]))
+            checkpoint.save(path, {"values": torch.cat(parts)}, {"variable": name})
+        return checkpoint.load(path)[0]["values"]
+
+    def _compute(self, name: str, rows: Sequence[int]) -> Tensor:
+        assembly, spec = self.assembly, self.assembly.recipe.variables[name]
+        if name == assembly.root.name:
+            return self.pixels(rows)
+        if spec.encoder is not None:
+            with torch.no_grad():
+                return self._encoder(name)(self._compute(spec.encoder.of, rows))
+        if spec.kind == "label":
+            return torch.tensor(self.data.categories(assembly.column(name))[1])[list(rows)]
+        return [self.data.field(assembly.column(name))[row] for row in rows]  # type: ignore[return-value]
+
+    def _encoder(self, name: str):
+        self._encoders = getattr(self, "_encoders", {})
+        if name not in self._encoders:
+            self._encoders[name] = self.assembly.encoder(name)
+        return self._encoders[name]
+
+
+def oracle(values: DataValues, names: Iterable[str], count: int, seed: int) -> dict[str, Tensor]:
+    """The same `count` images' values of several variables: whole passes over the data, each in an order of its own."""
+    total = len(values.data)
+    passes = [generator(seed, "oracle", number).permutation(total) for number in range(-(-count // total))]
+    rows = [int(row) for order in passes for row in order][:count]
+    return {name: values.of(name, rows) for name in names}

@@ -1,0 +1,155 @@
+"""Rows of a comparison: a chain under some settings, some of its variables taken from the data, and what it samples.
+
+Samples are kept on disk in chunks, so that an interrupted evaluation goes on and memory holds one chunk. Images are
+rounded to 8 bits, as image files would be (EDM's practice).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chaindiff.assemble import Assembly
+from chaindiff.evaluation.oracle import DataValues, oracle, split_of
+from chaindiff.execution import chosen_execution, depends_on, prepare
+from chaindiff.pictures import to_uint8
+from chaindiff.planning import ChainPlan
+from chaindiff.specs.load import Loaded
+from chaindiff.training import checkpoint
+from chaindiff.variables import digest
+
+BATCH = 125  # samples of one call: one shape for every row, so that a network compiles once
+CHUNK = 2 * BATCH  # samples of one file
+
+
+@dataclass
+class Row:
+    """`count` samples of `of` and all that is sampled on the way, with the variables in `oracle` from the data.
+
+    `folder` is where an evaluation keeps its rows; a row finds its samples by all that they depend on.
+    Raises UserError for requests that the chain cannot answer.
+    """
+
+    label: str
+    loaded: Loaded
+    of: str
+    folder: Path
+    count: int = 1000
+    seed: int = 0
+    oracle: Sequence[str] = ()
+    split: str | None = None  # of the oracle's values
+    out: Path | None = None  # the run whose weights are used
+    compiled: dict[str, nn.Module] = field(default_factory=dict, repr=False)  # shared by rows with the same weights
+
+    @cached_property
+    def assembly(self) -> Assembly:
+        asked = {"seed": self.seed, "want": [self.of], "count": self.count, "batch": BATCH, "given": {}}
+        return Assembly(self.loaded.override({"sample": asked}), self.out)
+
+    @cached_property
+    def plan(self) -> ChainPlan:
+        """With any oracle, sources too come from the data: values of one image belong together."""
+        skeleton = self.assembly.skeleton()
+        sources = [source.variable.name for source in skeleton.sources] if self.oracle else []
+        given = [*self.oracle, *(name for name in sources if name not in self.oracle)]
+        unused = skeleton.plan([self.of], given).plan.unused
+        return skeleton.plan([self.of], [name for name in given if name not in unused])
+
+    @property
+    def made(self) -> list[str]:
+        """The variables that stages sample in this row."""
+        return [v for step in self.plan.plan.steps if step.producer.kind == "stage" for v in step.outputs]
+
+    @cached_property
+    def key(self) -> str:
+        """Fingerprint of all that the samples depend on but their number."""
+        weights = {name: self.assembly.weights(name) for name in self.plan.running}
+        depends = depends_on(self.assembly, self.plan, weights, {})
+        for irrelevant in ("count", "want", "batch"):
+            depends["sample"].pop(irrelevant)
+        data = self.assembly.data.digest if self.plan.plan.given else None
+        return digest([depends, self.made, sorted(self.plan.plan.given), self.split, data, CHUNK])
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "rows" / self.key
+
+    def path(self, first: int) -> Path:
+        return self.home / f"{first:06d}.safetensors"
+
+    @property
+    def firsts(self) -> range:
+        return range(0, self.count, CHUNK)
+
+    def done(self) -> int:
+        """How many samples are there already."""
+        return next((first for first in self.firsts if not self.path(first).exists()), self.count)
+
+    def draw(self) -> Iterator[int]:
+        """Sample what is missing; yields the number of samples so far after every chunk."""
+        first = self.done()
+        yield first
+        if first >= self.count:
+            return
+        assembly = self.assembly
+        chain = assembly.chain(set(self.plan.running))
+        for stage in chain.stages:
+            if (path := chain.weights.get(stage.name)) is not None:
+                stage.network = self.compiled.setdefault(str(path), stage.network)
+        prepare(chain, chosen_execution(assembly, self.plan), assembly.recipe.sample.precision)
+        whole = -(-self.count // CHUNK) * CHUNK  # a last chunk that is whole serves larger counts too
+        given: dict[str, Tensor] = {}
+        if self.plan.plan.given:
+            values = DataValues(assembly, split_of(assembly, self.split), self.folder / "data")
+            given = oracle(values, self.plan.plan.given, whole, self.seed)
+        began, parts = time.perf_counter(), []
+        for part in chain.stream(whole, seed=self.seed, batch=BATCH, want=self.made, given=given, first=first):
+            parts.append(part)
+            if len(parts) * BATCH == CHUNK:
+                chunk = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+                images = {n for n in chunk if assembly.variables[n].kind == "image"}
+                kept = {n: to_uint8(v) if n in images else v.contiguous() for n, v in chunk.items()}
+                checkpoint.save(self.path(first), kept, {"seconds": str(time.perf_counter() - began)})
+                began, parts, first = time.perf_counter(), [], first + CHUNK
+                yield min(first, self.count)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The samples of a variable, a chunk at a time: images as uint8 [n, 3, h, w], others as sampled."""
+        for first in self.firsts:
+            yield checkpoint.load(self.path(first))[0][name][: self.count - first]
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Median over chunks, so that a compilation does not count."""
+        seconds = [float(checkpoint.metadata(self.path(first))["seconds"]) for first in self.firsts]
+        return float(torch.tensor(seconds).median()) / CHUNK
+
+    @property
+    def gflops(self) -> float:
+        """Sampling cost of one image."""
+        return sum(self.plan.costs[name].total_flops for name in self.plan.running) / 1e9
+
+    @property
+    def nfe(self) -> dict[str, int]:
+        return {name: self.plan.costs[name].nfe for name in self.plan.running}
+
+    def about(self) -> dict[str, Any]:
+        """What stands beside this row's figures."""
+        return {
+            "row": self.label,
+            "recipe": self.assembly.recipe.name,
+            "of": self.of,
+            "from data": sorted(self.plan.plan.given),
+            "count": self.count,
+            "seed": self.seed,
+            "nfe": self.nfe,
+            "gflops": self.gflops,
+            "seconds per image": self.seconds_per_image,
+        }

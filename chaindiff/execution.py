@@ -1,0 +1,73 @@
+"""How a request is executed: compiled or not, in which precision; and the fingerprint of all that samples depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chaindiff.assemble import Assembly
+from chaindiff.chain import Chain
+from chaindiff.planning import ChainPlan
+from chaindiff.variables import digest
+
+COMPILE_PAYS = 3e13  # floating-point operations of a whole run; below, compiling takes longer than it saves
+
+
+def prepare(chain: Chain, execution: str, precision: str) -> None:
+    """Compile the networks of a chain that can run, and have them compute in bf16, as the request says."""
+    for stage in chain.stages:
+        if not next(stage.parameters()).is_meta:
+            stage.autocast = torch.bfloat16 if precision == "bf16" else None
+            if execution == "compile" and stage.network._compiled_call_impl is None:
+                stage.network.compile()
+
+
+def chosen_execution(assembly: Assembly, found: ChainPlan) -> str:
+    """Eager or compiled: what the recipe says, and under `auto` what pays."""
+    asked = assembly.recipe.sample
+    if asked.exact:
+        return "eager"
+    total = asked.count * sum(found.costs[name].total_flops for name in found.running)
+    return asked.execution if asked.execution != "auto" else "compile" if total >= COMPILE_PAYS else "eager"
+
+
+def depends_on(
+    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """All that samples depend on, but for the way of execution, as plain data."""
+    recipe = assembly.recipe
+    return {
+        "weights": {name: file_digest(path) for name, path in weights.items()},
+        "samplers": {n: recipe.stages[n].sample.model_dump() for n in found.running},
+        "links": {n: [link.model_dump() for _, link in assembly.links(n)] for n in found.running},
+        "given": {n: hashlib.sha256(v.numpy().tobytes()).hexdigest() for n, v in values.items()},
+        "sample": recipe.sample.model_dump(exclude={"execution", "given"}),
+    }
+
+
+def lock_of(
+    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on."""
+    depends = {**depends_on(assembly, found, weights, values), "execution": chosen_execution(assembly, found)}
+    return {
+        "samples": digest(depends),
+        "execution": depends["execution"],
+        "weights": depends["weights"],
+        "given": depends["given"],
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {p: version(p) for p in ("chain-diffusion-models", "torch", "numpy")},
+    }
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
