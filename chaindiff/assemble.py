@@ -19,10 +19,12 @@ from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
 from chaindiff.encoders import Encoder, build_encoder
+from chaindiff.encoders.clip import OpenClip
 from chaindiff.planning import ChainPlan
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import LinkSpec, Recipe, StageSpec, TrainSpec
+from chaindiff.specs.yaml import display
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.variables import Variable, digest
@@ -31,8 +33,11 @@ from chaindiff.variables import Variable, digest
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
 TRAINED = {"network", "precondition", "noise", "augment", "init"}
 NOT_TRAINED = {"variable", "sample_noise", "sample_keep", "sample_absent"}
-UNLEARNED = {"checkpoint_every", "preview_every", "log_every", "execution", "accumulate"}
-assert set(TrainSpec.model_fields) >= UNLEARNED
+UNLEARNED: dict[str, Any] = dict.fromkeys(
+    ("checkpoint_every", "preview_every", "log_every", "execution", "accumulate"), True
+)
+UNLEARNED["ema"] = {"snapshot_every"}
+assert set(TrainSpec.model_fields) >= set(UNLEARNED)
 
 
 @dataclass
@@ -68,11 +73,13 @@ class Assembly:
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Errors that name a field of the recipe get the file and line where it was said."""
+        """Errors that name a field of the recipe get its file and line, those without a place the file."""
         try:
             yield
         except UserError as error:
-            field = error.where or ""
+            if error.where is None:
+                raise UserError(error.message, display(self.loaded.path), error.hint) from error
+            field = error.where
             if field.split(".")[0] in type(self.recipe).model_fields:
                 raise UserError(f"{field}: {error.message}", self.loaded.where(field), error.hint) from error
             raise
@@ -90,7 +97,9 @@ class Assembly:
         return self.recipe.variables[name].of or name
 
     def classes(self, name: str) -> list[str]:
-        """Names of a label's classes. Raises UserError if the data has another number of them."""
+        """Names of a label's classes, numbers for clusters. Raises UserError if the data has another number of them."""
+        if self.recipe.variables[name].encoder is not None:
+            return [str(number) for number in range(*self.variables[name].shape)]
         names = self.data.categories(self.column(name))[0]
         (size,) = self.variables[name].shape
         if len(names) != size:
@@ -129,13 +138,13 @@ class Assembly:
         """A stage with its initial weights, a function of its training seed."""
         spec: StageSpec = self.recipe.stages[name]
         variable = self.generates(name)
-        with torch.random.fork_rng(devices=[]):
+        with self.located(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed(spec.train.seed, variable.name, "init"))
             return Stage(
                 variable,
                 given=self.links(name),
                 network=spec.network,
-                precondition=spec.precondition.kind,
+                precondition=spec.precondition,
                 noise=spec.noise,
                 sampler=spec.sample,
                 augment_dim=augment_dim(spec.augment),
@@ -208,9 +217,7 @@ class Assembly:
 
     def check_links(self, name: str, path: Path, kept: dict[str, str]) -> None:
         """Compare the meaning of every variable with the one that the weights were trained on, before they load."""
-        trained = json.loads(kept.get("variables", "{}"))
-        if not trained:
-            raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
+        trained = trained_on(path, kept)
         for variable in (self.generates(name), *(v for v, _ in self.links(name))):
             if variable.name not in trained or trained[variable.name]["identity"] != variable.identity:
                 raise UserError(
@@ -245,10 +252,18 @@ class Assembly:
         (size,) = variable.shape
         weights = [1.0] * size
         if kind == "empirical" and not meta:
-            self.classes(name)
-            rows = self.data.categories(self.column(name))[1]
-            weights = torch.bincount(torch.tensor(rows), minlength=size).tolist()
+            weights = self.counts(name).tolist()
         return Source(variable, weights)
+
+    def counts(self, name: str) -> Tensor:
+        """Rows of the training data in each class of a label, [classes]; of clusters, as they were fitted."""
+        if self.recipe.variables[name].encoder is not None:
+            encoder = self.encoder(name)
+            assert isinstance(encoder, OpenClip) and encoder.statistics is not None
+            assert encoder.statistics.counts is not None  # a label has clusters
+            return encoder.statistics.counts
+        size = len(self.classes(name))
+        return torch.bincount(torch.tensor(self.data.categories(self.column(name))[1]), minlength=size)
 
     # ------------------------------------------------------------ chains
 
@@ -277,7 +292,8 @@ class Assembly:
     def request(self) -> ChainPlan:
         """The plan of what the recipe itself asks to sample."""
         asked = self.recipe.sample
-        return self.skeleton().plan(asked.want or None, tuple(asked.given))
+        with self.located():
+            return self.skeleton().plan(asked.want or None, tuple(asked.given))
 
     def chain(self, needed: set[str] | None = None) -> Chain:
         """The chain with weights; stages outside `needed` stay on the meta device and cannot be sampled.
@@ -299,13 +315,25 @@ class Assembly:
         """Two stages on one link must have been trained with the same fitted statistics."""
         seen: dict[str, tuple[str, str]] = {}
         for stage, path in weights.items():
-            for variable, entry in json.loads(checkpoint.metadata(path).get("variables", "{}")).items():
+            for variable, entry in trained_on(path, checkpoint.metadata(path)).items():
                 other, fitted = seen.setdefault(variable, (stage, entry["fitted"]))
                 if fitted != entry["fitted"]:
                     raise UserError(
                         f"stages '{other}' and '{stage}' were trained on different fits of '{variable}'",
                         hint="their reducer or standardisation differs; train one of them again",
                     )
+
+
+def trained_on(path: Path, kept: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The variables that a stage was trained on, by its file's metadata. Raises UserError if it names none."""
+    try:
+        found = json.loads(kept.get("variables", "{}"))
+        named = bool(found) and all({"identity", "fitted"} <= entry.keys() for entry in found.values())
+    except (ValueError, AttributeError):
+        named = False
+    if not named:
+        raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
+    return found
 
 
 def identity_of(path: Path) -> str | None:

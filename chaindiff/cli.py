@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from chaindiff import completion
+from chaindiff.distributed import first_to_fail, processes
 from chaindiff.specs.errors import UserError
 
 app = typer.Typer(
@@ -17,18 +19,34 @@ app = typer.Typer(
     help="Declare, train, sample and measure chains of diffusion models.",
     epilog="RECIPE is a path, a name that `chaindiff list` shows, or the directory of a run.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", show_default=False)]
-Set = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override: stages.image.sample.steps=20.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, autocompletion=completion.recipes)]
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override: stages.image.sample.steps=20.",
+        autocompletion=completion.fields,
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's directory (default: runs/NAME).")]
-Given = Annotated[list[str], typer.Option("--given", metavar="NAME=VALUE", help="A variable that is known.")]
-Want = Annotated[list[str], typer.Option("--want", metavar="NAME", help="A variable to sample.")]
+Given = Annotated[
+    list[str],
+    typer.Option(
+        "--given", metavar="NAME=VALUE", help="A variable that is known.", autocompletion=completion.assignments
+    ),
+]
+Want = Annotated[
+    list[str],
+    typer.Option("--want", metavar="NAME", help="A variable to sample.", autocompletion=completion.variables),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout; messages to stderr.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,23 +54,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(arguments, prog_name="chaindiff", standalone_mode=False)
-    except (UserError, OSError) as error:
-        if "--debug" in arguments:
-            raise
-        status = _fail(str(error) if isinstance(error, UserError) else _system(error))
     except Exception as error:
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()  # Typer's own errors of usage know how to print themselves
-        status = 2
+        status = _explain(error, debug="--debug" in arguments)
     if status == 130:
         print("interrupted; the same command continues", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+def _explain(error: Exception, debug: bool) -> int:
+    """Print what a person can mend; of several processes, the first to fail. Raises what is no mistake of theirs."""
+    if not (debug or first_to_fail()):
+        return 2  # the same mistake, or what another's failure did to this process
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()  # Typer's own errors of usage know how to print themselves
+    elif isinstance(error, (UserError, OSError)) and not debug:
+        print(f"error: {error if isinstance(error, UserError) else _system(error)}", file=sys.stderr)
+    elif isinstance(error, MemoryError) and not debug:
+        print("error: the memory is full\n  lower --batch, train.batch or the size of the network", file=sys.stderr)
+    else:
+        raise error
     return 2
 
 
@@ -68,20 +89,38 @@ def _load(recipe: str, changes: list[str]) -> Any:
     return load_recipe(recipe, set=changes)
 
 
-def _work(quiet: bool) -> Any:
-    """The module that does the work, which imports torch."""
-    if quiet:
-        import rich
+def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.run") -> Any:
+    """The module that does the work, which imports torch. With `as_json`, its messages go to stderr."""
+    import rich
 
+    if as_json:
+        rich.reconfigure(stderr=True)
+    if quiet or not processes().is_main_process:
         rich.get_console().quiet = True
-    return importlib.import_module("chaindiff.run")
+    return importlib.import_module(module)
+
+
+def _json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+def _facts(done: Any, as_json: bool) -> None:
+    """What a command did, as JSON, once for all processes."""
+    if as_json and processes().is_main_process:
+        _json(done.facts())
 
 
 def _values(given: list[str]) -> dict[str, Any] | None:
     from chaindiff.specs.yaml import assignment
 
-    pairs = [assignment(text, "--given") for text in given]
-    return {".".join(path): node.plain() for path, node in pairs} or None
+    values: dict[str, Any] = {}
+    for path, node in (assignment(text, "--given") for text in given):
+        if (name := ".".join(path)) in values:
+            raise UserError(f"'{name}' is given twice", node.where)
+        values[name] = node.plain()
+    return values or None
 
 
 def _version(wanted: bool) -> None:
@@ -106,17 +145,20 @@ def run(
     given: Given = [],  # noqa: B006
     smoke: Annotated[bool, typer.Option("--smoke", help="Go through everything once, as small as possible.")] = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Do what is missing of a recipe: train, sample, evaluate, report."""
     loaded = _load(recipe, changes)
-    _work(quiet).run(loaded, out=out, smoke=smoke, given=_values(given))
+    _facts(_work(quiet, as_json).run(loaded, out=out, smoke=smoke, given=_values(given)), as_json)
 
 
 @app.command()
 def train(
     recipe: RecipeName,
-    stage: Annotated[str | None, typer.Option("--stage", help="Only this stage.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Only this stage.", autocompletion=completion.stages)
+    ] = None,
     more: Annotated[int, typer.Option("--more", min=0, metavar="IMAGES", help="Train beyond the recipe's images.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew even where there are weights.")] = False,
     out: Out = None,
@@ -144,11 +186,37 @@ def sample(
     out: Out = None,
     changes: Set = [],  # noqa: B006
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Sample from a chain."""
     loaded = _load(recipe, changes)
-    _work(quiet).sample(loaded, out=out, count=count, seed=seed, batch=batch, want=want or None, given=_values(given))
+    asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
+    _facts(_work(quiet, as_json).sample(loaded, out=out, **asked), as_json)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeName,
+    of: Annotated[str | None, typer.Option("--of", metavar="NAME", help="The image variable to measure.")] = None,
+    links: Annotated[bool, typer.Option("--links", help="What each link costs: stages replaced by the data.")] = False,
+    sweep: Annotated[
+        list[str], typer.Option("--sweep", metavar="FIELD=A,B", help="Measure at several values of a field.")
+    ] = [],  # noqa: B006
+    baseline: Annotated[list[str], typer.Option("--baseline", metavar="RECIPE", help="Compare with it.")] = [],  # noqa: B006
+    oracle: Annotated[list[str], typer.Option("--oracle", metavar="NAME", help="Take it from the data.")] = [],  # noqa: B006
+    count: Annotated[int | None, typer.Option("--count", min=2, help="Samples of every row.")] = None,
+    seed: Annotated[list[int], typer.Option("--seed", min=0, help="A sampling seed; several give intervals.")] = [],  # noqa: B006
+    judge: Annotated[list[str], typer.Option("--judge", metavar="NAME", help="A feature extractor.")] = [],  # noqa: B006
+    out: Out = None,
+    changes: Set = [],  # noqa: B006
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a chain: distances to the data, what each link costs, sweeps, memorisation."""
+    asked = {"count": count, "seeds": seed, "judges": judge}
+    loaded = _load(recipe, changes).override({"evaluate": {key: value for key, value in asked.items() if value}})
+    _work(quiet).evaluate(loaded, of=of, links=links, sweeps=sweep, baselines=baseline, oracle=oracle, out=out)
 
 
 @app.command()
@@ -159,31 +227,98 @@ def plan(
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw the chain: a .svg or .png.")] = None,
     changes: Set = [],  # noqa: B006
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check a recipe and show what a request would run, and what it costs."""
     loaded = _load(recipe, changes)
-    _work(quiet).plan(loaded, want=want or None, given=_values(given), picture=picture)
-
-
-@app.command("list")
-def list_(debug: Debug = False) -> None:
-    """List the recipes and stage cards that a bare name finds."""
-    from chaindiff.specs.load import available, summary
-
-    for title, known in (("recipes", available("recipe")), ("stage cards", available("card"))):
-        width = max(map(len, known), default=0)
-        print(f"{title}:" if known else f"{title}: none")
-        for name, path in known.items():
-            print(f"  {name:{width}}  {summary(path)}".rstrip())
+    # The JSON says all that the table says.
+    plan = _work(quiet or as_json).plan
+    _facts(plan(loaded, want=want or None, given=_values(given), picture=picture), as_json)
 
 
 @app.command()
-def show(recipe: RecipeName, changes: Set = [], debug: Debug = False) -> None:  # noqa: B006
+def ema(
+    stage: Annotated[Path, typer.Argument(metavar="RUN/stages/STAGE", show_default=False)],
+    std: Annotated[float, typer.Option("--std", help="Its width, as a share of the training so far: 0.07.")],
+    out: Annotated[Path, typer.Option("--out", help="The weights file to write.")],
+    images: Annotated[
+        int | None, typer.Option("--images", help="After so many training images (default: all).")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Reconstruct an average of another length from the snapshots that `train: {ema: {kind: power}}` left."""
+    done = _work(quiet, module="chaindiff.training.snapshots").reconstruct_stage(stage, std, out, images)
+    if not quiet:
+        print(done)
+
+
+@app.command("import")
+def import_(
+    snapshot: Annotated[Path, typer.Argument(metavar="SNAPSHOT.pkl", show_default=False)],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", metavar="RECIPE", help="Write weights to sample with.", autocompletion=completion.recipes
+        ),
+    ] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="The recipe's stage that it is.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file to write (default: SNAPSHOT.safetensors).")
+    ] = None,
+    changes: Set = [],  # noqa: B006
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Read a snapshot of EDM or VCDM, executing nothing of it, and write it as safetensors."""
+    if recipe is None and (stage is not None or changes):
+        raise UserError("--stage and --set belong to a recipe: say --recipe RECIPE")
+    loaded = None if recipe is None else _load(recipe, changes)
+    _work(quiet, module="chaindiff.importing").import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
+
+
+@app.command("list")
+def list_(
+    group: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[GROUP]",
+            help="One group: recipes, cards, encoders, reducers, networks, judges or weights.",
+            show_default=False,
+            autocompletion=completion.groups,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List recipes, stage cards, what else a recipe can name, and weights."""
+    from chaindiff.catalogue import GROUPS, TITLES
+    from chaindiff.specs.errors import did_you_mean
+
+    if group is not None and group not in GROUPS:
+        raise UserError(f"there is no group '{group}' to list{did_you_mean(group, GROUPS)}")
+    found = {name: GROUPS[name]() for name in ([group] if group else GROUPS)}
+    if as_json:
+        _json({name: [entry.plain() for entry in entries] for name, entries in found.items()})
+        return
+    for name, entries in found.items():
+        width = max((len(entry.name) for entry in entries), default=0)
+        print(f"{TITLES.get(name, name)}:{'' if entries else ' none'}")
+        for entry in entries:
+            print(f"  {entry.name:{width}}  {entry.description}".rstrip())
+
+
+@app.command()
+def show(recipe: RecipeName, changes: Set = [], as_json: AsJson = False, debug: Debug = False) -> None:  # noqa: B006
     """Print a recipe with every default and override resolved."""
     from chaindiff.specs.lock import resolved
 
-    print(resolved(_load(recipe, changes).recipe), end="")
+    found = _load(recipe, changes).recipe
+    if as_json:
+        _json(found.model_dump(mode="json"))
+    else:
+        print(resolved(found), end="")
 
 
 @app.command()

@@ -8,24 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
+from chaindiff.data import ImageData, open_data
+from chaindiff.data.sources import IMAGES, Folder
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import DataSpec
 from chaindiff.variables import Variable
-
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Values of given variables, [1, *shape] or [rows, *shape].
 
     A label is a class's name or number, a text stands for its encodings. An image is a file or folder. Anything that
-    an encoder makes of images can be given as an image, which is then encoded; or as numbers in a .safetensors or
-    .npy file.
+    an encoder makes of images (clusters too) can be given as an image, which is then encoded; or as numbers in a
+    .safetensors or .npy file.
     Raises UserError for unknown variables, classes and files.
     """
     values = {}
@@ -65,14 +64,15 @@ def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Pat
     where = f"--given {variable.name}"
     if isinstance(value, Tensor):
         return value
-    if variable.kind == "label":
+    if variable.kind == "label" and (assembly.recipe.variables[variable.name].encoder is None or _is_number(value)):
         return torch.tensor([_class(assembly, variable, value, where)])
     path = Path(str(value)).expanduser()
     if not path.exists():
         raise UserError(
             f"there is no file or folder {path}",
             where,
-            f"give {variable} as an image, a folder of images, or numbers in a .safetensors or .npy file",
+            f"give {variable} as {'a class, ' if variable.kind == 'label' else ''}an image, a folder of images, "
+            "or numbers in a .safetensors or .npy file",
         )
     return path
 
@@ -81,29 +81,40 @@ def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
     where, path = f"--given {variable.name}", _checked(assembly, variable, value)
     if isinstance(path, Tensor):
         return path
-    if path.is_dir() or path.suffix.lower() in IMAGES:
+    if path.is_dir() or path.suffix.lower() in {*IMAGES, ".zip"}:
         return _encode(assembly, variable, path, where)
     tensor = _numbers(path, variable, where)
+    if not bool(tensor.isfinite().all()):
+        raise UserError(f"{path} holds numbers that are not finite (NaN or infinity)", where)
+    if variable.kind == "label" and tensor.ndim == 1:  # as samples are kept
+        return torch.tensor([_class(assembly, variable, int(number), where) for number in tensor])
     tensor = tensor[None] if tuple(tensor.shape) == variable.shape else tensor
     if tuple(tensor.shape[1:]) != variable.shape:
         raise UserError(f"{path} holds {list(tensor.shape)}; expected [rows, *{list(variable.shape)}]", where)
+    if variable.kind == "image" and tensor.numel() and float(tensor.abs().max()) > 1.01:
+        low, high = float(tensor.min()), float(tensor.max())
+        raise UserError(f"{path} holds numbers from {low:g} to {high:g}; images lie in [-1, 1]", where)
     return tensor
+
+
+def _is_number(value: Any) -> bool:
+    return str(value).removeprefix("-").isdecimal()
 
 
 def _class(assembly: Assembly, variable: Variable, value: Any, where: str) -> int:
     names = assembly.classes(variable.name)
     if str(value) in names:
         return names.index(str(value))
-    if str(value).isdigit() and int(value) < len(names):
-        return int(value)
+    numbers = [str(number) for number in range(len(names))]
+    if str(value) in numbers:
+        return numbers.index(str(value))
     raise UserError(f"'{value}' is no class of {variable.name}{did_you_mean(str(value), names)}", where)
 
 
 def _encode(assembly: Assembly, variable: Variable, path: Path, where: str) -> Tensor:
     """Read images as the variable itself, or as what its encoder reads, and so on up."""
     if variable.kind == "image":
-        folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
-        return _images(folder, name, variable)
+        return _images(path, variable)
     spec = assembly.recipe.variables[variable.name].encoder
     if spec is None:
         raise UserError(f"{path} is an image, but no encoder makes {variable} of images", where)
@@ -112,12 +123,12 @@ def _encode(assembly: Assembly, variable: Variable, path: Path, where: str) -> T
         return assembly.encoder(variable.name)(value)
 
 
-def _images(folder: Path, name: str | None, variable: Variable) -> Tensor:
-    from chaindiff.data import open_data
-
-    data = open_data(DataSpec(path=str(folder)))
-    rows = [i for i, n in enumerate(data.names) if name is None or n == name]
-    return data.images(rows, variable.shape[-1]).float() / 127.5 - 1
+def _images(path: Path, variable: Variable) -> Tensor:
+    if path.suffix.lower() in IMAGES and not path.is_dir():
+        data = ImageData(Folder(path.parent), {path.name: {}}, [], path.stem)
+    else:
+        data = open_data(DataSpec(path=str(path)))
+    return data.images(range(len(data)), variable.shape[-1]).float() / 127.5 - 1
 
 
 def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
@@ -125,8 +136,9 @@ def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False)).float()
         tensors = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a complete .safetensors or .npy file: {error}", where) from error
+    except Exception as error:  # the readers raise many kinds for files that are something else or cut short
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} is not a complete .safetensors or .npy file of numbers: {reason}", where) from error
     if variable.name in tensors:
         return tensors[variable.name].float()
     if len(tensors) == 1:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from chaindiff.pictures import grid, save_png, to_image
+from chaindiff.specs.errors import UserError
 from chaindiff.training import checkpoint
 from chaindiff.variables import Variable
 
@@ -41,12 +42,11 @@ class Samples:
             numbers = range(first, end) if variable.kind == "image" else (first,)
             yield from (self.path(variable, number) for number in numbers)
 
-    def done(self) -> int:
-        """How many samples, in whole batches from the first, are already there."""
-        for first in range(0, self.count, self.batch):
-            if not all(path.exists() for path in self.files(first, min(first + self.batch, self.count))):
-                return first
-        return self.count
+    def missing(self) -> list[range]:
+        """The batches, as ranges of sample numbers, that are not wholly there."""
+        starts = range(0, self.count, self.batch)
+        batches = [range(first, min(first + self.batch, self.count)) for first in starts]
+        return [batch for batch in batches if not all(path.exists() for path in self.files(batch.start, batch.stop))]
 
     @property
     def grids(self) -> list[Path]:
@@ -54,10 +54,17 @@ class Samples:
 
     @property
     def complete(self) -> bool:
-        return self.done() == self.count and all(path.exists() for path in self.grids)
+        return not self.missing() and all(path.exists() for path in self.grids)
 
     def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete all. Raises UserError if that fails: what stayed would pass for samples of the new settings."""
+        try:
+            shutil.rmtree(self.folder)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            hint = "delete it by hand, or choose another folder with --out"
+            raise UserError(f"cannot be deleted: {error.strerror or error}", str(self.folder), hint) from error
 
     def write(self, first: int, values: Mapping[str, Tensor]) -> None:
         """One batch of samples, starting at number `first`."""
@@ -82,7 +89,12 @@ class Samples:
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as [channels, height, width] in [-1, 1]."""
-    with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    """An image file as [channels, height, width] in [-1, 1]. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    except Exception as error:  # PIL raises many kinds for files that are cut short or something else
+        raise UserError(
+            f"not a readable image: {error}", str(path), "delete it, and the same command makes it again"
+        ) from error
     return pixels.permute(2, 0, 1).float() / 127.5 - 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chaindiff.assemble import Assembly
+from chaindiff.evaluation.report import sections
 from chaindiff.report import Page, Picture, StageRow, write_report
 from chaindiff.specs.load import LOCK
 
@@ -61,6 +62,7 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
         found.svg(),
         pictures,
         rows,
+        sections=sections(assembly.out),
         provenance=provenance,
         recipe=(assembly.out / LOCK).read_text(),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from chaindiff.cost import Cost, measure
 from chaindiff.drawing import Arrow, Box, chain_svg
@@ -72,6 +72,36 @@ class ChainPlan:
             rows.append(row)
         return rows
 
+    def facts(self) -> dict[str, Any]:
+        """The plan and its costs as plain data: for one sample, bytes in float32."""
+        steps = []
+        for step in self.plan.steps:
+            name = step.producer.name
+            facts: dict[str, Any] = {
+                "kind": step.producer.kind,
+                "name": name,
+                "makes": {v: list(self.variables[v].shape) for v in step.outputs},
+                "reads": list(step.inputs),
+                "drops": list(step.drop),
+            }
+            if step.producer.kind == "stage":
+                cost = self.costs[name]
+                facts |= {"sampler": self.solvers[name], **asdict(cost), "total_flops": cost.total_flops}
+                facts["share"] = self.share(name)
+            steps.append(facts)
+        costs = [self.costs[name] for name in self.running]
+        return {
+            "name": self.name,
+            "want": list(self.plan.want),
+            "given": list(self.plan.given),
+            "unused": list(self.plan.unused),
+            "steps": steps,
+            "nfe": sum(cost.nfe for cost in costs),
+            "total_flops": sum(cost.total_flops for cost in costs),
+            "weight_bytes": sum(cost.weight_bytes for cost in costs),
+            "activation_bytes": max((cost.activation_bytes for cost in costs), default=0),
+        }
+
     def __str__(self) -> str:
         given = f", given {', '.join(self.plan.given)}" if self.plan.given else ""
         lines = [f"{self.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
@@ -87,14 +117,12 @@ class ChainPlan:
                 lines.append(f"     memory {row['memory']}")
             if row["drops"] != "-":
                 lines.append(f"     then drops {row['drops']}")
-        total = sum(self.costs[name].total_flops for name in self.running)
-        peak = max((self.costs[n].activation_bytes for n in self.running), default=0)
-        weights = sum(self.costs[n].weight_bytes for n in self.running)
-        nfe = sum(self.costs[n].nfe for n in self.running)
+        facts = self.facts()
+        weights, peak = amount(facts["weight_bytes"]), amount(facts["activation_bytes"])
         lines += [
             "",
-            f"in all: NFE {nfe}, {amount(total)}FLOP a sample, weights {amount(weights)}B, "
-            f"activations {amount(peak)}B a sample (float32)",
+            f"in all: NFE {facts['nfe']}, {amount(facts['total_flops'])}FLOP a sample, weights {weights}B, "
+            f"activations {peak}B a sample (float32)",
         ]
         if self.plan.unused:
             lines.append(f"given but not needed: {', '.join(self.plan.unused)}")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import get_console
-from torch import Tensor
 
 from chaindiff.assemble import Assembly, default_out
 from chaindiff.chain import TILE
+from chaindiff.distributed import processes
 from chaindiff.drawing import chain_png
+from chaindiff.evaluation.evaluate import evaluate as measure
+from chaindiff.evaluation.report import METRICS, Report
+from chaindiff.evaluation.tables import plain
+from chaindiff.execution import lock_of, prepare
 from chaindiff.given import check_given, read_given
 from chaindiff.outputs import Samples
 from chaindiff.page import write_run_report
@@ -29,9 +29,6 @@ from chaindiff.specs.files import write_whole
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.lock import write_lock
 from chaindiff.training.job import train_stage
-from chaindiff.variables import digest
-
-COMPILE_PAYS = 3e13  # floating-point operations of a whole run; below, compiling takes longer than it saves
 
 
 def say(text: str) -> None:
@@ -50,7 +47,9 @@ def plan(
 ) -> ChainPlan:
     """Check a request, and print what it would run and what that costs; needs no weights, data or memory."""
     asked = loaded.recipe.sample
-    found = Assembly(loaded).skeleton().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
+    assembly = Assembly(loaded)
+    with assembly.located():
+        found = assembly.skeleton().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
     say(str(found))
     if picture is not None:
         draw(found, picture)
@@ -81,6 +80,7 @@ def train(
     assembly = Assembly(loaded, out)
     for name in [stage] if stage else list(loaded.recipe.stages):
         unfinished = assembly.unfinished(name)
+        processes().wait_for_everyone()  # all of them have looked before one changes anything
         if fresh and not unfinished:
             (assembly.folder(name) / "state.safetensors").unlink(missing_ok=True)
         weights = None if fresh else assembly.find_weights(name)
@@ -104,6 +104,22 @@ class Sampled:
     seconds: float
     stage_seconds: dict[str, float]
 
+    def facts(self) -> dict[str, Any]:
+        """Where everything is, as plain data for scripts."""
+        out = self.samples.folder.parent
+        page = out / "report.html"
+        return {
+            "out": str(out),
+            "count": self.samples.count,
+            "samples": {v.name: str(self.samples.folder / v.name) for v in self.samples.variables},
+            "grids": [str(path) for path in self.samples.grids],
+            "page": str(page) if page.exists() else None,
+            "lock": str(out / LOCK),
+            "weights": {name: str(path) for name, path in self.weights.items()},
+            "seconds": self.seconds,
+            "stage_seconds": self.stage_seconds,
+        }
+
 
 def sample(
     loaded: Loaded,
@@ -123,8 +139,11 @@ def sample(
 
 
 def sample_chain(assembly: Assembly) -> Sampled:
-    """Make the samples that are missing from a run; those of other settings or weights are made anew."""
-    asked, out = assembly.recipe.sample, assembly.out
+    """Make the samples that are missing from a run; those of other settings or weights are made anew.
+
+    Several processes share the batches out. A batch is the same whoever makes it, so their files are those of one.
+    """
+    asked, out, state = assembly.recipe.sample, assembly.out, processes()
     found = assembly.request
     chain = assembly.chain(set(found.running))
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
@@ -133,63 +152,48 @@ def sample_chain(assembly: Assembly) -> Sampled:
     samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size)
     values = read_given(assembly, asked.given)
     lock = lock_of(assembly, found, chain.weights, values)
-    if (out / LOCK).exists() and load_recipe(out).lock.get("samples") != lock["samples"]:
-        if samples.folder.exists():
-            say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
-        samples.clear()
-    if samples.complete:
+    with state.main_process_first():
+        if (out / LOCK).exists() and load_recipe(out).lock.get("samples") != lock["samples"]:
+            if samples.folder.exists():
+                say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
+            samples.clear()
+        missing, complete = samples.missing(), samples.complete
+        if state.is_main_process and not complete:
+            out.mkdir(parents=True, exist_ok=True)
+            write_lock(out, assembly.recipe, lock)
+    state.wait_for_everyone()  # all of them have seen what is missing before one makes it
+    if complete:
         return Sampled(samples, found, chain.weights, lock, 0.0, {})
-    out.mkdir(parents=True, exist_ok=True)
-    write_lock(out, assembly.recipe, lock)
-    if lock["execution"] == "compile":
-        for stage in chain.stages:
-            stage.network.compile()
-    began, number = time.perf_counter(), samples.done()
+    prepare(chain, lock["execution"], asked.precision)
+    began, mine = time.perf_counter(), missing[state.process_index :: state.num_processes]
+    done = asked.count - sum(map(len, missing))
     settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact}
-    with Bar("sample", asked.count, number) as bar:
-        for part in chain.stream(asked.count, want=keep, given=values, first=number, **settings):
-            samples.write(number, part)
-            number += len(next(iter(part.values())))
-            bar.update(number)
-    samples.write_grids()
+    with Bar("sample", done + sum(map(len, mine)), done) as bar:
+        for batch in mine:
+            part = next(chain.stream(asked.count, want=keep, given=values, first=batch.start, **settings))
+            samples.write(batch.start, part)
+            done += len(batch)
+            bar.update(done)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        samples.write_grids()
     return Sampled(samples, found, chain.weights, lock, time.perf_counter() - began, chain.seconds)
 
 
-def lock_of(
-    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on."""
-    recipe = assembly.recipe
-    asked = recipe.sample
-    total = asked.count * sum(found.costs[name].total_flops for name in found.running)
-    execution = asked.execution
-    if asked.exact:
-        execution = "eager"
-    elif execution == "auto":
-        execution = "compile" if total >= COMPILE_PAYS else "eager"
-    digests = {name: file_digest(path) for name, path in weights.items()}
-    depends = {
-        "weights": digests,
-        "samplers": {n: recipe.stages[n].sample.model_dump() for n in found.running},
-        "links": {n: [link.model_dump() for _, link in assembly.links(n)] for n in found.running},
-        "given": {n: hashlib.sha256(v.numpy().tobytes()).hexdigest() for n, v in values.items()},
-        "sample": asked.model_dump(exclude={"execution", "given"}),
-        "execution": execution,
-    }
-    return {
-        "samples": digest(depends),
-        "execution": execution,
-        "weights": digests,
-        "given": depends["given"],
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "versions": {p: version(p) for p in ("chain-diffusion-models", "torch", "numpy")},
-    }
+# ------------------------------------------------------------ evaluate
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def evaluate(loaded: Loaded, out: Path | None = None, **options: Any) -> Report:
+    """Measure a chain, say what was found, and show it on the page of the run, which is made if there is none."""
+    report, assembly = measure(loaded, out=out, **options), Assembly(loaded, out)
+    sampled, page = sample_chain(assembly), assembly.out / "report.html"
+    if not processes().is_main_process:
+        return report
+    for part in report.parts:
+        say(f"\n{part['title']}\n{part['note']}\n\n{plain(part['table']) if part['table'] else ''}")
+    write_run_report(page, assembly, sampled)
+    say(f"\nfigures: {assembly.out / METRICS}\npage: {page}")
+    return report
 
 
 # ------------------------------------------------------------ run
@@ -222,8 +226,9 @@ def run(
     if not sampled.seconds and page.exists():
         say(f"nothing to do: {assembly.out} is complete (delete {sampled.samples.folder} to sample again)")
         return sampled
-    draw(sampled.plan, assembly.out / "chain.svg")
-    write_run_report(page, assembly, sampled, banner)
+    if processes().is_main_process:
+        draw(sampled.plan, assembly.out / "chain.svg")
+        write_run_report(page, assembly, sampled, banner)
     if sampled.seconds:
         say(f"{sampled.samples.count} samples in {sampled.seconds:.1f} s")
     say("\n".join(f"grid: {path}" for path in reversed(sampled.samples.grids)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import OpenClipSpec, UNetSpec
+from chaindiff.specs.recipe import OpenClipSpec, PcaSpec, UNetSpec
 
 CLIP_WIDTH = 128  # of the embedded image-text model
 CLASSES = 7  # groups of the embedded images
@@ -17,14 +17,19 @@ def smoke_version(loaded: Loaded) -> Loaded:
     variables: dict[str, Any] = {}
     for name, spec in recipe.variables.items():
         if isinstance(spec.encoder, OpenClipSpec):
-            width = spec.encoder.reduce.k if spec.encoder.reduce else CLIP_WIDTH
+            kept = spec.kind == "label" or isinstance(spec.encoder.reduce, PcaSpec)
+            width = spec.shape[0] if kept else CLIP_WIDTH
             variables[name] = {"shape": [width], "encoder": {"model": "clip_emoji", "pretrained": None}}
         elif spec.kind == "label":
             variables[name] = {"shape": [CLASSES], "of": "group"}
     stages: dict[str, Any] = {}
     for name, stage in recipe.stages.items():
         if isinstance(stage.network, UNetSpec):
-            network: dict[str, Any] = {"channels": 64 if stage.network.arch == "adm" else 16, "blocks": 1}
+            network: dict[str, Any] = {
+                "channels": 64 if stage.network.arch == "adm" else 16,
+                "mult": [1] * len(stage.network.mult),
+                "blocks": 1,
+            }
         else:
             network = {"width": 32, "depth": 1, "heads": 2}
         stages[name] = {

@@ -12,13 +12,24 @@ from torch import Tensor, nn
 
 from chaindiff import networks
 from chaindiff.edm.denoiser import Levels, Prediction, State, expand
-from chaindiff.edm.levels import Path, karras_sigmas, together
-from chaindiff.edm.precondition import PRECONDITIONINGS
+from chaindiff.edm.levels import Path, grid, together
+from chaindiff.edm.noise import training_noise
+from chaindiff.edm.precondition import preconditioning
 from chaindiff.edm.random import Draws
-from chaindiff.edm.solvers import SECOND_ORDER, Churn, Noise, solve
+from chaindiff.edm.schedules import schedule
+from chaindiff.edm.solvers import SECOND_ORDER, Churn, Noise, invert, solve
 from chaindiff.networks.condition import Condition, Conditioner, Given, Link, training_level
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import LinkSpec, NoiseSpec, PriorSpec, SamplerSpec, UNetSpec
+from chaindiff.specs.recipe import (
+    LinkSpec,
+    NoiseLevels,
+    Precondition,
+    PriorSpec,
+    SamplerSpec,
+    UNetSpec,
+    precondition_of,
+    published_noise,
+)
 from chaindiff.variables import Variable
 
 Terms = Sequence[tuple[frozenset[str], float]]  # guidance: (which given variables are absent, weight), weights sum to 1
@@ -28,7 +39,9 @@ class Stage(nn.Module):
     """A diffusion model of p(generated | given) on the EDM core (Karras et al. 2022).
 
     `network` is a spec, or any module with the signature forward(x, noise_labels, class_labels, augment_labels,
-    context). Raises UserError if the network does not fit the variables.
+    context). `precondition` is a spec, or the kind of one without numbers; `noise` is the one that it was published
+    with unless given. Raises UserError if the network does not fit the variables, or the sampler's levels lie outside
+    those that the parametrisation knows.
     """
 
     def __init__(
@@ -37,8 +50,8 @@ class Stage(nn.Module):
         *,
         given: Sequence[Variable | tuple[Variable, LinkSpec]] = (),
         network: UNetSpec | PriorSpec | nn.Module,
-        precondition: str = "edm",
-        noise: NoiseSpec | None = None,
+        precondition: Precondition | str = "edm",
+        noise: NoiseLevels | None = None,
         sampler: SamplerSpec | None = None,
         augment_dim: int = 0,
         name: str | None = None,
@@ -48,6 +61,8 @@ class Stage(nn.Module):
         pairs = [item if isinstance(item, tuple) else (item, LinkSpec(variable=item.name)) for item in given]
         self.conditioner = Conditioner([Link(variable, spec, generates) for variable, spec in pairs])
         self.given = [variable for variable, spec in pairs if spec.sampled]  # what sampling needs
+        spec = precondition_of(precondition) if isinstance(precondition, str) else precondition
+        self.precondition = preconditioning(spec, generates.sigma_data)
         if not isinstance(network, nn.Module):
             network = networks.build(
                 network,
@@ -56,11 +71,12 @@ class Stage(nn.Module):
                 augment_dim=augment_dim,
                 image_channels=self.conditioner.image_channels,
                 context=self.conditioner.context,
+                label_span=self.precondition.label_span,
             )
         self.network: nn.Module = network
-        self.precondition = PRECONDITIONINGS[precondition](generates.sigma_data)
-        self.noise = noise or NoiseSpec()
+        self.noise = training_noise(noise or published_noise(spec))
         self.sampler = sampler or SamplerSpec()
+        self._levels()
         self.autocast: torch.dtype | None = None
 
     # ------------------------------------------------------------ denoising
@@ -81,6 +97,8 @@ class Stage(nn.Module):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             raw = self.network(inputs, c.noise, condition.labels, augment_labels, condition.context)
+        if raw.shape[1] == 2 * x.shape[1]:  # learned variances come behind the prediction (Nichol & Dhariwal 2021)
+            raw = raw[:, : x.shape[1]]
         return expand(c.skip, x) * x + expand(c.out, x) * raw.to(x.dtype)
 
     # ------------------------------------------------------------ training
@@ -101,7 +119,7 @@ class Stage(nn.Module):
             keep = torch.tensor(spec.keep)[draws.integers(f"{name}/keep", len(spec.keep))] if spec.keep else None
             on = [None if t is None else t.to(clean.device) for t in (present, sigma, noise, keep)]
             given[name] = Given(batch[name], *on)
-        sigma = (draws.normal("sigma") * self.noise.std + self.noise.mean).exp().to(clean.device)
+        sigma = self.noise(draws).to(clean.device)
         noisy = clean + expand(sigma, clean) * draws.normal("noise", self.variable.shape).to(clean.device)
         condition = self.conditioner(given, count, clean)
         denoised = self.denoise(noisy, sigma, condition, batch.get("augment_labels"))
@@ -111,11 +129,31 @@ class Stage(nn.Module):
 
     # ------------------------------------------------------------ sampling
 
+    def _levels(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max) of the sampler: as said, else as published within what the parametrisation knows.
+
+        Raises UserError if what was said lies outside.
+        """
+        known, asked = self.precondition, self.sampler
+        for field in ("sigma_min", "sigma_max"):
+            said = getattr(asked, field)
+            if said is not None and not known.sigma_min <= said <= known.sigma_max:
+                raise UserError(
+                    f"{said:g} is none of the levels that a network of kind {known.kind} knows, "
+                    f"from {known.sigma_min:g} to {known.sigma_max:g}",
+                    f"stages.{self.name}.sample.{field}",
+                    "leave it out: the sampler then takes what the network knows",
+                )
+        low, high = asked.levels
+        return max(low, known.sigma_min), min(high, known.sigma_max)
+
     @property
     def path(self) -> Path:
-        """The noise levels of this stage's sampler, from sigma_max down to 0."""
-        s = self.sampler
-        return together({self.variable.name: karras_sigmas(s.steps, s.sigma_min, s.sigma_max, s.rho)})
+        """The noise levels of this stage's sampler, from sigma_max down to 0, rounded to those that it knows."""
+        s, (low, high) = self.sampler, self._levels()
+        chosen = schedule(s.schedule, low, high)
+        levels = [self.precondition.round(level) for level in grid(s.discretisation, s.steps, low, high, s.rho, chosen)]
+        return together({self.variable.name: levels}, {self.variable.name: chosen})
 
     @property
     def nfe(self) -> int:
@@ -158,13 +196,35 @@ class Stage(nn.Module):
     def sample(
         self, start: Tensor, given: Mapping[str, Tensor], noise: Noise, link_noise: Mapping[str, Tensor] | None = None
     ) -> Iterator[Tensor]:
-        """Samples from unit noise `start` [batch, *shape]: yields the variable after every step."""
-        path, name, churn = self.path, self.variable.name, self.sampler.churn
-        x = {name: start * path.sigma(0)[name]}
-        stochastic = Churn(churn.amount, churn.min, math.inf if churn.max is None else churn.max, churn.noise)
+        """Samples from unit noise `start` [batch, *shape]: yields the variable after every step, without its scale."""
+        path, name, s = self.path, self.variable.name, self.sampler
+        x = {name: start * (path.sigma(0)[name] * path.scale(0)[name])}
+        churn = Churn(s.churn.amount, s.churn.min, math.inf if s.churn.max is None else s.churn.max, s.churn.noise)
         denoiser = self.bind(given, link_noise)
-        for state in solve(denoiser, x, path, solver=self.sampler.solver, churn=stochastic, noise=noise):
-            yield state[name]
+        states = solve(denoiser, x, path, solver=s.solver, churn=churn, eta=s.eta, noise=noise)
+        for step, state in enumerate(states, 1):
+            scale = path.scale(step)[name]
+            yield state[name] / scale if scale != 1 else state[name]
+
+    def invert(
+        self, value: Tensor, given: Mapping[str, Tensor], link_noise: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """From values [batch, *shape] to noise: yields the variable after every step, in units of its level.
+
+        The last is the `start` from which `sample`, with a deterministic sampler, returns the values. Raises UserError
+        if the stage's sampler adds noise.
+        """
+        path, name, s = self.path, self.variable.name, self.sampler
+        if s.churn.amount or s.eta:
+            raise UserError(
+                "no noise leads to a given value while sampling adds more of it",
+                f"stages.{self.name}.sample.{'eta' if s.eta else 'churn.amount'}",
+                "set it to 0 to invert this stage",
+            )
+        states = invert(self.bind(given, link_noise), {name: value}, path, solver=s.solver)
+        for step, state in enumerate(states, 1):
+            at = path.steps - step
+            yield state[name] / (path.sigma(at)[name] * path.scale(at)[name])
 
 
 @dataclass(frozen=True)
@@ -174,8 +234,18 @@ class BoundStage:
     stage: Stage
     condition: Condition
     weights: list[float]
-    sigma_min: float = 0.0
-    sigma_max: float = math.inf
+
+    @property
+    def sigma_min(self) -> float:
+        return self.stage.precondition.sigma_min
+
+    @property
+    def sigma_max(self) -> float:
+        return self.stage.precondition.sigma_max
+
+    def round(self, sigma: float) -> float:
+        """The nearest level that the stage knows, where it was trained on discrete ones."""
+        return self.stage.precondition.round(sigma)
 
     @torch.no_grad()
     def __call__(self, x: State, sigma: Levels) -> Prediction:

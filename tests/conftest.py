@@ -11,7 +11,10 @@ from jaxtyping import install_import_hook
 
 # Functions of these packages whose annotations carry shapes are checked at every call (edm, networks, data, ...).
 HOOK = install_import_hook(
-    [f"chaindiff.{part}" for part in ("edm", "networks", "data", "pictures", "encoders", "stage", "training")],
+    [
+        f"chaindiff.{part}"
+        for part in ("edm", "networks", "data", "pictures", "encoders", "stage", "training", "evaluation")
+    ],
     "checker.check",
 )
 

@@ -111,6 +111,12 @@ def test_a_full_disk_is_one_message_and_status_2(command, work):
     assert command("run", RECIPE) == (2, "", "error: runs/x/weights: No space left on device\n")
 
 
+def test_a_full_memory_is_one_message_and_status_2(command, work):
+    work.error = MemoryError()
+    expected = "error: the memory is full\n  lower --batch, train.batch or the size of the network\n"
+    assert command("run", RECIPE) == (2, "", expected)
+
+
 def test_a_bug_keeps_its_traceback(work):
     work.error = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):
@@ -131,9 +137,10 @@ def test_an_interrupt_is_one_line_and_status_130(command, work):
         (["sample", RECIPE, "--count", "0"], "Invalid value for '--count': "),
         (["run", "vcdm_emogi_"], "error: there is no recipe 'vcdm_emogi_'; did you mean 'vcdm_emoji"),
         (["run", RECIPE, "--given", "label"], "error: --given label: expected NAME=VALUE after --given"),
+        (["run", RECIPE, "--given", "a=1", "--given", "a=2"], "error: --given a=2: 'a' is given twice"),
         (["train", RECIPE, "--stage", "clp"], "error: --stage clp: there is no stage 'clp'; did you mean 'clip'?"),
         (["show", RECIPE, "--set", "sample.cuont=1"], "sample: unknown field 'cuont'; did you mean 'count'?"),
-        (["schema", "--out", "/dev/null/schema.json"], "error: /dev/null"),
+        (["schema", "--out", "/dev/null/schema.json"], "error: cannot write /dev/null/schema.json: a file lies where"),
     ],
 )
 def test_mistakes_on_the_command_line(command, work, arguments, expected):

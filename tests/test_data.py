@@ -1,48 +1,17 @@
-"""Data sets: folders, zips, metadata, filters, decoding, and what is said when they are wrong."""
+"""Data sets: folders, zips, metadata, filters, decoding."""
 
-import io
 import json
 import pickle
 import subprocess
 import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import lines, noise, png, refusal, write, zipped
 from PIL import Image
 
 from chaindiff.data import open_data
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import DataSpec
-
-
-def png(pixels: np.ndarray, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png", **options)
-    return file.getvalue()
-
-
-def noise(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def write(folder: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
-def zipped(path: Path, files: dict[str, bytes | str]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def lines(*rows: dict) -> str:
-    return "\n".join(json.dumps(row) for row in rows) + "\n"
 
 
 @pytest.fixture
@@ -54,13 +23,6 @@ def files() -> dict[str, bytes | str]:
     ]
     images = {row["file_name"]: png(noise(8, 8, seed)) for seed, row in enumerate(rows)}
     return {**images, "metadata.jsonl": lines(*rows)}
-
-
-def refusal(spec: DataSpec | str | Path, use=len) -> str:
-    """The message that opening (and using) the data ends with."""
-    with pytest.raises(UserError) as error:
-        use(open_data(spec if isinstance(spec, DataSpec) else DataSpec(path=str(spec))))
-    return str(error.value)
 
 
 # -- opening
@@ -243,78 +205,3 @@ def test_digest_follows_content_and_selection(tmp_path, files):
     digest["changed"] = open_data(DataSpec(path=str(zipped(tmp_path / "c.zip", changed)))).digest
     assert digest["all"] == digest["copy"]
     assert len({digest["all"], digest["train"], digest["changed"]}) == 3
-
-
-# -- what is wrong
-
-
-def test_missing_path(tmp_path):
-    message = refusal(tmp_path / "nowhere")
-    assert f"no data at {tmp_path / 'nowhere'}" in message
-    assert "a folder of images, a zip of images or an embedded set (emoji64)" in message
-    assert "--set data.path=FOLDER" in message
-
-
-def test_not_a_set(tmp_path):
-    (tmp_path / "a.zip").write_bytes(zipped(tmp_path / "b.zip", {"0.png": png(noise(64, 64))}).read_bytes()[:500])
-    assert "neither a folder nor a readable zip" in refusal(tmp_path / "a.zip")
-    (tmp_path / "empty").mkdir()
-    assert "no images here" in refusal(tmp_path / "empty")
-
-
-def test_broken_images(tmp_path):
-    whole = png(noise(32, 32))
-    read = lambda data: data.images([0], 32)  # noqa: E731
-    truncated = write(tmp_path / "a", {"x.png": whole[:1000]})
-    message = refusal(truncated, read)
-    assert "x.png: not a readable image: image file is truncated" in message and "replace it, or remove it" in message
-    assert "x.png: not a readable image: the format is unknown" in refusal(write(tmp_path / "b", {"x.png": "?"}), read)
-
-    archive = zipped(tmp_path / "c.zip", {"x.png": whole})
-    content = bytearray(archive.read_bytes())
-    content[400] ^= 255
-    archive.write_bytes(content)
-    assert "c.zip!x.png: cannot be read from the zip: Bad CRC-32" in refusal(archive, read)
-
-
-def test_bombs(tmp_path, monkeypatch):
-    read = lambda data: data.images([0], 8)  # noqa: E731
-    archive = tmp_path / "a.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("x.png", bytes(3 << 20))
-        file.writestr("y/metadata.jsonl", "")
-    monkeypatch.setattr("chaindiff.data.sources.IMAGE_BYTES", 2 << 20)
-    assert "x.png: refused: 3 MiB once unpacked; the limit is 2 MiB" in refusal(archive, read)
-
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.warns(Image.DecompressionBombWarning):
-        assert "refused: 40 x 40 pixels" in refusal(write(tmp_path / "b", {"x.png": png(noise(40, 40))}), read)
-    assert "not a readable image: Image size (10000 pixels) exceeds limit" in refusal(
-        write(tmp_path / "c", {"x.png": png(noise(100, 100))}), read
-    )
-
-
-@pytest.mark.parametrize("name", ["../x.png", "/x.png", "a/../../x.png", "..\\x.png", "C:/x.png"])
-def test_names_that_point_outside(tmp_path, name):
-    assert "a name that points outside of it; refused" in refusal(zipped(tmp_path / "a.zip", {name: png(noise(4, 4))}))
-
-
-@pytest.mark.parametrize(
-    "metadata, message",
-    [
-        ("{\n", "metadata.jsonl:1: not valid JSON"),
-        ('{"file_name": "0.png"}\n\n[1]\n', "metadata.jsonl:3: each line must be a JSON object with a `file_name`"),
-        (lines({"file_name": "O.png"}), "the metadata names 'O.png', which is not there; did you mean '0.png'?"),
-        (lines({"file_name": "../0.png"}), "the metadata names '../0.png', which is not there"),
-        (lines({"file_name": "0.png", "a": 1}, {"file_name": "0.png", "a": 2}), "a second row for '0.png'"),
-        (b"\xff\xfe", "metadata.jsonl: not UTF-8 text"),
-    ],
-)
-def test_wrong_metadata(tmp_path, metadata, message):
-    assert message in refusal(write(tmp_path, {"0.png": png(noise(4, 4)), "metadata.jsonl": metadata}))
-
-
-@pytest.mark.parametrize("labels", ['{"labels": [["0.png"]]}', '{"labels": [["0.png", [0, 1]]]}'])
-def test_wrong_labels(tmp_path, labels):
-    message = refusal(write(tmp_path, {"0.png": png(noise(4, 4)), "dataset.json": labels}))
-    assert "dataset.json: expected {'labels': [[file, class], ...]} with whole-number classes" in message

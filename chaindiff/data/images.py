@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import posixpath
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -134,15 +135,20 @@ class ImageData:
     def _open(self, index: int) -> Image.Image:
         """The image with its pixels still to be decoded."""
         name = self.names[index]
+        content = self._source.read(name)
         try:
-            image = Image.open(io.BytesIO(self._source.read(name)))
-        except UserError:
-            raise
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused below
+                image = Image.open(io.BytesIO(content))
         except Exception as error:  # PIL's readers raise what their format's parser raises
             raise self._unreadable(name, error) from error
         limit = Image.MAX_IMAGE_PIXELS
         if limit and image.width * image.height > limit:
-            raise UserError(f"refused: {image.width} x {image.height} pixels", self._source.where(name))
+            raise UserError(
+                f"refused: {image.width} x {image.height} pixels; the limit is {limit} in all",
+                self._source.where(name),
+                "make the image smaller, or remove it (and its row of the metadata)",
+            )
         return image
 
     def _decode(self, index: int, size: int) -> UInt8[np.ndarray, "3 size size"]:
@@ -153,17 +159,28 @@ class ImageData:
             raise self._unreadable(self.names[index], error) from error
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
-        reason = "the format is unknown" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "the format is unknown" if self._source.stamp(name)[0] else "the file is empty"
         hint = "the file may be truncated: replace it, or remove it (and its row of the metadata)"
         return UserError(f"not a readable image: {reason}", self._source.where(name), hint)
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """Any image as RGB of size x size: upright, on white, cropped at the centre, resized with antialiasing."""
+    """Any image as RGB of size x size: upright, on white, cropped at the centre, resized with antialiasing.
+
+    Of several frames it is the first. Raises ValueError for pixels that have no black and white: which are not of 8
+    or 16 bits.
+    """
     if image.format in ("JPEG", "MPO", "TIFF", "WEBP"):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ValueError(f"its pixels go from {pixels.min()} to {pixels.max()}: expected 8 or 16 bits")
+        image = Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: expected 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -11,6 +11,7 @@ from chaindiff.data.sources import METADATA, Source
 from chaindiff.specs.errors import UserError, did_you_mean, nearest
 
 Row = dict[str, Any]
+_LABELS = "{'labels': [[file, class], ...]}"
 
 
 def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
@@ -23,6 +24,8 @@ def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
         if posixpath.basename(name) in METADATA:
             read = _read_labels if name.endswith("dataset.json") else _read_lines
             for where, image, row in read(source, name):
+                if image not in rows:  # perhaps it was written on Windows
+                    image = posixpath.normpath(image.replace("\\", "/"))
                 if image not in rows:
                     raise UserError(f"the metadata names '{image}', which is not there{_like(image, rows)}", where)
                 if rows[image].keys() & row.keys():
@@ -33,7 +36,8 @@ def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
 
 def _read_lines(source: Source, name: str) -> Iterable[tuple[str, str, Row]]:
     """metadata.jsonl: one JSON object a line, with `file_name` relative to the metadata's folder."""
-    for number, line in enumerate(_text(source, name).splitlines(), start=1):
+    # Not splitlines(): captions may hold the line separators of Unicode, which end no line of JSON.
+    for number, line in enumerate(_text(source, name).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{source.where(name)}:{number}"
@@ -47,11 +51,12 @@ def _read_labels(source: Source, name: str) -> Iterable[tuple[str, str, Row]]:
     """dataset.json: {"labels": [[file, class], ...]} or {"labels": null}; the class becomes the field `label`."""
     where = source.where(name)
     content = _json(_text(source, name), where)
-    labels = content.get("labels") if isinstance(content, dict) else content
-    for pair in labels or []:
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int)):
-            message = f"expected {{'labels': [[file, class], ...]}} with whole-number classes; got {pair!r:.80}"
-            raise UserError(message, where)
+    labels = content.get("labels", content) if isinstance(content, dict) else content
+    if labels is not None and not isinstance(labels, list):
+        raise UserError(f"expected {_LABELS}; got {labels!r:.80}", where)
+    for number, pair in enumerate(labels or []):
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int):
+            raise UserError(f"expected {_LABELS} with whole-number classes; item {number} is {pair!r:.80}", where)
         yield where, _beside(name, pair[0].replace("\\", "/")), {"label": pair[1]}
 
 
@@ -65,7 +70,7 @@ def _text(source: Source, name: str) -> str:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits too
         raise UserError(f"not valid JSON: {error}", where) from error
 
 

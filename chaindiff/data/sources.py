@@ -7,9 +7,11 @@ does, and `where` it is, for messages.
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from chaindiff.specs.errors import UserError
 
@@ -18,9 +20,12 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".p
 METADATA = {"dataset.json", "metadata.jsonl"}
 
 # A zip declares how large a file is once unpacked, and zipfile reads no further than that; beyond these sizes it is
-# refused unread, so that a few kilobytes cannot fill the memory.
+# refused unread, and so is what is packed more densely than images or text ever are: a few kilobytes cannot fill the
+# memory.
 IMAGE_BYTES = 256 << 20
 METADATA_BYTES = 1 << 30
+SMALL_BYTES = 16 << 20
+DENSEST = 200  # bytes for one byte of a zip, beyond SMALL_BYTES
 
 _AGAIN = "the file may be incomplete: copy or download it again"
 
@@ -34,13 +39,27 @@ def open_source(path: str) -> Source:
     file = embedded.get(path) or Path(path).expanduser()
     if file.is_dir():
         return Folder(file)
-    if zipfile.is_zipfile(file):
+    if _is_zip(file):
         return Zip(file)
     expected = f"a folder of images, a zip of images or an embedded set ({', '.join(embedded)})"
     hint = "point elsewhere: --set data.path=FOLDER"
     if file.exists():
         raise UserError(f"the data is neither a folder nor a readable zip; expected {expected}", str(file), hint)
     raise UserError(f"no data at {file.absolute()}; expected {expected}", "data.path", hint)
+
+
+def _is_zip(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        with file.open("rb") as opened:
+            return zipfile.is_zipfile(opened)
+    except OSError as error:
+        raise UserError(f"the data cannot be read: {error.strerror}", str(file)) from error
+
+
+def _limit(name: str) -> int:
+    return METADATA_BYTES if PurePosixPath(name).name in METADATA else IMAGE_BYTES
 
 
 class Folder:
@@ -50,10 +69,21 @@ class Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        found = (Path(root, name) for root, _, files in os.walk(self.path) for name in files)
-        return _wanted(file.relative_to(self.path).as_posix() for file in found)
+        def refuse(error: OSError) -> None:
+            raise UserError(f"the folder cannot be read: {error.strerror or error}", str(error.filename)) from error
+
+        found = (Path(root, name) for root, _, files in os.walk(self.path, onerror=refuse) for name in files)
+        names = _wanted(file.relative_to(self.path).as_posix() for file in found)
+        for name in names:
+            if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise UserError(f"a file's name is not in UTF-8: {name!r}", str(self.path), "rename the file")
+        return names
 
     def read(self, name: str) -> bytes:
+        status = self._status(name)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("cannot be read: it is not a regular file", self.where(name))
+        _refuse_size(status.st_size, _limit(name), self.where(name))
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
@@ -61,8 +91,14 @@ class Folder:
 
     def stamp(self, name: str) -> tuple[int, int]:
         """Size and time of change."""
-        status = (self.path / name).stat()
+        status = self._status(name)
         return status.st_size, status.st_mtime_ns
+
+    def _status(self, name: str) -> os.stat_result:
+        try:
+            return (self.path / name).stat()
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
     def where(self, name: str) -> str:
         return str(self.path / name)
@@ -84,31 +120,43 @@ class Zip:
         if self._open is None or self._open[0] != os.getpid():
             try:
                 self._open = os.getpid(), zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
+            except Exception as error:  # a broken directory of the zip may raise nearly anything
                 raise UserError(f"the zip cannot be opened: {error}", str(self.path), _AGAIN) from error
         return self._open[1]
 
     def names(self) -> list[str]:
-        members = [member for member in self._members().infolist() if not member.is_dir()]
+        members = [m for m in self._members().infolist() if m.filename and not m.is_dir()]
+        wanted = set(_wanted(member.filename for member in members))
+        seen: dict[str, zipfile.ZipInfo] = {}
         for member in members:
             parts = PurePosixPath(member.filename.replace("\\", "/"))
-            if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
-                raise UserError(
-                    f"the zip holds '{member.filename}', a name that points outside of it; refused",
-                    str(self.path),
-                    "build the zip again with relative names",
-                )
-        return _wanted(member.filename for member in members)
+            if parts.is_absolute() or ".." in parts.parts or ":" in "".join(parts.parts[:1]):
+                self._refuse(member, "a name that points outside of it", "build the zip again with relative names")
+            if member.filename not in wanted:
+                continue
+            if stat.S_ISLNK(member.external_attr >> 16):
+                self._refuse(member, "a symbolic link", "build the zip again with the files themselves")
+            if member.flag_bits & 1:
+                self._refuse(member, "which is encrypted", "build the zip again without a password")
+            if seen.setdefault(member.filename, member).CRC != member.CRC:
+                self._refuse(member, "twice, with different content", "build the zip again with one file of that name")
+        return sorted(wanted)
+
+    def _refuse(self, member: zipfile.ZipInfo, what: str, hint: str) -> NoReturn:
+        raise UserError(f"the zip holds '{member.filename}', {what}; refused", str(self.path), hint)
 
     def read(self, name: str) -> bytes:
         member = self._members().getinfo(name)
-        limit = METADATA_BYTES if PurePosixPath(name).name in METADATA else IMAGE_BYTES
-        if member.file_size > limit:
-            size = f"{member.file_size / 2**20:.0f} MiB once unpacked; the limit is {limit >> 20} MiB"
-            raise UserError(f"refused: {size}", self.where(name))
+        _refuse_size(member.file_size, _limit(name), self.where(name), " once unpacked")
+        if member.file_size > max(SMALL_BYTES, DENSEST * member.compress_size):
+            size = f"{member.file_size / 2**20:.0f} MiB out of {member.compress_size / 2**20:.2f} MiB"
+            raise UserError(f"refused: it unpacks to {size}, as no image or text does", self.where(name))
         try:
             return self._members().read(member)
-        except Exception as error:  # truncated, a wrong checksum, encrypted, an unknown method: each raises its own
+        except NotImplementedError as error:
+            hint = "build the zip again, stored or deflated"
+            raise UserError(f"cannot be read from the zip: {error}", self.where(name), hint) from error
+        except Exception as error:  # cut short, a wrong checksum, a broken stream: each raises its own
             raise UserError(f"cannot be read from the zip: {error}", self.where(name), _AGAIN) from error
 
     def stamp(self, name: str) -> tuple[int, int]:
@@ -121,6 +169,11 @@ class Zip:
 
 
 Source = Folder | Zip
+
+
+def _refuse_size(size: int, limit: int, where: str, how: str = "") -> None:
+    if size > limit:
+        raise UserError(f"refused: {size / 2**20:.0f} MiB{how}; the limit is {limit >> 20} MiB", where)
 
 
 def _wanted(names: Iterable[str]) -> list[str]:

@@ -24,7 +24,10 @@ class Prediction:
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditions are bound beforehand."""
+    """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditions are bound beforehand.
+
+    It knows levels from sigma_min to sigma_max, and every variable may rest at 0.
+    """
 
     @property
     def sigma_min(self) -> float: ...
@@ -32,6 +35,18 @@ class Denoiser(Protocol):
     def sigma_max(self) -> float: ...
 
     def __call__(self, x: State, sigma: Levels) -> Prediction: ...
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """What a denoiser may offer besides: the nearest level that it knows, where it was trained on discrete ones."""
+
+    def round(self, sigma: float) -> float: ...
+
+
+def round_level(denoiser: Denoiser, sigma: float) -> float:
+    """The level that a denoiser knows nearest to this one; most know all."""
+    return denoiser.round(sigma) if isinstance(denoiser, Rounding) else sigma
 
 
 def expand(value: float | Tensor, like: Tensor) -> float | Tensor:

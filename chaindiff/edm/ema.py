@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, with EDM's half-life in images and its warm-up."""
+"""Running averages of weights: EDM's, by half-life in images, and EDM2's, by a power function of training time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+
+from chaindiff.edm.power_ema import gamma_of, power_decay
+from chaindiff.specs.recipe import EmaSpec, PowerEmaSpec
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -21,17 +24,49 @@ def ema_decay(batch: int, images: float, half_life: float, rampup: float | None)
     return 0.5 ** (batch / max(half_life, 1e-8))
 
 
-class Ema(Generic[Module]):
+class Average(Generic[Module]):
     """Keeps `model` as the running average of another module's parameters; buffers are copied."""
 
-    def __init__(self, source: Module, half_life: float, rampup: float | None):
+    def __init__(self, source: Module):
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
-        self.half_life, self.rampup = half_life, rampup
+
+    def keep(self, batch: int, images: float) -> float:
+        """Share of the old average that one step of `batch` images keeps; `images` counts that step."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def update(self, source: nn.Module, batch: int, images: float) -> None:
-        keep = ema_decay(batch, images, self.half_life, self.rampup)
+        keep = self.keep(batch, images)
         for mine, theirs in zip(self.model.parameters(), source.parameters(), strict=True):
             mine.lerp_(theirs, 1 - keep)
         for mine, theirs in zip(self.model.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+class Ema(Average[Module]):
+    """EDM's average: exponential, with a half-life in images and its warm-up."""
+
+    def __init__(self, source: Module, half_life: float, rampup: float | None):
+        super().__init__(source)
+        self.half_life, self.rampup = half_life, rampup
+
+    def keep(self, batch: int, images: float) -> float:
+        return ema_decay(batch, images, self.half_life, self.rampup)
+
+
+class PowerEma(Average[Module]):
+    """EDM2's average: a power function of training time, `sigma_rel` being its width as a share of that time."""
+
+    def __init__(self, source: Module, sigma_rel: float):
+        super().__init__(source)
+        self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
+
+    def keep(self, batch: int, images: float) -> float:
+        return power_decay(batch, images, self.gamma)
+
+
+def averages(spec: EmaSpec | PowerEmaSpec, source: Module) -> dict[str, Average[Module]]:
+    """The averages that a recipe asks for, by the name that they have in a training state; weights are the first's."""
+    if isinstance(spec, PowerEmaSpec):
+        return {f"ema{sigma_rel}": PowerEma(source, sigma_rel) for sigma_rel in spec.tracks}
+    return {"ema": Ema(source, spec.half_life, spec.rampup)}

@@ -1,4 +1,4 @@
-"""Noise levels: schedules sigma(t) and s(t), grids of steps, and paths on which several variables' levels go down.
+"""Noise levels while sampling: grids of steps, and paths on which several variables' levels go down together.
 
 All of this is float64 on the host: nothing in the sampling loop waits for the device.
 """
@@ -7,42 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
 
-Grid = Sequence[float] | np.ndarray  # levels or times of one variable, largest first
+from chaindiff.edm.schedules import VP, Linear, Schedule, iddpm_levels
+from chaindiff.specs.errors import UserError
+
+Grid = Sequence[float] | np.ndarray  # levels of one variable, largest first
 
 
-@runtime_checkable
-class Schedule(Protocol):
-    """sigma(t), scale s(t) and their derivatives; x(t) = s(t) (clean + sigma(t) noise) (EDM, section 2)."""
-
-    def sigma(self, t: float) -> float: ...
-    def scale(self, t: float) -> float: ...
-    def dsigma(self, t: float) -> float: ...
-    def dscale(self, t: float) -> float: ...
-    def time(self, sigma: float) -> float: ...
-
-
-class Linear:
-    """EDM's own choice: sigma(t) = t, s(t) = 1, so that a step in t is a step in sigma."""
-
-    def sigma(self, t: float) -> float:
-        return t
-
-    def scale(self, t: float) -> float:
-        return 1.0
-
-    def dsigma(self, t: float) -> float:
-        return 1.0
-
-    def dscale(self, t: float) -> float:
-        return 0.0
-
-    def time(self, sigma: float) -> float:
-        return sigma
+# ---------------------------------------------------------------- grids: steps + 1 levels, largest first, then 0
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Float64[np.ndarray, " steps1"]:
@@ -54,12 +29,57 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
     return np.append((high + ramp * (low - high)) ** rho, 0.0)
 
 
+def geometric_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Float64[np.ndarray, " steps1"]:
+    """Even steps in ln sigma, as published with VE (EDM, table 1), and so in log-SNR."""
+    return np.append(np.geomspace(sigma_max, sigma_min, steps), 0.0)
+
+
+def even_sigmas(steps: int, sigma_min: float, sigma_max: float, schedule: Schedule) -> Float64[np.ndarray, " steps1"]:
+    """Even steps in a schedule's time; with VP's own schedule as published with VP (EDM, table 1)."""
+    times = np.linspace(schedule.time(sigma_max), schedule.time(sigma_min), steps)
+    return np.array([*(schedule.sigma(float(t)) for t in times), 0.0])
+
+
+def iddpm_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Float64[np.ndarray, " steps1"]:
+    """Even steps over iDDPM's discrete levels within the range (EDM, table 1, as its general sampler selects them).
+
+    Raises UserError if there are fewer such levels than steps.
+    """
+    levels = iddpm_levels()
+    levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
+    if len(levels) < steps:
+        raise UserError(f"{steps} steps, but iDDPM has {len(levels)} levels from {sigma_min:g} to {sigma_max:g}")
+    index = np.round((len(levels) - 1) / max(steps - 1, 1) * np.arange(steps)).astype(int)
+    return np.append(levels[index], 0.0)
+
+
+def grid(
+    discretisation: str, steps: int, sigma_min: float, sigma_max: float, rho: float, schedule: Schedule
+) -> Float64[np.ndarray, " steps1"]:
+    """The levels of a discretisation that a recipe may name; `time` is even in the time of `schedule`."""
+    match discretisation:
+        case "edm":
+            return karras_sigmas(steps, sigma_min, sigma_max, rho)
+        case "vp":
+            return even_sigmas(steps, sigma_min, sigma_max, VP.between(sigma_min, sigma_max))
+        case "ve":
+            return geometric_sigmas(steps, sigma_min, sigma_max)
+        case "iddpm":
+            return iddpm_sigmas(steps, sigma_min, sigma_max)
+        case "time":
+            return even_sigmas(steps, sigma_min, sigma_max, schedule)
+    raise ValueError(f"no discretisation is called '{discretisation}'")
+
+
+# ---------------------------------------------------------------- paths
+
+
 @dataclass(frozen=True)
 class Path:
     """How the noise levels of several variables go down together: each variable's times at every grid point.
 
-    `times[v]` has steps + 1 entries and never rises. A variable rests where two entries are equal. Because a path is
-    its grid, every kink is a grid point.
+    `times[v]` has steps + 1 entries and never rises, or, on a reversed path, none ever falls. A variable rests where
+    two entries are equal. Because a path is its grid, every kink is a grid point.
     """
 
     times: Mapping[str, Float64[np.ndarray, " steps1"]]
@@ -70,38 +90,70 @@ class Path:
         if len(set(lengths.values())) != 1 or min(lengths.values()) < 2:
             raise ValueError(f"every variable of a path needs the same number of times, at least 2: {lengths}")
         for name, times in self.times.items():
-            if np.any(np.diff(times) > 0) or times[-1] < 0:
-                raise ValueError(f"the times of '{name}' must never rise and must end at 0 or above")
+            if np.any(np.diff(times) * (-1 if self.rising else 1) > 0):
+                raise ValueError(
+                    f"the times of '{name}' must never {'fall, if others rise' if self.rising else 'rise'}"
+                )
+            if self.schedules[name].sigma(float(times.min())) < 0:
+                raise ValueError(f"the levels of '{name}' must be at 0 or above")
+
+    @property
+    def rising(self) -> bool:
+        """Whether the levels go up, from data to noise."""
+        return any(times[-1] > times[0] for times in self.times.values())
 
     @property
     def steps(self) -> int:
         return len(next(iter(self.times.values()))) - 1
 
+    def time(self, step: int) -> dict[str, float]:
+        return {v: float(times[step]) for v, times in self.times.items()}
+
     def sigma(self, step: int) -> dict[str, float]:
-        return {v: self.schedules[v].sigma(float(times[step])) for v, times in self.times.items()}
+        return {v: self.schedules[v].sigma(t) for v, t in self.time(step).items()}
+
+    def scale(self, step: int) -> dict[str, float]:
+        return {v: self.schedules[v].scale(t) for v, t in self.time(step).items()}
 
     def moves(self, step: int) -> list[str]:
         """The variables whose level changes from this grid point to the next."""
         return [v for v, times in self.times.items() if times[step + 1] != times[step]]
 
+    def corrects(self, step: int) -> list[str]:
+        """The moving variables that a second-order step can correct: those that neither land on 0 nor leave it."""
+        here, there = self.sigma(step), self.sigma(step + 1)
+        return [v for v in self.moves(step) if here[v] > 0 and there[v] > 0]
+
     def evaluations(self, second_order: bool) -> int:
-        """NFE of one pass: one a step, and one more where a second-order step corrects a variable short of 0."""
-        corrections = sum(any(self.times[v][i + 1] > 0 for v in self.moves(i)) for i in range(self.steps))
-        return self.steps + (corrections if second_order else 0)
+        """NFE of one pass: one a step that moves anything, and one more where a second-order step corrects."""
+        steps = [i for i in range(self.steps) if self.moves(i)]
+        return len(steps) + sum(second_order and bool(self.corrects(i)) for i in steps)
+
+    def reversed(self) -> Path:
+        """The same levels the other way round, for inversion."""
+        return Path({v: times[::-1] for v, times in self.times.items()}, self.schedules)
 
 
-def together(sigmas: Mapping[str, Grid]) -> Path:
-    """All levels go down at once, each on its own grid of the same length (a diagonal path)."""
-    return Path({v: np.asarray(s, np.float64) for v, s in sigmas.items()}, {v: Linear() for v in sigmas})
+def _timed(sigmas: Grid, schedule: Schedule) -> Float64[np.ndarray, " steps1"]:
+    return np.array([schedule.time(float(sigma)) for sigma in sigmas], np.float64)
 
 
-def staggered(sigmas: Mapping[str, Grid], offset: float = 1.0) -> Path:
+def together(sigmas: Mapping[str, Grid], schedules: Mapping[str, Schedule] | None = None) -> Path:
+    """All levels go down at once, each on its own grid of the same length (a diagonal path).
+
+    `schedules` are Linear, where a step in time is one in sigma, unless given.
+    """
+    chosen = {v: (schedules or {}).get(v, Linear()) for v in sigmas}
+    return Path({v: _timed(s, chosen[v]) for v, s in sigmas.items()}, chosen)
+
+
+def staggered(sigmas: Mapping[str, Grid], offset: float = 1.0, schedules: Mapping[str, Schedule] | None = None) -> Path:
     """Each variable starts `offset` of a pass after the one before: 0 is together, 1 is one after the other.
 
     Semantic-first diffusion (arXiv 2512.04926) uses 0.3. The grids must have equal length.
     """
-    names, steps = list(sigmas), len(next(iter(sigmas.values()))) - 1
+    whole, steps = together(sigmas, schedules), len(next(iter(sigmas.values()))) - 1
     shift = round(offset * steps)
-    total = steps + shift * (len(names) - 1)
-    where = {v: np.clip(np.arange(total + 1) - shift * i, 0, steps) for i, v in enumerate(names)}
-    return Path({v: np.asarray(sigmas[v], np.float64)[where[v]] for v in names}, {v: Linear() for v in names})
+    total = steps + shift * (len(sigmas) - 1)
+    where = {v: np.clip(np.arange(total + 1) - shift * i, 0, steps) for i, v in enumerate(sigmas)}
+    return Path({v: whole.times[v][where[v]] for v in sigmas}, whole.schedules)

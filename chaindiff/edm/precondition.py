@@ -1,14 +1,27 @@
-"""Preconditioning: how a network F becomes a denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM eq. 7)."""
+"""Preconditioning: how a network F becomes a denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM eq. 7).
+
+Every published parametrisation is one choice of the four coefficients, with a loss weight lambda(sigma): what the
+network is asked to predict (noise, velocity, clean value) is a choice of c_skip and c_out.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from chaindiff.edm.schedules import VP as VPSchedule
+from chaindiff.edm.schedules import Cosine, Flow, iddpm_levels
+from chaindiff.specs.recipe import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
+
 # c_noise = ln(sigma) / 4 grows without bound as sigma -> 0; below this level a denoiser is told this one.
 SMALLEST_SIGMA = 1e-5
+TIMES = 1000  # parametrisations that tell the network a time count it in thousandths, as their published networks do
 
 
 @dataclass(frozen=True)
@@ -19,16 +32,52 @@ class Coefficients:
     noise: Tensor
 
 
+@runtime_checkable
+class Preconditioning(Protocol):
+    """Coefficients and loss weight of every level; the levels that the denoiser knows."""
+
+    kind: ClassVar[str]  # its name in a recipe
+    label_span: ClassVar[float]  # the order of magnitude of c_noise
+
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
+
+    def __call__(self, sigma: Tensor) -> Coefficients: ...
+    def weight(self, sigma: Tensor) -> Tensor: ...
+    def round(self, sigma: float) -> float: ...
+
+
 def noise_label(sigma: Tensor) -> Tensor:
     """c_noise = ln(sigma) / 4 (EDM, table 1), clamped so that it is finite at sigma = 0."""
     return sigma.clamp_min(SMALLEST_SIGMA).log() / 4
 
 
+class AnyLevel:
+    """Preconditionings that know every level."""
+
+    label_span: ClassVar[float] = 1
+
+    @property
+    def sigma_min(self) -> float:
+        return 0.0
+
+    @property
+    def sigma_max(self) -> float:
+        return math.inf
+
+    def round(self, sigma: float) -> float:
+        """The nearest level that the denoiser knows, on the host."""
+        return sigma
+
+
 @dataclass(frozen=True)
-class EDM:
+class EDM(AnyLevel):
     """EDM's preconditioning and loss weight (Karras et al. 2022, table 1); `sigma_data` is the data's deviation."""
 
     sigma_data: float = 0.5
+    kind: ClassVar[str] = "edm"
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         total = sigma**2 + self.sigma_data**2
@@ -45,10 +94,11 @@ class EDM:
 
 
 @dataclass(frozen=True)
-class Direct:
+class Direct(AnyLevel):
     """The network predicts the clean value itself, with weight 1 (VCDM's auxiliary model; unCLIP's prior)."""
 
     sigma_data: float = 0.5
+    kind: ClassVar[str] = "x0"
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         return Coefficients(
@@ -62,4 +112,165 @@ class Direct:
         return torch.ones_like(sigma)
 
 
-PRECONDITIONINGS = {"edm": EDM, "x0": Direct}
+@dataclass(frozen=True)
+class V(AnyLevel):
+    """The network sees a clean + b noise with a^2 + b^2 = 1 and predicts v = a noise - b clean (Salimans & Ho 2022).
+
+    The level is told as the time of the cosine schedule; the loss is that of v, "SNR + 1" in terms of the clean value.
+    """
+
+    kind: ClassVar[str] = "v"
+    label_span: ClassVar[float] = TIMES
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        total = sigma**2 + 1
+        return Coefficients(
+            skip=1 / total,
+            out=-sigma / total.sqrt(),
+            input=1 / total.sqrt(),
+            noise=TIMES * Cosine().time(sigma),
+        )
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return (sigma**2 + 1) / sigma**2
+
+
+@dataclass(frozen=True)
+class Velocity(AnyLevel):
+    """The network predicts the velocity, noise - clean, of x_t = (1 - t) clean + t noise (Liu et al. 2022).
+
+    The network sees x_t and the time; the loss is that of the velocity.
+    """
+
+    kind: ClassVar[str] = "flow"
+    label_span: ClassVar[float] = TIMES
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        t = Flow().time(sigma)
+        return Coefficients(skip=1 - t, out=-t, input=1 - t, noise=TIMES * t)
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return 1 / Flow().time(sigma) ** 2
+
+
+@dataclass(frozen=True)
+class VP:
+    """The network predicts the noise of the variance-preserving process, and is told its time (EDM, table 1)."""
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    eps: float = 1e-5  # the smallest time of training
+    kind: ClassVar[str] = "vp"
+    label_span: ClassVar[float] = TIMES
+
+    @property
+    def schedule(self) -> VPSchedule:
+        return VPSchedule(self.beta_d, self.beta_min)
+
+    @property
+    def sigma_min(self) -> float:
+        return self.schedule.sigma(self.eps)
+
+    @property
+    def sigma_max(self) -> float:
+        return self.schedule.sigma(1.0)
+
+    def round(self, sigma: float) -> float:
+        return sigma
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=-sigma,
+            input=1 / (sigma**2 + 1).sqrt(),
+            noise=(TIMES - 1) * self.schedule.time(sigma),
+        )
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return 1 / sigma**2
+
+
+@dataclass(frozen=True)
+class VE:
+    """The network predicts sigma times the score of the variance-exploding process (EDM, table 1)."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+    kind: ClassVar[str] = "ve"
+    label_span: ClassVar[float] = 1
+
+    def round(self, sigma: float) -> float:
+        return sigma
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=sigma,
+            input=torch.ones_like(sigma),
+            noise=(sigma / 2).clamp_min(SMALLEST_SIGMA).log(),
+        )
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return 1 / sigma**2
+
+
+@lru_cache
+def _levels_on(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """iDDPM's levels where they are compared with others: copied to a device once."""
+    return torch.tensor(iddpm_levels(count), device="cpu").to(device, dtype)
+
+
+@dataclass(frozen=True)
+class IDDPM:
+    """The network predicts the noise of a discrete process, and is told the number of the nearest level (EDM, table 1).
+
+    A network with learned variances gives them in further channels, which `Stage` leaves out.
+    """
+
+    levels: int = 1000
+    kind: ClassVar[str] = "iddpm"
+    label_span: ClassVar[float] = TIMES
+
+    @property
+    def sigma_min(self) -> float:
+        return float(iddpm_levels(self.levels)[-2])
+
+    @property
+    def sigma_max(self) -> float:
+        return float(iddpm_levels(self.levels)[0])
+
+    def round(self, sigma: float) -> float:
+        known = iddpm_levels(self.levels)
+        return float(known[np.abs(known - sigma).argmin()])
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        known = _levels_on(self.levels, sigma.device, sigma.dtype)[: self.levels]
+        nearest = (sigma[..., None] - known).abs().argmin(-1)
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=-sigma,
+            input=1 / (sigma**2 + 1).sqrt(),
+            noise=(self.levels - 1 - nearest).to(sigma.dtype),
+        )
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return 1 / sigma**2
+
+
+def preconditioning(spec: Precondition, sigma_data: float) -> Preconditioning:
+    """The preconditioning that a recipe names; `sigma_data` is the deviation of the variable that it generates."""
+    match spec:
+        case VpSpec():
+            return VP(spec.beta_d, spec.beta_min, spec.eps)
+        case VeSpec():
+            return VE(spec.sigma_min, spec.sigma_max)
+        case IddpmSpec():
+            return IDDPM(spec.levels)
+        case PreconditionSpec(kind="edm"):
+            return EDM(sigma_data)
+        case PreconditionSpec(kind="x0"):
+            return Direct(sigma_data)
+        case PreconditionSpec(kind="v"):
+            return V()
+        case _:
+            return Velocity()

@@ -29,7 +29,7 @@ def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | N
     if isinstance(encoder, ResizeSpec):
         return Resize(name, encoder, source.shape, spec.shape)
     tower = OpenClipText if source.kind == "text" else OpenClipImage
-    built = tower(name, encoder, source.shape, spec.shape, spec.sigma_data)
+    built = tower(name, encoder, source.shape, spec.shape, spec.sigma_data, spec.kind)
     if fitted is not None and not built.fitted:
         built.statistics = Statistics.load(fitted, built)
     return built

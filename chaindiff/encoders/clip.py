@@ -7,15 +7,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.clip_files import find
+from chaindiff.encoders.kmeans import nearest
 from chaindiff.encoders.resize import resize
 from chaindiff.encoders.statistics import Statistics
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import OpenClipSpec
+from chaindiff.specs.recipe import KMeansSpec, OpenClipSpec, PcaSpec
 
 BATCH = 256  # inputs embedded at once
 
@@ -33,17 +34,24 @@ class OpenClip(Encoder):
         source: Sequence[int],
         shape: Sequence[int],
         sigma_data: float,
+        kind: str = "vector",
         device: str | torch.device | None = None,
     ):
+        """`kind` is that of the variable: a vector, or a label, whose classes are clusters of embeddings."""
         self.name, self.of, self.spec, self.source, self.sigma_data = name, spec.of, spec, source, sigma_data
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.files = find(spec, f"variables.{name}.encoder")
         self.statistics: Statistics | None = None
-        width = spec.reduce.k if spec.reduce else self.files.width
+        self.labels = kind == "label"
+        if isinstance(spec.reduce, PcaSpec):
+            width, made = spec.reduce.k, "the embedding reduced to {} numbers"
+        elif self.labels and isinstance(spec.reduce, KMeansSpec):
+            width, made = spec.reduce.k, "its embeddings have {} clusters"
+        else:
+            width, made = self.files.width, "the embedding of the model has {} numbers"
         if list(shape) != [width]:
-            made = "reduced to" if spec.reduce else "of the model has"
             raise UserError(
-                f"variable '{name}' has shape {list(shape)}, but the embedding {made} {width} numbers",
+                f"variable '{name}' has shape {list(shape)}, but {made.format(width)}",
                 f"variables.{name}.shape",
                 f"set shape: [{width}]",
             )
@@ -76,22 +84,32 @@ class OpenClip(Encoder):
     def fitted(self) -> bool:
         return self.statistics is not None or (self.spec.reduce is None and self.spec.scaling == "raw")
 
-    def scale(self, features: Float[Tensor, "n width"]) -> Float[Tensor, "n k"]:
-        """Principal components if the recipe reduces, then deviation `sigma_data` for every number unless `raw`."""
+    def scale(self, features: Float[Tensor, "n width"]) -> Float[Tensor, "n k"] | Int64[Tensor, " n"]:
+        """Reduced as the recipe says: principal components, the nearest centroid, or for a label its number.
+
+        Then every number has deviation `sigma_data` unless `raw`.
+        """
         if self.statistics is None:
             if not self.fitted:
                 raise UserError(f"the statistics of variable '{self.name}' are not fitted yet")
             return features
         fitted = {name: tensor.to(features) for name, tensor in self.statistics.tensors().items()}
+        if "centroids" in fitted:
+            classes = nearest(features, fitted["centroids"])
+            if self.labels:
+                return classes
+            features = fitted["centroids"][classes]
         values = features - fitted["mean"]
         if "components" in fitted:
             values = values @ fitted["components"].T
         return values if self.spec.scaling == "raw" else values * (self.sigma_data / fitted["std"])
 
-    def unscale(self, values: Float[Tensor, "n k"]) -> Float[Tensor, "n width"]:
+    def unscale(self, values: Float[Tensor, "n k"] | Int64[Tensor, " n"]) -> Float[Tensor, "n width"]:
         """Features with these values: the inverse of `scale`, up to what the reducer left out."""
         if self.statistics is None:
             return values
+        if self.labels and self.statistics.centroids is not None:
+            return self.statistics.centroids.to(values.device)[values]
         fitted = {name: tensor.to(values) for name, tensor in self.statistics.tensors().items()}
         if self.spec.scaling != "raw":
             values = values * (fitted["std"] / self.sigma_data)

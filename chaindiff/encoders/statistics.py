@@ -1,4 +1,4 @@
-"""Fitted statistics of an encoder's features: principal components and standardisation, kept in a safetensors file."""
+"""Fitted statistics of an encoder's features: principal components or clusters, and standardisation, kept in a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chaindiff.encoders.base import fingerprint
+from chaindiff.encoders.kmeans import Chunks, cluster
 from chaindiff.specs.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,14 +25,18 @@ FORMAT = "chaindiff-fitted/1"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean of the features, their principal components (orthonormal rows) if reduced, and the deviation of the result.
+    """Mean of the features, what they are reduced by, and the deviation of the result.
 
+    A reducer is principal components (orthonormal rows), or the centroids of clusters with the rows that each had in
+    the training data; with clusters, mean and deviation are those of the centroids in place of the features.
     A dimension that never varies has deviation 1 here: its value is 0 whatever it is divided by.
     """
 
     mean: Float[Tensor, " width"]
     std: Float[Tensor, " k"]
     components: Float[Tensor, "k width"] | None = None
+    centroids: Float[Tensor, "clusters width"] | None = None
+    counts: Int64[Tensor, " clusters"] | None = None
 
     @classmethod
     def fit(cls, chunks: Iterable[Tensor], k: int | None) -> tuple[Statistics, float]:
@@ -59,9 +64,23 @@ class Statistics:
         share = (variance[:k].sum() / variance.sum()).item() if variance.sum() > 0 else 1.0
         return cls(mean.float(), _nonzero(variance[:k].sqrt()), vectors[:k].float().contiguous()), share
 
+    @classmethod
+    def fit_clusters(cls, chunks: Chunks, k: int, seed: int) -> tuple[Statistics, float]:
+        """Statistics of k clusters of all rows, and the share of the variance that lies between them.
+
+        Raises UserError for fewer distinct rows than clusters.
+        """
+        found = cluster(chunks, k, seed)
+        rows, centroids = found.counts.sum(), found.centroids.double()
+        mean = found.counts.double() @ centroids / rows
+        variance = found.counts.double() @ (centroids - mean).square() / rows
+        within = found.inertia / rows.item()
+        share = variance.sum().item() / (variance.sum().item() + within) if variance.sum() > 0 else 1.0
+        fitted = cls(mean.float(), _nonzero(variance.sqrt()), centroids=found.centroids, counts=found.counts)
+        return fitted, share
+
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {"mean": self.mean, "std": self.std}
-        return tensors if self.components is None else {**tensors, "components": self.components}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     @property
     def digest(self) -> str:

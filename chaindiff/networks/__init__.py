@@ -18,11 +18,13 @@ def build(
     augment_dim: int = 0,
     image_channels: int = 0,
     context: tuple[int, int] | None = None,
+    label_span: float = 1.0,
 ) -> nn.Module:
     """The network of a spec for a variable of this shape.
 
     `label_dim` is the width of all vector conditions together, `image_channels` that of image conditions,
-    `context` the (length, width) of token conditions. Raises UserError if the network does not fit the shape.
+    `context` the (length, width) of token conditions, `label_span` the order of magnitude of the noise labels. Raises
+    UserError if the network does not fit the shape.
     """
     length, width = context or (0, 0)
     settings = spec.model_dump(exclude={"kind"})
@@ -43,5 +45,11 @@ def build(
             f"a prior generates vectors and takes no images as conditions; its variable has shape {list(shape)}"
         )
     return Prior(
-        shape[0], label_dim=label_dim, augment_dim=augment_dim, context_dim=width, context_length=length, **settings
+        shape[0],
+        label_dim=label_dim,
+        augment_dim=augment_dim,
+        context_dim=width,
+        context_length=length,
+        label_span=label_span,
+        **settings,
     )

@@ -46,8 +46,10 @@ class Prior(nn.Module):
         depth: int = 6,
         heads: int = 8,
         dropout: float = 0.0,
+        label_span: float = 1.0,
     ):
         super().__init__()
+        self.label_scale = 1000 / label_span
         self.map_noise = PositionalEmbedding(width, endpoint=True)
         self.map_noise_up, self.map_noise_down = nn.Linear(width, width), nn.Linear(width, width)
         self.map_label = nn.Linear(label_dim, width) if label_dim else None
@@ -71,8 +73,9 @@ class Prior(nn.Module):
     ) -> Float[Tensor, "batch dim"]:
         """The raw network F of the preconditioned denoiser; absent labels count as zeros."""
         batch = x.shape[0]
-        # The noise label ln(sigma)/4 spans about 3 units; a thousandfold spreads it over the sinusoids' range.
-        noise = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise_labels * 1000))))
+        # The noise label ln(sigma)/4 spans about 3 units; a thousandfold spreads it over the sinusoids' range. Labels
+        # that are times up to 1000 have that range already.
+        noise = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise_labels * self.label_scale))))
         tokens = [self.map_context(context)] if self.map_context is not None and context is not None else []
         for layer, label in ((self.map_augment, augment_labels), (self.map_label, class_labels)):
             if layer is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000  # characters of one line of a message: a file's whole text may stand where a name was expected
+
 
 class UserError(Exception):
     """A mistake in a recipe, on the command line or in data; the command line prints it and exits with status 2."""
@@ -15,7 +17,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{text}\n  {self.hint}" if self.hint else text
+        lines = (f"{text}\n  {self.hint}" if self.hint else text).split("\n")
+        return "\n".join(x if len(x) <= LONGEST else f"{x[: LONGEST * 3 // 4]} ... {x[-LONGEST // 4 :]}" for x in lines)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -31,6 +31,11 @@ def kinds(annotation: Any) -> dict[str, type[BaseModel]]:
     return {kind: model for model in found for kind in get_args(model.model_fields["kind"].annotation)}
 
 
+def default_kind(annotation: Any) -> str | None:
+    """The kind of a discriminated union that need not be said."""
+    return next((kind for kind, model in kinds(annotation).items() if model.model_fields["kind"].default == kind), None)
+
+
 def model_of(annotation: Any, kind: Any = None) -> type[BaseModel] | None:
     """The model that reads a mapping in this place, given the mapping's `kind`."""
     found = models(annotation)

@@ -22,6 +22,7 @@ SHIPPED = PACKAGE if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
 
 What = Literal["recipe", "card"]
 _FOLDERS = {"recipe": "recipes", "card": "stages"}
+_WHOLE = {"data", "variables", "stages"}  # fields of a recipe that no card has
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def load_recipe(source: str | Path, set: Sequence[str] = (), **overrides: Any) -
     """
     path = find(source, "recipe")
     recipe = read(path)
+    if "network" in recipe.value and not _WHOLE & recipe.value.keys():
+        hint = f"a stage of a recipe takes it by `use: {path.stem}`"
+        raise UserError("is a stage card, not a recipe", recipe.where, hint)
     lock = recipe.value.pop("lock", Node({}, None))
     if not isinstance(lock.value, dict):
         raise UserError(f"lock: expected fields (a mapping), not {describe(lock.value)}", lock.where)
@@ -82,9 +86,9 @@ def _finish(tree: Node, path: Path, lock: dict[str, Any]) -> Loaded:
 def find(source: str | Path, what: What, near: Path | None = None, where: str | None = None) -> Path:
     """A recipe or card by path or bare name: in the current directory, beside the file that uses it, as shipped."""
     name = os.path.expanduser(os.fspath(source))
-    if what == "recipe" and os.path.isdir(name):
-        name = os.path.join(name, LOCK)
     plain = name.endswith((".yaml", ".yml"))
+    if what == "recipe" and os.path.isdir(name) and not plain:
+        name, plain = os.path.join(name, LOCK), True
     # A bare word means a recipe or card of that name, never some file without a suffix.
     names = [name] if plain else [*([name] if os.path.basename(name) != name else []), f"{name}.yaml", f"{name}.yml"]
     for root in _roots(near):
@@ -92,9 +96,30 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
             for candidate in names:
                 if os.path.isfile(folder / candidate):
                     return folder / candidate
+    for path in (folder / name for root in _roots(near) for folder in (root, root / _FOLDERS[what])):
+        if reason := _unfit(path, what):
+            raise UserError(f"{source} {reason[0]}", where, reason[1])
     known = available(what, near)
     hint = f"`chaindiff list` shows all; a path such as {_FOLDERS[what]}/NAME.yaml is found too"
     raise UserError(f"there is no {what} '{source}'{did_you_mean(Path(name).stem, known)}", where, hint)
+
+
+def _unfit(path: Path, what: What) -> tuple[str, str | None] | None:
+    """Why what lies at a path is no recipe or card, and how to mend it; None if nothing lies there."""
+    if path.name == LOCK and path.parent.is_dir() and not os.path.lexists(path):
+        hint = "name a recipe, or the directory of a run that has begun to sample"
+        return f"is a directory without {LOCK}, so it is no run", hint
+    if path.suffix not in (".yaml", ".yml") or not os.path.lexists(path):
+        return None
+    if path.is_dir():
+        return f"is a directory, not a {what}", None
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return f"is a link to {os.readlink(path)}, which is not there", None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}", None
+    return "is not a regular file", None
 
 
 def available(what: What, near: Path | None = None) -> dict[str, Path]:
@@ -148,6 +173,9 @@ def _card(use: Node, near: Path, chain: tuple[Path, ...]) -> Node:
         names = " -> ".join(link.stem for link in (*chain, path))
         raise UserError(f"cards use each other in a circle: {names}", use.where)
     card = read(path)
+    for field in sorted(_WHOLE & card.value.keys()):
+        message = f"is a recipe, not a stage card: it has a field '{field}'"
+        raise UserError(message, card.where, "copy the stage that you mean into a card of its own")
     below = card.get("use")
     return merge(_card(below, path, (*chain, path)), _without_use(card), StageSpec) if below else card
 

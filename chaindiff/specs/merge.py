@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.fields import child, kinds, model_of
-from chaindiff.specs.yaml import Node
+from chaindiff.specs.fields import child, default_kind, kinds, model_of
+from chaindiff.specs.yaml import Node, position
 
 
 def merge(base: Node, over: Node, annotation: Any) -> Node:
@@ -19,6 +19,7 @@ def merge(base: Node, over: Node, annotation: Any) -> Node:
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
     kind, new = (node.value["kind"].plain() if "kind" in node.value else None for node in (base, over))
+    kind = kind or default_kind(annotation)
     if kinds(annotation) and None not in (kind, new) and new != kind:
         return over
     merged = dict(base.value)
@@ -31,14 +32,15 @@ def _merge_items(base: Node, over: Node, annotation: Any) -> Node:
     """`given.0.noise=0.1`: the items of a list by their position."""
     items = list(base.value)
     for key, node in over.value.items():
-        if not (key.isdecimal() and int(key) < len(items)):
+        index = position(key, len(items))
+        if index is None:
             counted = f"its items are 0 to {len(items) - 1}" if items else "it is empty"
             raise UserError(f"this list has no item '{key}'; {counted}, or replace it as a whole", node.where)
-        item, inner = items[int(key)], child(annotation, int(key))
+        item, inner = items[index], child(annotation, index)
         model = model_of(inner)
         if model is not None and not isinstance(item.value, dict):  # a bare name stands for the first field
             item = Node({next(iter(model.model_fields)): item}, item.where)
-        items[int(key)] = merge(item, node, inner)
+        items[index] = merge(item, node, inner)
     return Node(items, base.where)
 
 

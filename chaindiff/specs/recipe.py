@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,6 +14,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
+    model_validator,
 )
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -48,6 +51,17 @@ class PcaSpec(Spec):
     k: PositiveInt
 
 
+class KMeansSpec(Spec):
+    """The nearest of k centroids, fitted once on the training data: its number for a label, itself for a vector."""
+
+    kind: Literal["kmeans"]
+    k: PositiveInt
+    seed: NonNegativeInt = 0
+
+
+Reducer = Annotated[PcaSpec | KMeansSpec, Field(discriminator="kind")]
+
+
 class ResizeSpec(Spec):
     """image -> smaller image, antialiased."""
 
@@ -57,7 +71,7 @@ class ResizeSpec(Spec):
 
 
 class OpenClipSpec(Spec):
-    """image or text -> embedding, by an open_clip tower."""
+    """image or text -> embedding, by an open_clip tower; or the class of the embedding, by K-means."""
 
     kind: Literal["open_clip"]
     of: Name
@@ -70,7 +84,7 @@ class OpenClipSpec(Spec):
     interpolation: Literal["bilinear", "bicubic"] | None = Field(
         default=None, description="antialiased resize to the model's own resolution; none: the model's own filter"
     )
-    reduce: PcaSpec | None = None
+    reduce: Reducer | None = None
     scaling: Literal["standardise", "raw"] = Field(
         default="standardise", description="raw: as published, where RMS is 0.5"
     )
@@ -170,10 +184,50 @@ Link = Annotated[
 ]  # a bare name is short for {variable: name}
 
 
+class VpSpec(Spec):
+    """The variance-preserving formulation (Song et al. 2021b; EDM, table 1): its network, or its training noise."""
+
+    kind: Literal["vp"]
+    beta_d: PositiveFloat = 19.9
+    beta_min: PositiveFloat = 0.1
+    eps: Annotated[float, Field(gt=0, lt=1)] = Field(default=1e-5, description="smallest time of training")
+
+
+class VeSpec(Spec):
+    """The variance-exploding formulation (Song et al. 2021b; EDM, table 1): its network, or its training noise."""
+
+    kind: Literal["ve"]
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100.0
+
+
+class IddpmSpec(Spec):
+    """iDDPM's discrete formulation (Nichol & Dhariwal 2021; EDM, table 1): its network, or its training noise."""
+
+    kind: Literal["iddpm"]
+    levels: Annotated[int, Field(ge=2)] = 1000
+
+
 class PreconditionSpec(Spec):
-    kind: Literal["edm", "x0"] = Field(
-        default="edm", description="x0: the network predicts the clean value (VCDM's prior)"
+    """What the network predicts, for parametrisations that know every noise level."""
+
+    kind: Literal["edm", "x0", "v", "flow"] = Field(
+        default="edm",
+        description="x0: the network predicts the clean value (VCDM's prior); v: Salimans & Ho's velocity; "
+        "flow: the velocity of flow matching",
     )
+
+
+Precondition = Annotated[
+    PreconditionSpec | VpSpec | VeSpec | IddpmSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda said: {"kind": "edm", **said} if isinstance(said, dict) else said),
+]
+
+
+def precondition_of(kind: str) -> Precondition:
+    """The parametrisation of this kind as published."""
+    return TypeAdapter(Precondition).validate_python({"kind": kind})
 
 
 class NoiseSpec(Spec):
@@ -182,6 +236,43 @@ class NoiseSpec(Spec):
     kind: Literal["lognormal"] = "lognormal"
     mean: float = -1.2
     std: PositiveFloat = 1.2
+
+
+class LogitNormalSpec(Spec):
+    """Training noise of flow matching: logit t ~ N(mean, std^2), which is ln sigma (Esser et al. 2024)."""
+
+    kind: Literal["logit_normal"]
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+
+class UniformTimeSpec(Spec):
+    """Training noise of flow matching: t ~ U(min, max), sigma = t / (1 - t) (Liu et al. 2022)."""
+
+    kind: Literal["uniform_time"]
+    min: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    max: Annotated[float, Field(gt=0, lt=1)] = 1 - 1e-3
+
+
+class CosineNoiseSpec(Spec):
+    """Training noise: uniform time of the cosine schedule, log-SNR within 20 of 0 (Salimans & Ho 2022)."""
+
+    kind: Literal["cosine"]
+
+
+NoiseLevels = Annotated[
+    NoiseSpec | LogitNormalSpec | UniformTimeSpec | CosineNoiseSpec | VpSpec | VeSpec | IddpmSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda said: {"kind": "lognormal", **said} if isinstance(said, dict) else said),
+]
+
+
+def published_noise(precondition: Precondition) -> NoiseLevels:
+    """The training noise that a parametrisation was published with."""
+    if not isinstance(precondition, PreconditionSpec):
+        return precondition
+    published = {"v": CosineNoiseSpec(kind="cosine"), "flow": LogitNormalSpec(kind="logit_normal")}
+    return published.get(precondition.kind, NoiseSpec())
 
 
 class AugmentSpec(Spec):
@@ -212,10 +303,33 @@ class OptimizerSpec(Spec):
 class EmaSpec(Spec):
     """Exponential moving average of the weights, with EDM's half-life and warm-up."""
 
+    kind: Literal["exponential"] = "exponential"
     half_life: NonNegativeFloat = Field(default=500_000, description="in images")
     rampup: NonNegativeFloat | None = Field(
         default=0.05, description="half-life is at most this share of the images so far"
     )
+
+
+RelativeStd = Annotated[float, Field(gt=0, lt=12**-0.5)]  # the bound is that of the plain average
+
+
+class PowerEmaSpec(Spec):
+    """EDM2's averages by power functions of training time; other lengths are reconstructed from their snapshots."""
+
+    kind: Literal["power"]
+    tracks: Annotated[list[RelativeStd], Field(min_length=1)] = Field(
+        default=[0.05, 0.10],
+        description="sigma_rel of every average that is kept, its width as a share of the training so far; "
+        "the stage's weights are those of the first",
+    )
+    snapshot_every: PositiveInt = Field(default=100_000, description="images between snapshots of all tracks")
+
+
+Ema = Annotated[
+    EmaSpec | PowerEmaSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda said: {"kind": "exponential", **said} if isinstance(said, dict) else said),
+]
 
 
 class TrainSpec(Spec):
@@ -223,7 +337,7 @@ class TrainSpec(Spec):
     batch: PositiveInt = 256
     accumulate: PositiveInt = Field(default=1, description="micro-batches a step; batch is the whole")
     optimizer: OptimizerSpec = OptimizerSpec()
-    ema: EmaSpec = EmaSpec()
+    ema: Ema = EmaSpec()
     precision: Literal["float32", "bf16"] = "float32"
     execution: Literal["auto", "eager", "compile"] = Field(default="auto", description="auto: compile where it pays")
     checkpoint_every: PositiveInt = Field(default=100_000, description="images between checkpoints")
@@ -241,14 +355,47 @@ class ChurnSpec(Spec):
     noise: PositiveFloat = Field(default=1.0, description="S_noise")
 
 
+# sigma_min and sigma_max of EDM's sampler by discretisation (its published defaults); vp: times from 0.001 to 1
+_LEVELS = {
+    "edm": (0.002, 80.0),
+    "vp": (math.expm1(19.9 / 2 * 1e-6 + 0.1 * 1e-3) ** 0.5, math.expm1(19.9 / 2 + 0.1) ** 0.5),
+    "ve": (0.02, 100.0),
+    "iddpm": (0.002, 81.0),
+    "time": (0.002, 80.0),
+}
+
+
 class SamplerSpec(Spec):
-    solver: Literal["euler", "heun", "dpmpp_2m"] = "heun"
+    """How to sample: EDM's independent choices of solver, steps, schedule and noise (section 3)."""
+
+    solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "heun"
     steps: PositiveInt = 18
-    sigma_min: PositiveFloat = 0.002
-    sigma_max: PositiveFloat = 80.0
-    rho: PositiveFloat = 7.0
+    discretisation: Literal["edm", "vp", "ve", "iddpm", "time"] = Field(
+        default="edm",
+        description="where the steps lie: as published with one formulation, or evenly in the schedule's time",
+    )
+    schedule: Literal["linear", "vp", "ve", "iddpm", "cosine", "logsnr", "flow"] = Field(
+        default="linear", description="sigma(t) and s(t) of the equation that is solved; linear: sigma = t, s = 1"
+    )
+    sigma_min: PositiveFloat | None = Field(
+        default=None,
+        description="last level above 0; none: as published with the discretisation (edm: 0.002), or what the "
+        "parametrisation allows",
+    )
+    sigma_max: PositiveFloat | None = Field(default=None, description="first level; none: likewise (edm: 80)")
+    rho: PositiveFloat = Field(default=7.0, description="how the steps of the edm discretisation crowd at low levels")
     churn: ChurnSpec = ChurnSpec()
+    eta: Probability = Field(
+        default=0.0,
+        description="noise of every step of ddim (1: ancestral sampling) and dpmpp_2m (1: DPM-Solver++ SDE); 0: none",
+    )
     guidance: PositiveFloat = Field(default=1.0, description="classifier-free guidance scale; 1 is off")
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max), as said or as published with the discretisation."""
+        low, high = _LEVELS[self.discretisation]
+        return self.sigma_min or low, self.sigma_max or high
 
 
 class StageSpec(Spec):
@@ -258,13 +405,19 @@ class StageSpec(Spec):
     generates: Annotated[list[Name], Field(min_length=1, max_length=1)] | None = None
     given: list[Link] = []
     network: Network
-    precondition: PreconditionSpec = PreconditionSpec()
-    noise: NoiseSpec = NoiseSpec()
+    precondition: Precondition = PreconditionSpec()
+    noise: NoiseLevels = Field(default=NoiseSpec(), description="none: what the parametrisation was published with")
     augment: AugmentSpec = AugmentSpec()
     train: TrainSpec
     sample: SamplerSpec = SamplerSpec()
     weights: str | None = Field(default=None, description="a weights file; none: the shipped file or the run's own")
     init: str | None = Field(default=None, description="begin training from the weights of this file")
+
+    @model_validator(mode="after")
+    def _noise(self) -> StageSpec:
+        if "noise" not in self.model_fields_set:  # a frozen model is filled in as pydantic itself does it
+            object.__setattr__(self, "noise", published_noise(self.precondition))
+        return self
 
 
 class SampleSpec(Spec):
@@ -275,6 +428,25 @@ class SampleSpec(Spec):
     batch: PositiveInt = 64
     exact: bool = Field(default=False, description="pad every call to one tile: bit-identical for any batch size")
     execution: Literal["auto", "eager", "compile"] = "auto"
+    precision: Literal["float32", "bf16"] = Field(
+        default="float32", description="of the networks alone; the solver's state stays float32"
+    )
+
+
+class EvaluateSpec(Spec):
+    """What `chaindiff evaluate` measures, and against what."""
+
+    count: PositiveInt = Field(default=1000, description="samples of every row")
+    judges: Annotated[list[str], Field(min_length=1)] = Field(
+        default=["judge_conv", "judge_vit"], description="feature extractors; `chaindiff list judges` shows all"
+    )
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
+        default=[0], description="sampling seeds; figures are given for each and as their mean"
+    )
+    reference: str | None = Field(default=None, description="the split compared with; none: the recipe's own data")
+    held_out: str | None = Field(
+        default="test", description="the split that training never saw, for floors and memorisation; none: there is none"
+    )
 
 
 class Recipe(Spec):
@@ -286,3 +458,4 @@ class Recipe(Spec):
     variables: dict[Name, VariableSpec]
     stages: dict[Name, StageSpec]
     sample: SampleSpec = SampleSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()

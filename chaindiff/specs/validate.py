@@ -41,7 +41,7 @@ def validate(model: type[Model], tree: Node) -> Model:
     try:
         result = model.model_validate(tree.plain())
     except ValidationError as errors:
-        raise_all([_translate(error, tree, model) for error in errors.errors(include_url=False)])
+        raise_all(_merged([_translate(error, tree, model) for error in errors.errors(include_url=False)]))
         raise  # not reached: a ValidationError lists at least one error
     raise_all(list(_coerced(tree, result, ())))
     return result
@@ -59,6 +59,19 @@ def raise_all(problems: Sequence[UserError]) -> None:
     raise UserError("\n  ".join([f"{len(problems)} mistakes", *(line.replace("\n", "\n  ") for line in lines)]))
 
 
+def _merged(problems: Sequence[UserError]) -> list[UserError]:
+    """Where a value may be of several types, pydantic says of each that it is not that: one mistake all the same."""
+    merged: dict[tuple[str | None, str], UserError] = {}
+    for problem in problems:
+        field, expected, rest = problem.message.partition(": expected ")
+        first = merged.setdefault((problem.where, field if expected else problem.message), problem)
+        word, _, value = rest.partition(", not ")
+        if first is not problem and value:
+            known, _, same = first.message.rpartition(", not ")
+            first.message = f"{known} or {word}, not {same}"
+    return list(merged.values())
+
+
 def dotted(path: Sequence[str | int]) -> str:
     return ".".join(map(str, path))
 
@@ -68,10 +81,12 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
     path: list[str | int] = []
     owner: type[BaseModel] | None = None
     for part in error["loc"]:
-        if part == "[key]":
-            continue
         if part in kinds(annotation):
             annotation = kinds(annotation)[part]
+            continue
+        # What pydantic adds to the way: "[key]" for a field's name, or the alternative of a type that it tried.
+        added = part == "[key]" or model_of(annotation) is None
+        if added and error["type"] != "missing" and tree.deepest(path).get(part) is None:
             continue
         owner = model_of(annotation)
         annotation = child(annotation, part)
@@ -108,7 +123,7 @@ def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> st
     if code in _LIMITS:
         return f"should be {_LIMITS[code](context)}, not {describe(value)}"
     if code == "string_pattern_mismatch":
-        return f"'{value}' is not a name: letters, digits and underscores, a letter first"
+        return f"{describe(value)} is not a name: letters, digits and underscores, a letter first"
     if code in ("too_short", "too_long"):
         least = context.get("min_length", context.get("max_length"))
         bound = "at least" if code == "too_short" else "at most"

@@ -18,6 +18,7 @@ import yaml
 from chaindiff.specs.errors import UserError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 50, 100_000
+MAX_INT = 2**63 - 1
 
 _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULL = re.compile(r"(~|null|Null|NULL)?")
@@ -25,7 +26,8 @@ _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# What YAML calls not printable (1.2.2, section 5.1): control characters, lone surrogates, noncharacters.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 _INDENT_TAB = re.compile(r" *\t")
 
 
@@ -46,8 +48,9 @@ class Node:
         """The node under a key or an index; None if there is none."""
         if isinstance(self.value, dict):
             return self.value.get(str(key))
-        if isinstance(self.value, list) and str(key).isdecimal() and int(key) < len(self.value):
-            return self.value[int(key)]
+        if isinstance(self.value, list):
+            index = position(key, len(self.value))
+            return None if index is None else self.value[index]
         return None
 
     def fields(self, key: str) -> dict[str, Node]:
@@ -64,6 +67,12 @@ class Node:
                 break
             node = child
         return node
+
+
+def position(key: str | int, count: int) -> int | None:
+    """The key as the position of one of `count` items; None if it is none."""
+    known = isinstance(key, int) or (key.isdecimal() and len(key) <= len(str(MAX_INT)))
+    return int(key) if known and 0 <= int(key) < count else None
 
 
 def wrap(value: Any, where: str | None) -> Node:
@@ -100,7 +109,7 @@ def read(path: Path) -> Node:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError("is not a text file in UTF-8", f"{name}:{line}") from error
+        raise UserError("is not a text file in UTF-8", f"{name}:{line}", "save it in UTF-8") from error
     node = parse(text, lambda line: f"{name}:{line}")
     if node is None:
         raise UserError("is empty", name)
@@ -113,7 +122,7 @@ def parse(text: str, place: Callable[[int], str]) -> Node | None:
     """The one value in a YAML text, None if it is empty; `place` makes a place of a line number, counted from 1."""
     if found := _CONTROL.search(text):
         line = text.count("\n", 0, found.start()) + 1
-        raise UserError(f"is not a text file: it has the control character {found[0]!r}", place(line))
+        raise UserError(f"has the control character {found[0]!r}, so it is no text", place(line))
     return _Builder(text, place).document()
 
 
@@ -174,6 +183,10 @@ class _Builder:
     def _refuse(self, event: Any, message: str, hint: str | None = None) -> NoReturn:
         raise UserError(message, self._where(event), hint)
 
+    def _refuse_tag(self, event: Any) -> None:
+        if event.tag not in (None, "!"):
+            self._refuse(event, f"the tag {event.tag!r} has no meaning here")
+
     def _where(self, event: Any) -> str:
         return self.place(event.start_mark.line + 1)
 
@@ -193,8 +206,7 @@ class _Builder:
             self._count(event, nodes, depth + height)
             return node
         self._count(event, 1, depth)
-        if event.tag not in (None, "!"):
-            self._refuse(event, f"the tag {event.tag!r} has no meaning here")
+        self._refuse_tag(event)
         if isinstance(event, yaml.ScalarEvent):
             node = Node(self._scalar(event), self._where(event))
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -213,6 +225,7 @@ class _Builder:
         while not isinstance(key := next(self.events), yaml.MappingEndEvent):
             if not isinstance(key, yaml.ScalarEvent):
                 self._refuse(key, "a field's name should be plain text")
+            self._refuse_tag(key)
             if key.value == "<<" and key.implicit[0]:
                 self._refuse(key, "merge keys (`<<`) are not read", "put what is shared in a stage card and `use` it")
             if key.value in fields:
@@ -229,17 +242,20 @@ class _Builder:
             return None
         if _BOOL.fullmatch(text):
             return text.lower() == "true"
-        try:
-            if _INT.fullmatch(text):
-                return int(text.replace("_", ""))
-            if _BASED.fullmatch(text):
-                return int(text, 0)
-        except ValueError as error:  # Python refuses numbers of thousands of digits
-            raise UserError("is too long a number", self._where(event)) from error
+        if _INT.fullmatch(text) or _BASED.fullmatch(text):
+            return self._whole(event, text.replace("_", ""))
         if _FLOAT.fullmatch(text):
             bare = text.replace("_", "").lower()
             return float(bare.replace(".inf", "inf").replace(".nan", "nan"))
         return text
+
+    def _whole(self, event: Any, text: str) -> int:
+        """A whole number: of 64 bits, as every reader takes it, so that it can be computed with and shown."""
+        based = _BASED.fullmatch(text)
+        number = MAX_INT + 1 if len(text) > 30 else int(text, 0 if based else 10)
+        if abs(number) > MAX_INT:
+            self._refuse(event, "is too large a whole number: it does not fit into 64 bits")
+        return number
 
 
 def _measure(node: Node) -> tuple[int, int]:

@@ -45,7 +45,7 @@ class Batches:
     """Sample numbers -> the values of some variables, and the augmentation labels under "augment_labels".
 
     `root` is the image variable that the data holds; every other image or vector comes of it through `encoders`,
-    expensive ones through `caches`. Labels are columns of the data, `fields` says which.
+    expensive ones through `caches`. Labels that no encoder makes are columns of the data, `fields` says which.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class Batches:
         self.data, self.root, self.encoders, self.caches = data, root, encoders, caches
         self.wanted, self.spec, self.seed = list(wanted), spec, seed
         self.labels = {
-            v.name: torch.tensor(data.categories(fields[v.name])[1]) for v in self.wanted if v.kind == "label"
+            v.name: torch.tensor(data.categories(fields[v.name])[1])
+            for v in self.wanted
+            if v.kind == "label" and v.name not in encoders
         }
         self._epoch, self._order = -1, np.empty(0, np.int64)
 

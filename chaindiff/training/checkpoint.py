@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chaindiff.specs.errors import UserError
+from chaindiff.specs.files import UNWRITABLE
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -35,10 +36,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error}",
-            hint="free some space or choose another folder with --out; the last complete file is untouched",
-        ) from error
+        raise UserError(f"cannot write {path}: {error}", hint=UNWRITABLE) from error
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -55,7 +53,8 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise UserError(f"there is no weights file {path}") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a complete safetensors file: {error}") from error
+        hint = "copy or download it again; what a run has written itself you may delete, to train that stage anew"
+        raise UserError(f"{path} is not a complete safetensors file: {error}", hint=hint) from error
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -87,23 +86,3 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
             hint="the file belongs to another network, or to other given variables",
         )
     module.load_state_dict(dict(tensors))
-
-
-def begin_from(module: torch.nn.Module, path: Path) -> None:
-    """Initial weights from another network's file, by name. What conditions on variables that it did not know, begins
-    at zero, so that the network starts as it was (VCDM, section 4). Raises UserError if anything else is missing.
-    """
-    tensors, _ = load(path)
-    # A bare network's file (an imported one) names parameters without the stage's prefix.
-    known = {k if k.startswith(("network.", "conditioner.")) else f"network.{k}": v for k, v in tensors.items()}
-    own = module.state_dict()
-    for name, value in own.items():
-        given = known.get(name)
-        if given is not None and given.shape == value.shape:
-            own[name] = given
-        elif "map_label" in name or name.startswith("conditioner."):
-            own[name] = torch.zeros_like(value)
-        else:
-            found = "is missing" if given is None else f"has shape {list(given.shape)}, expected {list(value.shape)}"
-            raise UserError(f"{path} cannot begin this stage: {name} {found}")
-    module.load_state_dict(own)

@@ -1,4 +1,4 @@
-"""Fit what an encoder needs to know of the training data: its principal components and standardisation."""
+"""Fit what an encoder needs to know of the training data: its reducer and standardisation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from chaindiff.encoders import Statistics
 from chaindiff.encoders.clip import OpenClip
 from chaindiff.encoders.statistics import FORMAT
+from chaindiff.specs.recipe import KMeansSpec
 from chaindiff.training import checkpoint
 from chaindiff.training.batches import Features
 
@@ -17,7 +18,10 @@ def fit(encoder: OpenClip, features: Features, path: Path) -> Path:
     Raises UserError if the features are not complete, or too few for the reducer.
     """
     reduce = encoder.spec.reduce
-    statistics, explained = Statistics.fit(features.chunks(), reduce.k if reduce else None)
+    if isinstance(reduce, KMeansSpec):
+        statistics, explained = Statistics.fit_clusters(features.chunks, reduce.k, reduce.seed)
+    else:
+        statistics, explained = Statistics.fit(features.chunks(), reduce.k if reduce else None)
     metadata = {
         "format": FORMAT,
         "encoder": Statistics.belongs_to(encoder),

@@ -13,6 +13,7 @@ from torch import Tensor
 from chaindiff.assemble import Assembly
 from chaindiff.chain import run_stage
 from chaindiff.data.augment import active
+from chaindiff.distributed import processes
 from chaindiff.encoders import Encoder, build_encoder
 from chaindiff.encoders.clip import OpenClip
 from chaindiff.pictures import grid, save_png
@@ -21,6 +22,7 @@ from chaindiff.specs.errors import UserError
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.training.batches import Batches, Features, TextFeatures
+from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
 from chaindiff.training.fit import fit
 from chaindiff.training.loop import train
@@ -49,12 +51,11 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
         images = int(kept.get("images", 0))
         total = images + more
     elif spec.init is not None:
-        checkpoint.begin_from(stage, Path(spec.init).expanduser())
+        begin_from(stage, Path(spec.init).expanduser())
     if tensors is not None:
         checkpoint.fill(stage, tensors, str(start))
+    batches = prepare(assembly, name)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    with accelerator.main_process_first():  # one process fills the caches, the others read them
-        batches = prepare(assembly, name)
     steps = train(
         stage,
         batches,
@@ -90,8 +91,8 @@ def preview(stage: Stage, batches: Batches, path: Path) -> None:
 
 
 def prepare(assembly: Assembly, name: str) -> Batches:
-    """The training batches of a stage: encoders fitted, expensive ones cached."""
-    spec, recipe = assembly.recipe.stages[name], assembly.recipe
+    """The training batches of a stage: encoders fitted, expensive ones cached; processes share out the work."""
+    spec, recipe, state = assembly.recipe.stages[name], assembly.recipe, processes()
     wanted = [assembly.generates(name), *(variable for variable, _ in assembly.links(name))]
     encoders: dict[str, Encoder] = {}
     caches: dict[str, Features] = {}
@@ -107,11 +108,16 @@ def prepare(assembly: Assembly, name: str) -> Batches:
             encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
         if encoder.cached and isinstance(encoder, OpenClip):
             features = embed(assembly, encoder, name)
+            state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
             if not encoder.fitted:
-                fit(encoder, features, path)
+                with state.main_process_first():
+                    if state.is_main_process:
+                        fit(encoder, features, path)
+                    else:
+                        encoder = build_encoder(variable, recipe.variables, path)
             caches[variable] = features
         encoders[variable] = encoder
-    labels = {v.name: assembly.column(v.name) for v in wanted if v.kind == "label"}
+    labels = {v.name: assembly.column(v.name) for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
         assembly.classes(label)
     texts = {n: assembly.column(n) for n, s in recipe.variables.items() if s.kind == "text"}
@@ -121,7 +127,8 @@ def prepare(assembly: Assembly, name: str) -> Batches:
 
 
 def embed(assembly: Assembly, encoder: OpenClip, name: str) -> Features:
-    """Features of an encoder over the training data; images' are cached on disk, which is completed if it is not.
+    """Features of an encoder over the training data; images' are cached on disk: this process embeds its own share of
+    what is missing.
 
     Raises UserError if the encoder reads neither the data's own image nor a text, or nothing could be cached.
     """
@@ -141,9 +148,12 @@ def embed(assembly: Assembly, encoder: OpenClip, name: str) -> Features:
             "set augment.variants, say to 8: so many augmented versions of every image are embedded once",
         )
     cache = EmbeddingCache(cache_folder(), encoder, data, augment, root.shape[-1])
-    if not cache.complete:
-        with Bar(f"embed {encoder.name}", len(cache)) as bar:
-            for done, _ in cache.build(EMBEDDING_BATCH):
+    state = processes()
+    progress = cache.build(EMBEDDING_BATCH, state.process_index, state.num_processes)
+    done, total = next(progress)
+    if done < total:
+        with Bar(f"embed {encoder.name}", total, done) as bar:
+            for done, _ in progress:
                 bar.update(done)
     return cache
 

@@ -1,7 +1,8 @@
 """The training loop of one stage: a generator that yields progress; logging, previews and bars live outside.
 
 Everything random is a pure function of (seed, image number), so a run that was killed and started again ends with the
-weights of one that was not (bit for bit in eager float32 on a CPU).
+weights of one that was not (bit for bit in eager float32 on a CPU). Several processes share out every batch and end
+with the weights of one, to rounding; but a network's dropout draws for a whole micro-batch, keyed by its first image.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from chaindiff.edm.ema import Ema
+from chaindiff.edm.ema import Average, averages
 from chaindiff.edm.random import Draws, seed
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.files import write_whole
-from chaindiff.specs.recipe import OptimizerSpec, TrainSpec
+from chaindiff.specs.files import UNWRITABLE, write_whole
+from chaindiff.specs.recipe import OptimizerSpec, PowerEmaSpec, TrainSpec
 from chaindiff.stage import Stage
-from chaindiff.training import checkpoint
+from chaindiff.training import checkpoint, snapshots
 
 Batches = Callable[[list[int]], dict[str, Tensor]]  # sample numbers -> variables and augment_labels
 COMPILE_PAYS = 50_000  # images; a cold compilation takes as long as some thousands of them
@@ -55,23 +57,31 @@ def build_optimizer(spec: OptimizerSpec, module: nn.Module) -> torch.optim.Optim
     return kind(module.parameters(), spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
 
 
-def state_tensors(stage: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(
+    stage: nn.Module, emas: Mapping[str, Average], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """All that a run needs to go on, as flat named tensors."""
     tensors = {f"model.{k}": v for k, v in stage.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
+    for name, ema in emas.items():
+        tensors |= {f"{name}.{k}": v for k, v in ema.model.state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
     return tensors
 
 
 def restore(
-    tensors: dict[str, Tensor], stage: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, where: str
+    tensors: dict[str, Tensor],
+    stage: nn.Module,
+    emas: Mapping[str, Average],
+    optimizer: torch.optim.Optimizer,
+    where: str,
 ) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
     checkpoint.fill(stage, part("model."), where)
-    checkpoint.fill(ema.model, part("ema."), where)
+    for name, ema in emas.items():
+        checkpoint.fill(ema.model, part(f"{name}."), where)
     state: dict[int, dict[str, Tensor]] = {}
     parameters = list(stage.parameters())
     for key, value in part("optimizer.").items():
@@ -96,8 +106,11 @@ class Metrics:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images)
 
     def write(self, images: int, **values: float) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"images": images, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"images": images, **values}) + "\n")
+        except OSError as error:  # which does not name the file when the disk is full
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}", hint=UNWRITABLE) from error
         for name, value in values.items():
             self.board.add_scalar(name, value, images)
 
@@ -120,7 +133,8 @@ def train(
 
     `begin` counts the images behind the stage's present weights, where they are not new.
 
-    Writes state.safetensors, metrics.jsonl and, at the end, weights.safetensors (the EMA with its configuration).
+    Writes state.safetensors, metrics.jsonl, snapshots of power-function averages and, at the end, weights.safetensors
+    (the first average, with its configuration).
     Raises UserError if the batch cannot be shared out, the state belongs to another stage, or the loss is not finite.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -132,7 +146,9 @@ def train(
         )
     state_path = folder / "state.safetensors"
     stage.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = Ema(stage, spec.ema.half_life, spec.ema.rampup)
+    emas = averages(spec.ema, stage)
+    ema = next(iter(emas.values()))  # the stage's weights
+    snapshot_every = spec.ema.snapshot_every if isinstance(spec.ema, PowerEmaSpec) else 0
     optimizer = build_optimizer(spec.optimizer, stage)
     images = begin
     if state_path.exists():
@@ -142,7 +158,7 @@ def train(
                 f"{state_path} is the state of another stage or of other training settings",
                 hint=f"choose another --out, or delete {folder} to begin afresh",
             )
-        restore(tensors, stage, ema, optimizer, str(state_path))
+        restore(tensors, stage, emas, optimizer, str(state_path))
         images = int(kept["images"])
         del tensors
     stage.autocast = torch.bfloat16 if spec.precision == "bf16" else None
@@ -153,12 +169,13 @@ def train(
     if accelerator.is_main_process:
         metrics = Metrics(folder, images)
         checkpoint.remove_leftovers(folder)
+        snapshots.remove_after(folder, images if state_path.exists() else 0)
     parameters = list(stage.parameters())
 
     def save_state() -> None:
         if accelerator.is_main_process:
             everything = {**metadata, "images": str(images)}
-            checkpoint.save(state_path, state_tensors(stage, ema, optimizer.optimizer), everything)
+            checkpoint.save(state_path, state_tensors(stage, emas, optimizer.optimizer), everything)
         accelerator.wait_for_everyone()
 
     model.train()
@@ -173,27 +190,34 @@ def train(
             samples = list(range(first, first + micro))
             torch.manual_seed(seed(spec.seed, stage.name, "dropout", first))
             batch = {k: v.to(accelerator.device) for k, v in batches(samples).items()}
-            loss = model(batch, Draws(samples, spec.seed, stage.name)).mean() / spec.accumulate
-            accelerator.backward(loss)
+            last_part = part == spec.accumulate - 1
+            with nullcontext() if last_part else accelerator.no_sync(model):  # gradients are averaged once a step
+                loss = model(batch, Draws(samples, spec.seed, stage.name)).mean() / spec.accumulate
+                accelerator.backward(loss)
             running += loss.detach()
         if spec.optimizer.clip:
             torch.nn.utils.clip_grad_norm_(parameters, spec.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         before, images, steps = images, images + spec.batch, steps + 1
-        ema.update(stage, spec.batch, images)
-        crossed = [n and images // n > before // n for n in (spec.checkpoint_every, spec.preview_every)]
+        for average in emas.values():
+            average.update(stage, spec.batch, images)
+        crossed = [n and images // n > before // n for n in (spec.checkpoint_every, spec.preview_every, snapshot_every)]
         logs, saves = steps % spec.log_every == 0 or images >= total, crossed[0] or images >= total
-        if logs or saves:
-            refuse_divergence(stage, float(running), images)
+        snaps = bool(snapshot_every) and (crossed[2] or images >= total)
+        if logs or saves or snaps:
+            everywhere = float(accelerator.reduce(running, "mean"))  # all processes raise, or none
+            refuse_divergence(stage, everywhere, images)
         mean = None
         if logs:
-            mean = float(running) / (steps % spec.log_every or spec.log_every)
+            mean = everywhere / (steps % spec.log_every or spec.log_every)
             running.zero_()
             speed = (images - last) / (time.perf_counter() - began)
             began, last = time.perf_counter(), images
             if metrics:
                 metrics.write(images, loss=mean, lr=rate, images_per_second=speed)
+        if snaps and accelerator.is_main_process:  # before the state, so that going on from it lacks none
+            snapshots.write(folder, emas.values(), images, metadata)
         if saves:
             save_state()
         yield Progress(images, total, speed, mean, ema.model if crossed[1] else None)

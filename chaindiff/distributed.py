@@ -1,0 +1,43 @@
+"""Several processes of one command, started by torchrun or `accelerate launch`: who each one is, and who speaks."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+# The others wait while one process fits, draws or ends its share. A process that dies does not keep them waiting:
+# the launcher ends them all.
+PATIENCE = timedelta(days=7)
+
+
+def processes() -> PartialState:
+    """This process among those of the command: `process_index` of `num_processes`, `is_main_process`, and barriers.
+
+    The first call joins the process group; all of them must see the same files. A single process waits for nobody.
+    """
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of the command to call this: it alone says what went wrong.
+
+    Needs no process group, which may be what failed: the launcher keeps a store of its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from torch.distributed import DistError, TCPStore
+
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "29500"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"chaindiff/failed/{attempt}", 1) == 1
+    except DistError:
+        return True  # better said twice than by nobody

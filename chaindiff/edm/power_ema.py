@@ -1,0 +1,75 @@
+"""Averages of weights by a power function of training time, and other lengths of it after the fact (EDM2, section 3).
+
+A profile p_gamma(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) weighs the weights at every time tau in [0, t] (eq. 1).
+It is named by sigma_rel, its standard deviation as a share of t. Times are in images.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float64
+
+UNIFORM = 12**-0.5  # sigma_rel of the plain average of all weights so far, gamma = 0: the longest there is
+
+Numbers = float | Float64[np.ndarray, "..."]
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """Standard deviation of the profile, relative to its length: that of a beta distribution (EDM2, section 3.1)."""
+    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a profile: the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2 (EDM2, appendix C).
+
+    Raises ValueError unless sigma_rel lies above 0 and below 0.2887.
+    """
+    if not 0 < sigma_rel < UNIFORM:
+        raise ValueError(f"sigma_rel should be above 0 and below {UNIFORM:.4f}, not {sigma_rel}")
+    inverse = sigma_rel**-2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    return float(roots[roots.imag == 0].real.max())
+
+
+def power_decay(batch: int, images: float, gamma: float) -> float:
+    """Share of the old average that one step of `batch` images keeps, `images` counting that step (EDM2, eq. 2).
+
+    Over weights that stay the same for the length of a step, the average is exactly the integral of the profile.
+    """
+    return max(0.0, 1 - batch / images) ** (gamma + 1)
+
+
+def profile(time: Numbers, gamma: Numbers, end: Numbers) -> Numbers:
+    """p_gamma at a time, for a profile of length `end`; 0 after it (EDM2, eq. 1)."""
+    inside = np.minimum(time / end, 1.0)
+    return np.where(time <= end, (gamma + 1) / end * inside**gamma, 0.0)
+
+
+def inner(gamma_a: Numbers, end_a: Numbers, gamma_b: Numbers, end_b: Numbers) -> Numbers:
+    """The integral of the product of two profiles, in closed form (EDM2, appendix C)."""
+    first = end_a <= end_b
+    early, late = np.where(first, end_a, end_b), np.where(first, end_b, end_a)
+    exponent = np.where(first, gamma_b, gamma_a)  # of the profile that goes on after the other has ended
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (early / late) ** exponent / late
+
+
+def coefficients(
+    gammas: Float64[np.ndarray, " n"], ends: Float64[np.ndarray, " n"], gamma: float, end: float
+) -> tuple[Float64[np.ndarray, " n"], float]:
+    """The combination of snapshots' profiles nearest to another one, and the relative error in the L2 norm.
+
+    Least squares as in EDM2, appendix C, with one constraint more: the coefficients sum to 1. Without it they miss 1 by
+    some percent where snapshots are few, which EDM2's networks, indifferent to the scale of their weights, forgive.
+    """
+    count = len(gammas)
+    gram = inner(gammas[:, None], ends[:, None], gammas, ends)
+    target, size = inner(gammas, ends, gamma, end), inner(gamma, end, gamma, end)
+    norm = np.sqrt(np.diag(gram))  # profiles of unit norm are well conditioned
+    # Stationary point of the Lagrangian: [G 1; 1' 0] [x; multiplier] = [b; 1].
+    system = np.zeros((count + 1, count + 1))
+    system[:count, :count] = gram / np.outer(norm, norm)
+    system[:count, count] = system[count, :count] = norm.min() / norm
+    solved = np.linalg.lstsq(system, np.append(target / norm, norm.min()), rcond=None)[0]
+    found = solved[:count] / norm
+    residual = size - 2 * target @ found + found @ gram @ found
+    return found, float(np.sqrt(max(residual, 0.0) / size))

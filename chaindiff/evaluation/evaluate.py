@@ -1,0 +1,200 @@
+"""What `chaindiff evaluate` does: rows of a comparison, their samples and figures, and what the page shows of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chaindiff.assemble import Assembly
+from chaindiff.distributed import processes
+from chaindiff.evaluation.report import Report
+from chaindiff.evaluation.rows import Row
+from chaindiff.evaluation.study import Study
+from chaindiff.evaluation.tables import Measured, Results
+from chaindiff.progress import Bar
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.load import Loaded, load_recipe
+from chaindiff.specs.merge import nest
+from chaindiff.specs.yaml import Node, assignment
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One setting and the values that it takes."""
+
+    field: str
+    values: tuple[Any, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Sweep:
+        """`stages.image.sample.steps=6,9,18`. Raises UserError if it is none."""
+        path, node = assignment(text, "--sweep")
+        values = node.plain()
+        if isinstance(values, str):
+            values = [assignment(f"x={part}", "--sweep")[1].plain() for part in values.split(",")]
+        if not isinstance(values, list) or not values:
+            values = [values]
+        return cls(".".join(path), tuple(values))
+
+    def overrides(self) -> Iterable[tuple[Any, dict[str, Any]]]:
+        for value in self.values:
+            yield value, nest(self.field.split("."), Node(value, None)).plain()
+
+
+@dataclass
+class Group:
+    """Rows that belong in one table; `x` are the settings of a sweep."""
+
+    title: str
+    kind: str  # "main", "links", "sweep"
+    rows: list[list[Row]] = field(default_factory=list)  # a list of seeds for each row
+    x: list[Any] = field(default_factory=list)
+
+
+class Rows:
+    """Makes the rows of one recipe that share a folder, a variable and compiled networks."""
+
+    def __init__(self, loaded: Loaded, of: str, folder: Path, count: int, seeds: Sequence[int], out: Path | None):
+        self.loaded, self.of, self.folder, self.count, self.seeds, self.out = loaded, of, folder, count, seeds, out
+        self.compiled: dict[str, Any] = {}
+
+    def __call__(
+        self,
+        label: str,
+        oracle: Sequence[str] = (),
+        changes: Mapping[str, Any] | None = None,
+        loaded: Loaded | None = None,
+        seeds: Sequence[int] | None = None,
+        count: int | None = None,
+        split: str | None = None,
+    ) -> list[Row]:
+        """One row for each seed."""
+        recipe = (loaded or self.loaded).override(changes) if changes else loaded or self.loaded
+        return [
+            Row(
+                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, self.out,
+                self.compiled,
+            )
+            for seed in (seeds or self.seeds)
+        ]  # fmt: skip
+
+
+def measured_variable(assembly: Assembly, of: str | None) -> str:
+    """The image variable that is measured: as asked, or the last image that the recipe wants."""
+    images = [n for n in assembly.skeleton().generated() if assembly.variables[n].kind == "image"]
+    wanted = [n for n in assembly.recipe.sample.want if n in images] or images
+    if of is not None and of not in images:
+        raise UserError(
+            f"--of {of}: no stage of this recipe generates an image of that name", hint=f"there is {images}"
+        )
+    if not wanted:
+        raise UserError("this recipe generates no images, and only images are measured so far")
+    return of or wanted[-1]
+
+
+def link_rows(make: Rows, assembly: Assembly) -> Group:
+    """Every subset of the stages above the measured one, replaced by the data's own values.
+
+    Subsets that run the same stages on the same values are one row.
+    """
+    first = make(assembly.recipe.name)[0]
+    upstream = [name for name in first.made if name != make.of]
+    group, seen = Group("What each link costs", "links"), set()
+    for size in range(len(upstream) + 1):
+        for oracle in itertools.combinations(upstream, size):
+            label = f"{', '.join(oracle)} from the data" if oracle else "the whole chain"
+            try:
+                rows = make(label, oracle)
+                found = rows[0].plan
+            except UserError:
+                continue  # sampling would ignore what is given: no such row
+            key = (tuple(found.running), tuple(sorted(found.plan.given)))
+            if key not in seen:
+                seen.add(key)
+                group.rows.append(rows)
+    return group
+
+
+def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
+    """One row for each value of a setting. Raises UserError for values that the recipe refuses."""
+    tail = f", {', '.join(oracle)} from the data" if oracle else ""
+    group = Group(f"{sweep.field}{tail}", "sweep")
+    for value, changes in sweep.overrides():
+        group.rows.append(make(f"{sweep.field.split('.')[-1]} {value}{tail}", oracle, changes, seeds=make.seeds[:1]))
+        group.x.append(value)
+    return group
+
+
+def baseline_rows(make: Rows, recipe: str) -> list[Row]:
+    """The same variable by another recipe."""
+    other = load_recipe(recipe)
+    if make.of not in (makes := Assembly(other).skeleton().generated()):
+        raise UserError(f"--baseline {recipe}: that recipe generates no '{make.of}', but {', '.join(makes)}")
+    return make(other.recipe.name, loaded=other)
+
+
+# ------------------------------------------------------------ everything in one go
+
+
+def evaluate(
+    loaded: Loaded,
+    *,
+    of: str | None = None,
+    links: bool = False,
+    sweeps: Sequence[str] = (),
+    baselines: Sequence[str] = (),
+    oracle: Sequence[str] = (),
+    out: Path | None = None,
+) -> Report:
+    """Sample the rows, measure them, and write `metrics.json` and plots into the run's directory.
+
+    What was sampled or measured before is not done again. Raises UserError for recipes without weights, sweeps of
+    unknown fields, and judges that are not there.
+    """
+    assembly, asked = Assembly(loaded, out), loaded.recipe.evaluate
+    name = measured_variable(assembly, of)
+    folder = assembly.out / "evaluation"
+    make = Rows(loaded, name, folder, asked.count, asked.seeds, assembly.out)
+    groups = [Group(f"Quality of '{name}'", "main", [make(loaded.recipe.name, oracle)])]
+    groups[0].rows += [baseline_rows(make, recipe) for recipe in baselines]
+    if links:
+        groups.append(link_rows(make, assembly))
+    groups += [sweep_rows(make, Sweep.parse(text), oracle) for text in sweeps]
+    study = Study(folder, asked.judges, asked.reference, asked.held_out)
+    for judge in asked.judges:
+        study.judge(judge)  # a judge that is not there should not wait for the samples
+    state = processes()
+    everything = [row for group in groups for rows in group.rows for row in rows]
+    draw_all(everything[state.process_index :: state.num_processes])
+    state.wait_for_everyone()
+    report = Report(folder)
+    if not state.is_main_process:
+        return report
+    main = groups[0].rows[0][0]
+    for group in groups:
+        report.add_group(measure_group(group, study), [made for made in main.made if made != name])
+    report.add_memorisation(study, main)
+    report.add_priors(study, main)
+    report.write()
+    return report
+
+
+def draw_all(rows: Sequence[Row]) -> None:
+    """Sample what is missing of all rows. Raises UserError for any of them before the first is sampled."""
+    for row in rows:
+        row.key  # noqa: B018 (plans the row, and finds its weights)
+    for row in rows:
+        with Bar(f"sample {row.label}, seed {row.seed}", row.count, row.done()) as bar:
+            for done in row.draw():
+                bar.update(done)
+
+
+def measure_group(group: Group, study: Study) -> Results:
+    measured = [
+        Measured(rows[0].label, [row.about() for row in rows], [study.figures(row) for row in rows])
+        for rows in group.rows
+    ]
+    return Results(group.title, group.kind, measured, group.x)

@@ -1,0 +1,102 @@
+"""Nearest neighbours between sets of features, and the metrics made of them; in blocks, so that memory is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from chaindiff.specs.errors import UserError
+
+BLOCK = 2048  # rows of a block of distances: 32 MiB in float64
+SAME = 1e-12  # squared distances below this share of the squared norms are rounding errors of equal rows
+
+
+def nearest(
+    queries: Float[Tensor, "rows width"], bank: Float[Tensor, "bank width"], k: int = 1, chunk: int = BLOCK
+) -> tuple[Float64[Tensor, "rows k"], Int64[Tensor, "rows k"]]:
+    """Euclidean distances to, and row numbers of, the k nearest rows of the bank, nearest first.
+
+    Raises UserError if the bank has fewer than k rows.
+    """
+    if len(bank) < k:
+        raise UserError(f"{k} nearest neighbours need as many samples; there are {len(bank)}")
+    distances, indices = [], []
+    for rows in _blocks(queries, chunk):
+        best = torch.empty(len(rows), 0, dtype=torch.float64, device=queries.device)
+        where = torch.empty(len(rows), 0, dtype=torch.int64, device=queries.device)
+        first = 0
+        for others in _blocks(bank, chunk):
+            found = _squared(rows, others)
+            number = torch.arange(first, first + len(others), device=queries.device).expand_as(found)
+            first += len(others)
+            best, where = torch.cat([best, found], 1), torch.cat([where, number], 1)
+            best, order = best.topk(min(k, best.shape[1]), largest=False, sorted=True)
+            where = where.gather(1, order)
+        distances.append(best.sqrt())
+        indices.append(where)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def precision_recall(
+    real: Float[Tensor, "rows width"], fake: Float[Tensor, "samples width"], k: int = 3
+) -> tuple[float, float]:
+    """Share of the fake inside the real manifold, and of the real inside the fake one.
+
+    A set's manifold is the union of balls around its points that reach to the k-th nearest of its own other points
+    (Kynkaanniemi et al. 2019, equations 1 and 2). Both shares depend on the counts: compare equal ones.
+    Raises UserError for sets of k points or fewer.
+    """
+    precision = _inside(fake, real, _radii(real, k))[0] > 0
+    recall = _inside(real, fake, _radii(fake, k))[0] > 0
+    return precision.double().mean().item(), recall.double().mean().item()
+
+
+def density_coverage(
+    real: Float[Tensor, "rows width"], fake: Float[Tensor, "samples width"], k: int = 5
+) -> tuple[float, float]:
+    """How densely the fake fill the real balls (1: as the real do), and the share of real balls that hold a fake.
+
+    Naeem et al. 2020, equations 3 and 4. Raises UserError for a real set of k points or fewer.
+    """
+    balls, covered = _inside(fake, real, _radii(real, k))
+    return balls.mean().item() / k, covered.double().mean().item()
+
+
+def _radii(points: Tensor, k: int) -> Float64[Tensor, " rows"]:
+    """Distance to the k-th nearest other point."""
+    if len(points) <= k:
+        raise UserError(f"neighbourhoods of {k} need more than {k} samples; there are {len(points)}")
+    return nearest(points, points, k + 1)[0][:, k]  # the nearest is the point itself
+
+
+def _inside(
+    points: Tensor, centres: Tensor, radii: Float64[Tensor, " centres"]
+) -> tuple[Float64[Tensor, " points"], Bool[Tensor, " centres"]]:
+    """In how many closed balls each point lies, and which balls hold a point."""
+    counts, held = [], torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
+    for rows in _blocks(points, BLOCK):
+        count = torch.zeros(len(rows), dtype=torch.float64, device=centres.device)
+        first = 0
+        for others in _blocks(centres, BLOCK):
+            part = slice(first, first + len(others))
+            within = _squared(rows, others).sqrt() <= radii[part]
+            count += within.sum(1)
+            held[part] |= within.any(0)
+            first += len(others)
+        counts.append(count)
+    return torch.cat(counts), held
+
+
+def _blocks(rows: Tensor, size: int) -> Iterator[Float64[Tensor, "block width"]]:
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size].double()
+
+
+def _squared(a: Float64[Tensor, "n d"], b: Float64[Tensor, "m d"]) -> Float64[Tensor, "n m"]:
+    """Squared distances |a|^2 + |b|^2 - 2 ab, where equal rows are at distance 0 exactly."""
+    norms = a.square().sum(1)[:, None] + b.square().sum(1)
+    squared = torch.addmm(norms, a, b.T, alpha=-2)
+    return squared.masked_fill_(squared <= SAME * norms, 0.0)

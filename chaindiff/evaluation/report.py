@@ -1,0 +1,169 @@
+"""What an evaluation leaves in a run: metrics.json with every figure and its provenance, and plots beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chaindiff.evaluation import plots
+from chaindiff.evaluation.metrics import vector_report
+from chaindiff.evaluation.oracle import DataValues
+from chaindiff.evaluation.rows import Row
+from chaindiff.evaluation.study import Study
+from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
+from chaindiff.pictures import grid, png_bytes
+from chaindiff.report import Picture, Section
+from chaindiff.specs.files import write_whole
+
+METRICS = "metrics.json"
+FLATTERS = "* a judge of an architecture family that the chain itself uses: it flatters the chain"
+
+
+class Report:
+    """Collects the parts of an evaluation; `write` puts them into the run's directory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.parts: list[dict[str, Any]] = []
+        self.figures: list[dict[str, Any]] = []
+
+    def add(self, title: str, note: str = "", table: Table | None = None, **pictures: bytes) -> None:
+        names = {}
+        for name, png in pictures.items():
+            names[name] = f"{len(self.parts):02d}-{name}.png"
+            write_whole(self.folder / names[name], png)
+        self.parts.append({"title": title, "note": note, "table": table or [], "pictures": names})
+
+    # ------------------------------------------------------------ parts
+
+    def add_group(self, results: Results, stages: Sequence[str] = ()) -> None:
+        """A table of rows; of a sweep, curves; of links, what each stage's own samples cost."""
+        self.figures += [
+            {**about, **figure.model_dump()}
+            for row in results.rows
+            for about, seed in zip(row.about, row.figures, strict=True)
+            for figure in seed
+        ]
+        judges = judges_of(results.rows)
+        pictures = {"kid": kid_curves(results) if results.kind == "sweep" else kid_bars(results)}
+        self.add(results.title, provenance(results.rows), figures_table(results), **pictures)
+        if results.kind == "links" and stages:
+            note = "KID of the whole chain, split into what each stage's own samples add to it; 95% intervals."
+            self.add("Link by link", note + (f" {FLATTERS}." if any(judges.values()) else ""),
+                     link_costs(results, stages))  # fmt: skip
+
+    def add_memorisation(self, study: Study, row: Row) -> None:
+        """Distances to the nearest training image, of samples beside those of held-out images."""
+        for judge in dict.fromkeys([study.judges[0], "pixels"]):
+            found = study.memorisation(row, judge)
+            if found is None:
+                self.add("Memorisation", "not measured: the data has no held-out split (`evaluate.held_out`)")
+                return
+            table = [["measure", "value"], *([name, number(value)] for name, value in found.summary().items())]
+            self.add(
+                f"Memorisation, by {judge}",
+                "Distance to the nearest training image. Samples that copy training images lie nearer to them than "
+                "held-out images do. Closest pairs: a sample, then its nearest training image.",
+                table,
+                distances=plots.histograms(
+                    {"samples": found.samples.numpy(), "held-out images": found.held_out.numpy()},
+                    f"{judge}: nearest training image",
+                    "distance",
+                ),
+                pairs=png_bytes(grid(study.pairs(row, found), columns=8)),
+            )
+
+    def add_priors(self, study: Study, row: Row) -> None:
+        """Every sampled vector against held-out ones: a prior can be judged without an image."""
+        assembly = row.assembly
+        held = study.held(row)
+        for name in row.made:
+            if assembly.variables[name].kind != "vector" or held is None:
+                continue
+            train = DataValues(assembly, study.data(row, None).data, self.folder / "data")
+            other = DataValues(assembly, held.data, self.folder / "data")
+            values = [v.of(name, range(len(v.data))) for v in (other, train)]
+            found = vector_report(torch.cat(list(row.chunks(name))), *values)
+            counts = f"{len(values[0]):,} held-out and {len(values[1]):,} training ones"
+            note = f"{row.count:,} sampled '{name}' against {counts}."
+            self.add(f"The prior of '{name}' alone", note, vector_table(found))
+
+    # ------------------------------------------------------------ files
+
+    def write(self) -> Path:
+        path = self.folder.parent / METRICS
+        write_whole(path, json.dumps({"parts": self.parts, "figures": self.figures}, indent=1).encode())
+        return path
+
+
+def sections(out: Path) -> list[Section]:
+    """The parts of an evaluation for the page of a run; none if there was no evaluation."""
+    path = out / METRICS
+    if not path.exists():
+        return []
+    return [
+        Section(
+            part["title"],
+            part["note"],
+            part["table"],
+            [Picture(name, (out / "evaluation" / file).read_bytes()) for name, file in part["pictures"].items()],
+        )
+        for part in json.loads(path.read_text())["parts"]
+    ]
+
+
+def provenance(rows: Sequence[Measured]) -> str:
+    """What all figures of a table share."""
+    figures = {figure.encoder: figure for row in rows for seed in row.figures for figure in seed}
+    one = next(iter(figures.values()))
+    lines = [f"Reference: {one.reference}, split {one.split}; means over seeds, ± 95% intervals."]
+    for figure in figures.values():
+        if figure.encoder_identity is not None:
+            lines.append(f"{figure.encoder}: weights {figure.encoder_identity[:12]}, resized {figure.resize}")
+    return "\n".join(lines + ([FLATTERS] if any(f.in_chain for f in figures.values()) else []))
+
+
+def vector_table(found: dict[str, Any]) -> Table:
+    """`vector_report` as a table: every measure of the samples beside its floor."""
+    lines = [["measure", "sampled", "held out: the floor", "training set"]]
+    for name in ("frechet", "kid", "precision", "recall", "density", "coverage"):
+        values = found[name] or {"sampled": None, "floor": None}
+        plain = [v["value"] if isinstance(v, dict) else v for v in (values["sampled"], values["floor"])]
+        lines.append([name, *("-" if v is None else number(v) for v in plain), ""])
+    for name in ("norm", "cosine"):
+        spread = [f"{number(found[name][k]['mean'])} (sd {number(found[name][k]['std'])})" for k in found[name]]
+        lines.append([name, *spread])
+    novelty = found["novelty"]
+    lines.append(["nearest training embedding, median distance", number(novelty["median_sample"]),
+                  number(novelty["median_held_out"]), ""])  # fmt: skip
+    lines.append(["share nearer to training than 95% of held-out", number(novelty["share"]), "0.05", ""])
+    return lines
+
+
+def kid_curves(results: Results) -> bytes:
+    numeric = all(isinstance(x, int | float) for x in results.x)
+    x = [float(v) for v in results.x] if numeric else list(map(float, range(len(results.x))))
+    return plots.curves(
+        [plots.Curve(judge, x, *kid_of(results.rows, judge)) for judge in judges_of(results.rows)],
+        results.title, results.title.split(",")[0].split(".")[-1], "KID x1000",
+    )  # fmt: skip
+
+
+def kid_bars(results: Results) -> bytes:
+    judge = next(iter(judges_of(results.rows)))
+    values = zip(*kid_of(results.rows, judge), strict=True)
+    return plots.bars({row.label: v for row, v in zip(results.rows, values, strict=True)}, judge, "KID x1000")
+
+
+def kid_of(rows: Sequence[Measured], judge: str) -> tuple[list[float], list[float], list[float]]:
+    scale, values, low, high = SCALE["kid"], [], [], []
+    for row in rows:
+        value, error = (row.mean("kid", judge) or 0.0) * scale, row.error("kid", judge) * scale
+        values.append(value)
+        low.append(value - 1.96 * error)
+        high.append(value + 1.96 * error)
+    return values, low, high

@@ -1,0 +1,139 @@
+"""The results of an evaluation as tables: on the terminal, in markdown, on the page of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from chaindiff.evaluation.provenance import Figure, compare
+
+Table = list[list[str]]
+SCALE = {"kid": 1000.0}  # KID is shown in thousandths
+NAMES = {
+    "fd": "FD",
+    "kid": "KID x1000",
+    "swd": "SWD",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row's figures, those of every seed, and what stands beside them."""
+
+    label: str
+    about: Sequence[Mapping[str, Any]]  # one for each seed
+    figures: Sequence[Sequence[Figure]]
+
+    def of(self, metric: str, judge: str) -> list[Figure]:
+        """One figure for each seed; empty if it was not measured."""
+        return [f for seed in self.figures for f in seed if f.metric == metric and f.encoder == judge]
+
+    def mean(self, metric: str, judge: str) -> float | None:
+        found = self.of(metric, judge)
+        return fmean(figure.value for figure in found) if found else None
+
+    def error(self, metric: str, judge: str) -> float:
+        """Standard error of the mean over seeds: of the seeds' scatter, or of the figures' own intervals if larger."""
+        found = self.of(metric, judge)
+        own = [(f.high - f.low) / 3.92 for f in found if f.low is not None and f.high is not None]
+        within = math.sqrt(sum(e**2 for e in own)) / len(found) if own else 0.0
+        values = [f.value for f in found]
+        between = math.sqrt(sum((v - fmean(values)) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0
+        return max(within, between / math.sqrt(len(values)) if values else 0.0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A table's rows; `x` are the settings of a sweep."""
+
+    title: str
+    kind: str
+    rows: Sequence[Measured]
+    x: Sequence[Any] = ()
+
+
+def judges_of(rows: Iterable[Measured]) -> dict[str, bool]:
+    """The judges in order, and whether each is of a family that the chain itself uses."""
+    return {f.encoder: f.in_chain for row in rows for seed in row.figures for f in seed}
+
+
+def figures_table(results: Results, metrics: Sequence[str] = ("fd", "kid", "swd", "precision", "recall")) -> Table:
+    """A line for each row: every metric by every judge, the samples behind them, and what a sample costs."""
+    judges = judges_of(results.rows)
+    columns = [(m, j) for j in judges for m in metrics if any(row.of(m, j) for row in results.rows)]
+    head = ["row", *(f"{NAMES.get(m, m)} {j}{'*' if judges[j] else ''}" for m, j in columns)]
+    lines = [[*head, "samples", "GFLOP a sample", "images/s"]]
+    for row in results.rows:
+        cells = [row.label, *(cell(row, metric, judge) for metric, judge in columns)]
+        counts = f"{len(row.about)} x {row.about[0]['count']:,}" if len(row.about) > 1 else f"{row.about[0]['count']:,}"
+        speed = 1 / fmean(a["seconds per image"] for a in row.about)
+        lines.append([*cells, counts, f"{row.about[0]['gflops']:.3g}", f"{speed:.3g}"])
+    return lines
+
+
+def cell(row: Measured, metric: str, judge: str) -> str:
+    value = row.mean(metric, judge)
+    if value is None:
+        return "-"
+    scale, error = SCALE.get(metric, 1.0), row.error(metric, judge)
+    spread = f" ± {number(1.96 * error * scale)}" if error else ""
+    return f"{number(value * scale)}{spread}"
+
+
+def number(value: float) -> str:
+    """Three digits, never in powers of ten."""
+    if value == 0:
+        return "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def link_costs(results: Results, stages: Sequence[str], metric: str = "kid") -> Table:
+    """What each stage's own samples add to the distance, one after the other from the first.
+
+    The whole chain minus the chain whose first k variables are the data's; the differences and the rest, which is the
+    measured stage's own, add up to the whole. 95% intervals by error propagation.
+    """
+    by_label = {row.label: row for row in results.rows}
+    ladder = [by_label["the whole chain"]]
+    named = []
+    for count in range(1, len(stages) + 1):
+        row = by_label.get(f"{', '.join(stages[:count])} from the data") or by_label.get(
+            f"{stages[count - 1]} from the data"
+        )
+        if row is not None:
+            ladder.append(row)
+            named.append(stages[count - 1])
+    judges = {j: own for j, own in judges_of(results.rows).items() if ladder[0].of(metric, j)}
+    lines = [["stage", *(f"{NAMES[metric]} {judge}{'*' if own else ''}" for judge, own in judges.items())]]
+    for name, before, after in zip(named, ladder, ladder[1:], strict=False):
+        lines.append([f"{name}: sampled, not from the data", *(difference(before, after, metric, j) for j in judges)])
+    lines.append(["all else: the last stage, given the data's values", *(cell(ladder[-1], metric, j) for j in judges)])
+    return [*lines, ["the whole chain", *(cell(ladder[0], metric, j) for j in judges)]]
+
+
+def difference(before: Measured, after: Measured, metric: str, judge: str) -> str:
+    """The first minus the second. Raises UserError if the figures were not measured alike."""
+    a, b, scale = before.mean(metric, judge), after.mean(metric, judge), SCALE.get(metric, 1.0)
+    if a is None or b is None:
+        return "-"
+    compare(before.of(metric, judge)[0], after.of(metric, judge)[0])
+    error = math.hypot(before.error(metric, judge), after.error(metric, judge))
+    return f"{number((a - b) * scale)} ± {number(1.96 * error * scale)}"
+
+
+def markdown(table: Table) -> str:
+    head, *rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(table: Table) -> str:
+    """Columns aligned with spaces, for a terminal."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in table)

@@ -1,0 +1,116 @@
+"""Snapshots of EDM's and VCDM's training: pickles {ema, loss_fn, augment_pipe, dataset_kwargs}, read as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from chaindiff.interop.edm import PRECONDITIONERS, Published, load_edm_network, published
+from chaindiff.interop.pickles import Array, Object, read_pickle
+from chaindiff.networks.unet import UNet
+from chaindiff.specs.errors import UserError
+
+LONGEST = 200  # characters of a module's full name, at most
+AUGMENT = ("p", "xflip", "yflip", "scale", "rotate_frac", "aniso", "translate_frac")  # strengths of EDM's augmentation
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a snapshot holds. `noise` is (mean, std) of ln sigma in training; `augment` its strengths by name."""
+
+    class_name: str
+    published: Published
+    network: UNet
+    noise: tuple[float, float] | None
+    augment: dict[str, float]
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """The averaged network of a snapshot, and what is said of its training.
+
+    Raises UserError if the file cannot be read safely, or its network is not one of EDM's.
+    """
+    content = read_pickle(path)
+    ema = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(ema, Object) or not isinstance(ema.state, dict):
+        found = (
+            f"it holds {', '.join(sorted(map(str, content))):.100}" if isinstance(content, dict) else "it is another"
+        )
+        raise UserError(f"{path} is a pickle, but no snapshot of EDM or VCDM with an object 'ema': {found}")
+    try:
+        described = published(ema.name, settings(ema))  # before anything as large as the weights is made
+        network = load_edm_network(ema.name, settings(ema), state_dict(ema, path.stat().st_size))
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}", hint=error.hint) from error
+    loss, pipe = (_state(content.get(name)) for name in ("loss_fn", "augment_pipe"))
+    noise = (loss["P_mean"], loss["P_std"]) if {"P_mean", "P_std"} <= loss.keys() else None
+    return Snapshot(ema.name, described, network, noise, {name: pipe[name] for name in AUGMENT if name in pipe})
+
+
+def _state(found: Any) -> dict[str, float]:
+    """The numbers in an object's state."""
+    state = found.state if isinstance(found, Object) and isinstance(found.state, dict) else {}
+    return {name: float(value) for name, value in state.items() if type(value) in (int, float)}
+
+
+def settings(record: Object) -> dict[str, Any]:
+    """The arguments with which an object was made. Raises UserError for one that is not plain."""
+    if record.state.get("_init_args"):
+        raise UserError(f"{record.name:.80} was made with arguments without names, as no published network is")
+    kwargs = record.state.get("_init_kwargs")
+    if not isinstance(kwargs, Mapping):
+        raise UserError(f"{record.name:.80}: its arguments are not there (_init_kwargs)")
+    for name, value in kwargs.items():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if not (item is None or type(item) in (bool, int, float, str)):
+                raise UserError(
+                    f"{record.name:.80}: the argument '{name!s:.80}' is neither a number, a text nor a list"
+                )
+    return {str(name): value for name, value in kwargs.items()}
+
+
+def state_dict(root: Object, limit: int) -> dict[str, Tensor]:
+    """Parameters and buffers of a module by their full names, as torch's own `state_dict` gives them.
+
+    Raises UserError if a module is not one, appears twice, or if there would be more than `limit` bytes of tensors.
+    """
+    arrays: dict[str, Array] = {}
+    queue, seen = [("", root)], set()
+    while queue:
+        prefix, module = queue.pop()
+        state = module.state if isinstance(module, Object) else None
+        if not isinstance(state, dict) or id(module) in seen or len(prefix) > LONGEST:
+            raise UserError(f"the module '{prefix[:80]}' is none, is part of the network twice, or is too deep")
+        seen.add(id(module))
+        parts = {name: state.get(name) or {} for name in ("_parameters", "_buffers", "_modules")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            raise UserError(f"the module '{prefix[:80]}' has no parameters, buffers or modules by name")
+        passing = state.get("_non_persistent_buffers_set") or ()
+        for name, value in (parts["_parameters"] | parts["_buffers"]).items():
+            if value is None or name in passing:
+                continue
+            if not isinstance(value, Array):
+                raise UserError(f"'{f'{prefix}{name}':.80}' is no tensor")
+            arrays[f"{prefix}{name}"] = value
+        queue += [(f"{prefix}{name}.", part) for name, part in parts["_modules"].items() if part is not None]
+    total = sum(array.bytes for array in arrays.values())
+    if total > limit:
+        raise UserError(f"its tensors share memory: {total} bytes of them in a file of {limit}")
+    return {name: array.tensor() for name, array in arrays.items()}
+
+
+def kind_of(snapshot: Snapshot) -> str:
+    """One line for a person: what was found."""
+    p = snapshot.published
+    count = sum(parameter.numel() for parameter in snapshot.network.parameters())
+    wrapped = f"{snapshot.class_name} of {p.class_name}" if snapshot.class_name in PRECONDITIONERS else p.class_name
+    labels = f"label of {p.label_dim}" if p.label_dim else "no label"
+    augment = f"augmentation label of {p.augment_dim}" if p.augment_dim else "no augmentation label"
+    return (
+        f"{wrapped} ({p.arch}), {p.resolution} x {p.resolution}, {p.in_channels} channels, {count:,} parameters, "
+        f"{labels}, {augment}"
+    )

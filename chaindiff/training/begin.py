@@ -1,0 +1,206 @@
+"""Begin a stage from another network's weights: what both know is carried over, what conditions on more begins at zero.
+
+So the stage starts as the network was (VCDM, section 4; GLIDE, section 2.4, for input channels).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from chaindiff.edm.precondition import IDDPM, preconditioning
+from chaindiff.networks.condition import Link
+from chaindiff.networks.unet import UNet
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import LinkSpec, Precondition
+from chaindiff.stage import Stage
+from chaindiff.training import checkpoint
+
+LABEL, LABEL_BIAS, AUGMENT = (f"network.map_{part}" for part in ("label.weight", "label.bias", "augment.weight"))
+INPUT = re.compile(r"network\.enc\.\d+x\d+_(conv|aux_residual)\.weight")  # convolutions of the noisy image itself
+OUTPUT = re.compile(r"network\.(out_conv|dec\.\d+x\d+_aux_conv)\.(weight|bias)")
+SHOWN = 6  # problems in a message
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What did not simply pass from the file to the stage: `new` began at zero, `left` found no use."""
+
+    new: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def begin_from(stage: Stage, path: Path) -> Begun:
+    """Initial weights from a file of another stage or of an imported network. Raises UserError as `begin` does."""
+    return begin(stage, *checkpoint.load(path), str(path))
+
+
+def begin(stage: Stage, tensors: Mapping[str, Tensor], kept: Mapping[str, str], where: str) -> Begun:
+    """Initial weights from tensors by name, so that the stage's output is at first the network's, whatever is given
+    that the network did not know.
+
+    - Label projection: columns of variables that both know are carried over, those of others begin at zero.
+    - Augmentation projection: its label is zero unless an image was augmented, so that it may differ: common columns
+      are carried over, others begin at zero, and a stage without augmentation leaves it out.
+    - Input channels of given images, and what stands for absent variables, begin at zero.
+    - Of a network that also learned variances (iDDPM), what predicts them is left out.
+
+    `kept` is the metadata of the file. Raises UserError listing all that is missing, unexpected or of another shape,
+    and if the network was trained with another preconditioning.
+    """
+    # A bare network's file (an imported one) names parameters without the stage's prefix.
+    known = {k if k.startswith(("network.", "conditioner.")) else f"network.{k}": v for k, v in tensors.items()}
+    problems = _preconditioning(stage, kept)
+    new: list[str] = []
+    left = [AUGMENT] if AUGMENT in known and AUGMENT not in stage.state_dict() else []
+    own = stage.state_dict()
+    for name, value in own.items():
+        given = known.get(name)
+        if name == LABEL and given is not None:
+            own[name], fresh, wrong = _label(stage, value, given, kept)
+            new += fresh
+            problems += wrong
+        elif given is not None and given.shape == value.shape:
+            own[name] = given
+        elif given is None and (name in (LABEL, LABEL_BIAS, AUGMENT) or name.startswith("conditioner.")):
+            own[name] = torch.zeros_like(value)
+            new += [f"{LABEL} of {told}" for told in columns(stage.conditioner)] if name == LABEL else [name]
+        elif given is not None and _widens(stage, name, value, given):
+            width = min(given.shape[1], value.shape[1])
+            own[name] = torch.zeros_like(value)
+            own[name][:, :width] = given[:, :width]
+            new.append(name)
+        elif given is not None and _learns_variances(stage, name, value, given):
+            own[name] = given[: len(value)]
+            left.append(f"{name} of variances")
+        elif given is None:
+            problems.append(f"{name} is missing")
+        else:
+            problems.append(f"{name} has shape {list(given.shape)}, expected {list(value.shape)}")
+    problems += [f"{name} is unexpected" for name in known if name not in own and name not in left]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UserError(
+            f"{where} cannot begin this stage: {'; '.join(problems[:SHOWN])}{more}",
+            hint="the stage needs the network's settings and preconditioning, and the label that the network was told; "
+            "it may be given more",
+        )
+    stage.load_state_dict(own)
+    return Begun(tuple(new), tuple(left))
+
+
+def _preconditioning(stage: Stage, kept: Mapping[str, str]) -> list[str]:
+    """What the file says of its preconditioning, against the stage's; files of bare tensors say nothing."""
+    said = _fields(kept, "precondition") or _fields(kept, "stage").get("precondition")
+    if said is None:
+        return []
+    try:
+        spread = float(kept.get("sigma_data", stage.variable.sigma_data))
+        trained = preconditioning(TypeAdapter(Precondition).validate_python(said), spread)
+    except ValueError:
+        return [f"it was trained with a preconditioning that is not known here: {said!s:.80}"]
+    return [] if trained == stage.precondition else [f"it was trained with {trained}, not {stage.precondition}"]
+
+
+def _fields(kept: Mapping[str, str], name: str) -> dict[str, Any]:
+    """A mapping in the metadata; an empty one where there is none."""
+    try:
+        found = json.loads(kept.get(name, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _widens(stage: Stage, name: str, value: Tensor, given: Tensor) -> bool:
+    """Whether two projections differ only in how much they are told."""
+    if given.ndim != value.ndim or (given.shape[0], *given.shape[2:]) != (value.shape[0], *value.shape[2:]):
+        return False
+    added = value.shape[1] - given.shape[1]
+    return name == AUGMENT or (INPUT.fullmatch(name) is not None and added == stage.conditioner.image_channels)
+
+
+def _learns_variances(stage: Stage, name: str, value: Tensor, given: Tensor) -> bool:
+    doubled = given.shape == (2 * value.shape[0], *value.shape[1:])
+    return isinstance(stage.precondition, IDDPM) and OUTPUT.fullmatch(name) is not None and doubled
+
+
+# ------------------------------------------------------------ the label projection
+
+
+def columns(links: Iterable[Link]) -> dict[str, slice]:
+    """Where in the label each given variable stands, and what is told about it, in the order of the links."""
+    found, at = {}, 0
+    for link in links:
+        value = link.variable.shape[0] if link.variable.kind in ("vector", "label") else 0
+        told = f"what is told about {link.variable.name}"
+        for name, width in ((link.variable.name, value), (told, link.label_width - value)):
+            if width:
+                found[name] = slice(at, at + width)
+                at += width
+    return found
+
+
+def _width(place: slice) -> int:
+    return place.stop - place.start
+
+
+def _label(stage: Stage, value: Tensor, given: Tensor, kept: Mapping[str, str]) -> tuple[Tensor, list[str], list[str]]:
+    """The label projection with the file's columns in their places: the tensor, what is new, what is wrong."""
+    ours = columns(stage.conditioner)
+    width, total = given.shape[1], value.shape[1]
+    theirs = _trained_columns(stage, kept, width)
+    if theirs is None:  # columns without names: as a whole, or of the one variable that is as wide
+        alike = [name for name, place in ours.items() if _width(place) == width]
+        if width == total:
+            pairs = [(slice(0, width), slice(0, width))]
+        elif len(alike) == 1:
+            pairs = [(slice(0, width), ours[alike[0]])]
+        else:
+            parts = ", ".join(f"{name} {_width(place)}" for name, place in ours.items())
+            which = f"{' and '.join(alike)} all fit" if alike else "none fits"
+            return value, [], [f"it is told a label of {width} entries; of this stage's ({parts}) {which}"]
+    else:
+        pairs = [(place, ours[name]) for name, place in theirs.items() if name in ours]
+        wrong = [
+            f"it is told {_width(place)} entries of {name}, this stage {_width(ours.get(name, slice(0, 0)))}"
+            for name, place in theirs.items()
+            if _width(ours.get(name, slice(0, 0))) != _width(place)
+        ]
+        if wrong:
+            return value, [], wrong
+    # DDPM++ and NCSN++ multiply the label by the square root of its width, which grows.
+    scale = math.sqrt(width / total) if isinstance(stage.network, UNet) and not stage.network.arch.late_label else 1.0
+    weight = torch.zeros_like(value)
+    for source, target in pairs:
+        weight[:, target] = given[:, source].to(weight) * scale
+    filled = [target for _, target in pairs]
+    whole = width == total and theirs is None
+    fresh = [] if whole else [f"{LABEL} of {name}" for name, place in ours.items() if place not in filled]
+    return weight, fresh, []
+
+
+def _trained_columns(stage: Stage, kept: Mapping[str, str], width: int) -> dict[str, slice] | None:
+    """The columns of a stage's file, which names what the stage was given; None where that cannot be told."""
+    identities = {name: entry["identity"] for name, entry in _fields(kept, "variables").items()}
+    ours = {link.variable.name: link.variable for link in stage.conditioner}
+    links = []
+    for said in _fields(kept, "stage").get("given", []):
+        try:
+            spec = LinkSpec(**said)
+        except ValidationError:  # a file of another version
+            return None
+        variable = ours.get(spec.variable)
+        if variable is None or variable.identity != identities.get(spec.variable):
+            return None
+        links.append(Link(variable, spec, stage.variable))
+    found = columns(links)
+    return found if found and max(place.stop for place in found.values()) == width else None

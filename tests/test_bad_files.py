@@ -1,0 +1,361 @@
+"""Files that a person names or that a run writes: wrong weights, wrong numbers, no room, no permission."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from chaindiff import cli
+from chaindiff.specs.errors import UserError
+from chaindiff.training import checkpoint
+
+RECIPE = """
+name: tiny
+data: {{path: {data}}}
+variables:
+  photo: {{kind: image, shape: [3, 16, 16]}}
+  image: {{kind: image, shape: [3, 8, 8], encoder: {{kind: resize, of: photo}}}}
+  small: {{kind: image, shape: [3, 4, 4], encoder: {{kind: resize, of: image}}}}
+  group: {{kind: label, shape: [2], source: uniform}}
+stages:
+  image:
+    given: [group]
+    network: &network {{kind: unet, channels: 8, mult: [1], blocks: 1, attention: [], dropout: 0.0}}
+    train: &train {{images: 8, batch: 4, checkpoint_every: 4, execution: eager, log_every: 1}}
+    sample: &sample {{steps: 2}}
+  small:
+    network: *network
+    train: *train
+    sample: *sample
+sample: {{want: [image], count: 3, batch: 2, execution: eager}}
+"""
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "data").mkdir()
+    rng = np.random.default_rng(0)
+    rows = [json.dumps({"file_name": f"{index}.png", "group": "ab"[index % 2]}) for index in range(4)]
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"data/{index}.png")
+    (folder / "data/metadata.jsonl").write_text("\n".join(rows))
+    (folder / "tiny.yaml").write_text(RECIPE.format(data=folder / "data"))
+    return folder / "tiny.yaml"
+
+
+def status(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert status("run", recipe, "--out", out) == 0
+    assert status("train", recipe, "--stage", "small", "--out", out) == 0
+    return out
+
+
+@pytest.fixture
+def refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`chaindiff COMMAND tiny.yaml ...`, which must end with one message and status 2: the message."""
+
+    def call(name: str, *options: str | Path, out: Path = tmp_path / "run") -> str:
+        ended = status(name, recipe, "--out", out, *options)
+        error = capsys.readouterr().err
+        assert ended == 2 and error.startswith("error: ") and "Traceback" not in error
+        return error
+
+    return call
+
+
+# ---------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "w.safetensors is not a complete safetensors file: "),
+        (b"\xff" * 8, "w.safetensors is not a complete safetensors file: "),
+        (b"\x02\0\0\0\0\0\0\0{}", "w.safetensors is not the weights file of a stage"),
+        ({"variables": "no json"}, "w.safetensors is not the weights file of a stage"),
+        ({"variables": "[1]"}, "w.safetensors is not the weights file of a stage"),
+        ({"variables": '{"image": 3, "group": 3}'}, "w.safetensors is not the weights file of a stage"),
+        ("truncated", "w.safetensors is not a complete safetensors file: "),
+        ("no tensors", "w.safetensors does not fit this stage: missing "),
+    ],
+    ids=range(8),
+)
+def test_weights_that_are_none(refused, finished, tmp_path, content, expected):
+    path, whole = tmp_path / "w.safetensors", finished / "stages/image/weights.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict):
+        save_file({"a": torch.zeros(1)}, path, content)
+    elif content == "truncated":
+        path.write_bytes(whole.read_bytes()[:-100])
+    else:
+        save_file({"a": torch.zeros(1)}, path, checkpoint.metadata(whole))
+    assert expected in refused("sample", "--set", f"stages.image.weights={path}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_stage_and_a_directory(refused, finished, tmp_path):
+    other = finished / "stages/small/weights.safetensors"
+    message = refused("sample", "--set", f"stages.image.weights={other}")
+    assert f"stage 'image': the weights in {other} were not trained on this 'image'" in message
+    assert f"{tmp_path} is not a complete safetensors file" in refused(
+        "sample", "--set", f"stages.image.weights={tmp_path}"
+    )
+
+
+def test_init_from_what_cannot_begin_a_stage(refused, finished, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"half a file")
+    for path, expected in (
+        (tmp_path / "nowhere.safetensors", "there is no weights file "),
+        (tmp_path / "w.safetensors", "w.safetensors is not a complete safetensors file: "),
+        (finished / "samples/group/000000.safetensors", "000000.safetensors cannot begin this stage: "),
+    ):
+        assert expected in refused("train", "--stage", "image", "--set", f"stages.image.init={path}")
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"these are no weights, whatever the name"])
+def test_a_damaged_state_is_named_with_what_to_do(refused, finished, tmp_path, content):
+    out = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (out / "stages/image/state.safetensors").write_bytes(content)
+    message = refused("train", "--stage", "image", out=out)
+    assert "state.safetensors is not a complete safetensors file: " in message and "you may delete" in message
+
+
+# ---------------------------------------------------------------- what is given
+
+
+def numpy_file(path: Path, array: np.ndarray) -> Path:
+    np.save(path, array, allow_pickle=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.npy", b"", "x.npy is not a complete .safetensors or .npy file of numbers: "),
+        (
+            "x.npy",
+            np.array([{"a": 1}], dtype=object),
+            "x.npy is not a complete .safetensors or .npy file of numbers: Object arrays",
+        ),
+        ("x.npy", np.array(["a"]), "x.npy is not a complete .safetensors or .npy file of numbers: "),
+        ("x.npy", np.zeros((2, 3, 8, 7)), "x.npy holds [2, 3, 8, 7]; expected [rows, *[3, 8, 8]]"),
+        ("x.npy", np.full((1, 3, 8, 8), np.nan), "x.npy holds numbers that are not finite (NaN or infinity)"),
+        ("x.npy", np.full((1, 3, 8, 8), 255), "x.npy holds numbers from 255 to 255; images lie in [-1, 1]"),
+        ("x.safetensors", b"half a file", "x.safetensors is not a complete .safetensors or .npy file of numbers: "),
+        ("x.safetensors", {"a": 1, "imag": 2}, "x.safetensors holds no tensor 'image'; did you mean 'imag'?"),
+        ("x.png", b"", "x.png: not a readable image: the file is empty"),
+        ("x.gif", b"GIF89a", "x.gif: not a readable image: "),
+        ("x.zip", b"PK", "x.zip: the data is neither a folder nor a readable zip"),
+        ("x.txt", b"hello", "x.txt is not a complete .safetensors or .npy file of numbers: "),
+        ("folder", None, "folder: no images here"),
+    ],
+    ids=range(13),
+)
+def test_given_files_that_cannot_be_used(refused, finished, tmp_path, name, content, expected):
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict):
+        save_file({key: torch.tensor([value]) for key, value in content.items()}, path)
+    else:
+        numpy_file(path, content)
+    assert expected in refused("sample", "--want", "small", "--given", f"image={path}", out=finished)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("group=²", "'²' is no class of group; known: a, b"),
+        ("group=c", "'c' is no class of group"),
+        ("group=2", "2 is not one of 2 classes"),
+        ("group=", "expected a class's name or number, not nothing"),
+        ("group=[a]", "expected a class's name or number, not a list"),
+        ("gruop=a", "there is no variable 'gruop'; did you mean 'group'?"),
+        ("image=3", "expected a file or folder, not 3"),
+        ("group", "expected NAME=VALUE after --given"),
+        ("group=[", "is not valid YAML"),
+    ],
+)
+def test_given_values_that_mean_nothing(refused, finished, given, expected):
+    assert expected in refused("sample", "--given", given, out=finished)
+
+
+def test_a_given_image_stands_for_itself_alone(finished, recipe, tmp_path, capsys):
+    """Whatever lies beside it: broken metadata, other images, hidden names."""
+    for name in ("photo.GIF", ".photo.png"):
+        folder = tmp_path / name.strip(".")
+        folder.mkdir()
+        shutil.copy(recipe.parent / "data/0.png", folder / name)
+        (folder / "metadata.jsonl").write_text("{")
+        (folder / "other.png").write_bytes(b"")
+        out = Path(shutil.copytree(finished, tmp_path / f"run{name}"))
+        assert status("sample", recipe, "--out", out, "--want", "image", "--given", f"image={folder / name}") == 0
+        with Image.open(out / "samples/image/000002.png") as made, Image.open(folder / name) as own:
+            np.testing.assert_array_equal(np.asarray(made), np.asarray(own.resize((8, 8), Image.Resampling.BOX)))
+
+
+# ---------------------------------------------------------------- no room, no permission
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_place_where_nothing_can_be_written(refused, tmp_path, command):
+    (tmp_path / "file").write_text("a file")
+    message = refused(command, out=tmp_path / "file" / "sub")
+    assert f"{tmp_path}/file" in message and "Not a directory" in message
+    assert (tmp_path / "file").read_text() == "a file" and os.listdir(tmp_path) == ["file"]
+
+
+class Disk:
+    """Counts the files that are written; from number `room` on the disk is full: a part is written, then it fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int):
+        self.room, self.written = room, 0
+        write_bytes, save = Path.write_bytes, checkpoint.save_file
+
+        def refuse(path: Path) -> None:
+            self.written += 1
+            if self.written > self.room:
+                with path.open("wb") as file:
+                    file.write(b"part")
+                raise OSError(28, "No space left on device")
+
+        def bytes_(path: Path, data: bytes) -> int:
+            refuse(path)
+            return write_bytes(path, data)
+
+        def tensors(tensors: dict, path: Path, metadata: dict) -> None:
+            refuse(path)
+            save(tensors, path, metadata)
+
+        monkeypatch.setattr(Path, "write_bytes", bytes_)
+        monkeypatch.setattr(checkpoint, "save_file", tensors)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """What a run is for: weights and samples; of a file of tensors, the tensors alone."""
+    files = sorted(
+        path
+        for part in ("stages", "samples")
+        for path in (out / part).rglob("*")
+        if path.suffix in (".png", ".safetensors")
+    )
+    found = {}
+    for path in files:
+        tensors = path.suffix == ".safetensors" and path.name != "state.safetensors"
+        found[str(path.relative_to(out))] = (
+            b"".join(v.numpy().tobytes() for _, v in sorted(load_file(path).items())) if tensors else path.read_bytes()
+        )
+    return {name: content for name, content in found.items() if "stages/small" not in name and "state" not in name}
+
+
+# The writes of this run, in order.
+WRITES = [
+    "state",
+    "state",
+    "weights",
+    "lock",
+    "sample 0",
+    "sample 1",
+    "group",
+    "sample 2",
+    "group",
+    "grid",
+    "chain",
+    "report",
+]
+
+
+@pytest.mark.parametrize("room", [0, 2, 3, 6, 9], ids=lambda room: f"{room} {WRITES[room]}")
+def test_a_full_disk_is_told_and_the_same_command_continues(recipe, finished, tmp_path, capsys, room):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, room)
+        assert status("run", recipe, "--out", out) == 2
+        assert disk.written == room + 1, "it stops at once"
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write {out}/") and "No space left on device" in error
+    assert "free some space or choose another folder with --out; the last complete file is untouched" in error
+    assert "Traceback" not in error and ".tmp" not in error
+    assert [path.name for path in out.rglob("*.tmp")] == []
+    for path in out.rglob("*.safetensors"):
+        assert checkpoint.load(path)[0]
+    if room >= 1:
+        kept = checkpoint.metadata(out / "stages/image/state.safetensors")
+        assert kept["images"] == ("4" if room == 1 else "8")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("weights.safetensors")}
+    assert status("run", recipe, "--out", out) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
+    assert results(out) == results(finished)
+
+
+def test_a_full_disk_at_the_metrics(recipe, tmp_path, capsys, monkeypatch):
+    opened = Path.open
+
+    def full(path: Path, *arguments, **options):
+        if path.name == "metrics.jsonl":
+            raise OSError(28, "No space left on device")  # as writing says it, without the file's name
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert status("train", recipe, "--stage", "small", "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot write {tmp_path}/run/stages/small/metrics.jsonl: No space left on device\n")
+
+
+def test_samples_that_cannot_be_deleted_are_not_taken_for_new_ones(refused, finished, tmp_path, monkeypatch):
+    out = Path(shutil.copytree(finished, tmp_path / "copy"))
+
+    def fail(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("chaindiff.outputs.shutil.rmtree", fail)
+    message = refused("sample", "--seed", "9", out=out)
+    assert f"{out}/samples: cannot be deleted: Permission denied\n  delete it by hand, or choose another" in message
+    monkeypatch.undo()
+    assert "\n  seed: 0\n" in (out / "recipe.lock.yaml").read_text(), (
+        "the lock still tells of the samples that are there"
+    )
+
+
+def test_a_damaged_sample_is_named(refused, finished, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (out / "samples/image/000001.png").write_bytes(b"\x89PNG")
+    (out / "samples/image/grid.png").unlink()
+    message = refused("sample", out=out)
+    assert (
+        "samples/image/000001.png: not a readable image: " in message and "delete it, and the same command" in message
+    )
+
+
+def test_a_failed_write_is_an_error_for_people(tmp_path):
+    from chaindiff.specs.files import write_whole
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file lies where its folder should be"):
+        write_whole(tmp_path / "file" / "sub", "new")
+    with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
+        write_whole(tmp_path, "new")
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"

