@@ -32,7 +32,7 @@ def first_to_fail() -> bool:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]  (public in its docs)
 
     address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "29500"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -206,7 +206,7 @@ def train(
         logs, saves = steps % spec.log_every == 0 or images >= total, crossed[0] or images >= total
         snaps = bool(snapshot_every) and (crossed[2] or images >= total)
         if logs or saves or snaps:
-            everywhere = float(accelerator.reduce(running, "mean"))  # all processes raise, or none
+            everywhere = float(cast(Tensor, accelerator.reduce(running, "mean")))  # all processes raise, or none
             refuse_divergence(stage, everywhere, images)
         mean = None
         if logs:
