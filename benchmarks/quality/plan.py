@@ -92,9 +92,7 @@ class Experiment:
                 if oracle and (classes or not keep):
                     continue
                 told = " + ".join(["class"] * classes + [f"clip-{keep}"] * bool(keep)) or "nothing"
-                group.rows.append(
-                    self._row(told + tail, self.any, count, SEEDS[:1], oracle, subset(keep, classes))
-                )
+                group.rows.append(self._row(told + tail, self.any, count, SEEDS[:1], oracle, subset(keep, classes)))
                 group.x.append(keep)
         return group
 
@@ -104,7 +102,8 @@ class Experiment:
 
     def _noise(self) -> Group:
         rows = [
-            self._row(f"noise {n:g} on the link", self.any, 1000, SEEDS[:1], changes=subset(32, False, n)) for n in NOISES
+            self._row(f"noise {n:g} on the link", self.any, 1000, SEEDS[:1], changes=subset(32, False, n))
+            for n in NOISES
         ]
         return Group("Noise on the link from clip to image", "sweep", rows, list(NOISES))
 

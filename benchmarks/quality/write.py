@@ -168,4 +168,3 @@ def subset_curves(sampled: Results, oracle: Results) -> bytes:
         ]
         found.append(plots.Curve(label, [float(x) for x, _ in chosen], *kid_of([row for _, row in chosen], judge)))
     return plots.curves(found, "how many components to give", "components given (0: none)", "KID x1000")
-

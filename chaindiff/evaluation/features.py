@@ -49,7 +49,7 @@ class Extractor(Protocol):
     def __call__(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch width"]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Network:
     """An extractor made of a module whose input is (pixel - mean) / std, pixels from 0 to 255."""
 
@@ -224,7 +224,7 @@ def _dinov2(name: str, argument: str, weights: Path | None, device: torch.device
         raise _foreign(name, weights, error) from error
     _fill(name, module, state, weights)
     mean, std = (tuple(255 * value for value in values) for values in (DINOV2_MEAN, DINOV2_STD))
-    width = int(module.num_features)
+    width = int(module.num_features)  # pyright: ignore[reportArgumentType]
     return _network(name, "dinov2", module, 224, width, file_digest(weights), device, mean, std, model=model)
 
 

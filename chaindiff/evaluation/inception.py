@@ -8,6 +8,7 @@ files in use (`weights-inception-2015-12-05-6726825d.pth`, also called `pt_incep
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 
 SIZE, WIDTH, CLASSES = 299, 2048, 1008
 Kernel = int | tuple[int, int]
-Layer = tuple[str, int, Kernel]  # name, channels, kernel
+
+
+class Layer(NamedTuple):
+    name: str
+    out: int
+    kernel: Kernel
+
+
 Branch = Sequence[Layer | tuple[Layer, ...]]  # convolutions in turn; several at once split the branch at its end
 
 
@@ -46,13 +54,13 @@ class Mixed(nn.Module):
         for branch in branches:
             width, path = channels, []
             for number, step in enumerate(branch):
-                layers = (step,) if isinstance(step[0], str) else step
+                layers = (step,) if isinstance(step, Layer) else step
                 last = number == len(branch) - 1
-                for name, out, kernel in layers:  # type: ignore[misc]
+                for name, out, kernel in layers:
                     reduce = last and self.halve
                     self.add_module(name, Conv(width, out, kernel, 2 if reduce else 1, not reduce))
-                path.append([layer[0] for layer in layers])
-                width = sum(layer[1] for layer in layers)  # type: ignore[misc]
+                path.append([layer.name for layer in layers])
+                width = sum(layer.out for layer in layers)
             self.paths.append(path)
         if pool:
             self.branch_pool = Conv(channels, pool, 1)
@@ -73,47 +81,58 @@ class Mixed(nn.Module):
 
 
 def _a(channels: int, pool: int) -> Mixed:
-    double: Branch = [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]
-    return Mixed(channels, [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)], double], pool)
+    double: Branch = [Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3)]
+    return Mixed(
+        channels,
+        [[Layer("branch1x1", 64, 1)], [Layer("branch5x5_1", 48, 1), Layer("branch5x5_2", 64, 5)], double],
+        pool,
+    )
 
 
 def _b(channels: int) -> Mixed:
-    double: Branch = [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]
-    return Mixed(channels, [[("branch3x3", 384, 3)], double])
+    double: Branch = [Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3)]
+    return Mixed(channels, [[Layer("branch3x3", 384, 3)], double])
 
 
 def _c(channels: int, inner: int) -> Mixed:
     row, column = (1, 7), (7, 1)
-    single: Branch = [("branch7x7_1", inner, 1), ("branch7x7_2", inner, row), ("branch7x7_3", 192, column)]
-    double: Branch = [
-        ("branch7x7dbl_1", inner, 1),
-        ("branch7x7dbl_2", inner, column),
-        ("branch7x7dbl_3", inner, row),
-        ("branch7x7dbl_4", inner, column),
-        ("branch7x7dbl_5", 192, row),
+    single: Branch = [
+        Layer("branch7x7_1", inner, 1),
+        Layer("branch7x7_2", inner, row),
+        Layer("branch7x7_3", 192, column),
     ]
-    return Mixed(channels, [[("branch1x1", 192, 1)], single, double], 192)
+    double: Branch = [
+        Layer("branch7x7dbl_1", inner, 1),
+        Layer("branch7x7dbl_2", inner, column),
+        Layer("branch7x7dbl_3", inner, row),
+        Layer("branch7x7dbl_4", inner, column),
+        Layer("branch7x7dbl_5", 192, row),
+    ]
+    return Mixed(channels, [[Layer("branch1x1", 192, 1)], single, double], 192)
 
 
 def _d(channels: int) -> Mixed:
     seven: Branch = [
-        ("branch7x7x3_1", 192, 1),
-        ("branch7x7x3_2", 192, (1, 7)),
-        ("branch7x7x3_3", 192, (7, 1)),
-        ("branch7x7x3_4", 192, 3),
+        Layer("branch7x7x3_1", 192, 1),
+        Layer("branch7x7x3_2", 192, (1, 7)),
+        Layer("branch7x7x3_3", 192, (7, 1)),
+        Layer("branch7x7x3_4", 192, 3),
     ]
-    return Mixed(channels, [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)], seven])
+    return Mixed(channels, [[Layer("branch3x3_1", 192, 1), Layer("branch3x3_2", 320, 3)], seven])
 
 
 def _e(channels: int, largest: bool) -> Mixed:
     row, column = (1, 3), (3, 1)
-    single: Branch = [("branch3x3_1", 384, 1), (("branch3x3_2a", 384, row), ("branch3x3_2b", 384, column))]
-    double: Branch = [
-        ("branch3x3dbl_1", 448, 1),
-        ("branch3x3dbl_2", 384, 3),
-        (("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)),
+    single: Branch = [
+        Layer("branch3x3_1", 384, 1),
+        (Layer("branch3x3_2a", 384, row), Layer("branch3x3_2b", 384, column)),
     ]
-    return Mixed(channels, [[("branch1x1", 320, 1)], single, double], 192, largest)
+    double: Branch = [
+        Layer("branch3x3dbl_1", 448, 1),
+        Layer("branch3x3dbl_2", 384, 3),
+        (Layer("branch3x3dbl_3a", 384, row), Layer("branch3x3dbl_3b", 384, column)),
+    ]
+    return Mixed(channels, [[Layer("branch1x1", 320, 1)], single, double], 192, largest)
 
 
 class Inception(nn.Module):

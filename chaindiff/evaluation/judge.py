@@ -85,7 +85,7 @@ def new_judge(kind: str, heads: dict[str, int], seed: int) -> Judge:
     with torch.random.fork_rng():
         torch.manual_seed(key_seed(seed, "judge", kind))
         judge = Judge(kind, heads)
-    torch.nn.init.constant_(judge.heads["tags"].bias, -5.0)  # tags are rare
+    judge.state_dict()["heads.tags.bias"].fill_(-5.0)  # tags are rare
     return judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
