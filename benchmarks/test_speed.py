@@ -11,7 +11,7 @@ import torch
 from chaindiff.data import augment
 from chaindiff.edm.random import normal_batch
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.recipe import AugmentSpec
+from chaindiff.specs.stage import AugmentSpec
 
 BATCH = 64
 MODES = ["eager", "eager-channels_last", "eager-channels_last-bf16", "compile-channels_last-bf16"]

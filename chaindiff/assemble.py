@@ -23,7 +23,8 @@ from chaindiff.encoders.clip import OpenClip
 from chaindiff.planning import ChainPlan
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import LinkSpec, Recipe, StageSpec, TrainSpec
+from chaindiff.specs.recipe import Recipe
+from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint

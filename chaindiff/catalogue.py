@@ -12,7 +12,8 @@ from typing import Any, get_args
 from chaindiff.assets.registry import SHIPPED
 from chaindiff.specs.fields import models
 from chaindiff.specs.load import What, available, summary
-from chaindiff.specs.recipe import Encoder, Network, Reducer
+from chaindiff.specs.recipe import Encoder, Reducer
+from chaindiff.specs.stage import Network
 
 JUDGES = {  # the names that `chaindiff.evaluation.features.extractor` knows
     "pixels": "the image itself, at `pixels:SIDE`",

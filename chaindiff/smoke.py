@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import OpenClipSpec, PcaSpec, UNetSpec
+from chaindiff.specs.recipe import OpenClipSpec, PcaSpec
+from chaindiff.specs.stage import UNetSpec
 
 CLIP_WIDTH = 128  # of the embedded image-text model
 CLASSES = 7  # groups of the embedded images

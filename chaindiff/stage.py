@@ -20,7 +20,7 @@ from chaindiff.edm.schedules import schedule
 from chaindiff.edm.solvers import SECOND_ORDER, Churn, Noise, invert, solve
 from chaindiff.networks.condition import Condition, Conditioner, Given, Link, training_level
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import (
+from chaindiff.specs.stage import (
     LinkSpec,
     NoiseLevels,
     Precondition,

@@ -14,7 +14,7 @@ from recipe_text import LINES, changed, message, write
 
 from chaindiff import cli
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.recipe import LinkSpec
+from chaindiff.specs.stage import LinkSpec
 
 
 @pytest.fixture

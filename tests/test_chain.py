@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import chaindiff as cd
 from chaindiff.chain import Chain, Source
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import ChurnSpec, LinkSpec, PriorSpec, SamplerSpec, UNetSpec
+from chaindiff.specs.stage import ChurnSpec, LinkSpec, PriorSpec, SamplerSpec, UNetSpec
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
 

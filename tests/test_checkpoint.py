@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from chaindiff.edm.random import Draws
 from chaindiff.networks.condition import Given
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import LinkSpec, UNetSpec
+from chaindiff.specs.stage import LinkSpec, UNetSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import begin_from

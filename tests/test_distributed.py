@@ -24,7 +24,8 @@ from chaindiff.data import open_data
 from chaindiff.edm.random import Draws
 from chaindiff.smoke import smoke_version
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.recipe import AugmentSpec, DataSpec
+from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training import cache, checkpoint
 from chaindiff.training.batches import Batches
 from chaindiff.variables import Variable

@@ -16,7 +16,7 @@ from chaindiff.edm.power_ema import coefficients, gamma_of, inner, power_decay, 
 from chaindiff.edm.random import normal
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.recipe import EmaSpec, PowerEmaSpec, PriorSpec, TrainSpec
+from chaindiff.specs.stage import EmaSpec, PowerEmaSpec, PriorSpec, TrainSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint, snapshots
 from chaindiff.training.loop import train

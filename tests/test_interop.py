@@ -18,7 +18,7 @@ from chaindiff.interop import load_edm_network, published
 from chaindiff.networks.condition import Condition, Given
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.recipe import LinkSpec, SamplerSpec, UNetSpec
+from chaindiff.specs.stage import LinkSpec, SamplerSpec, UNetSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import Begun, begin, begin_from, columns

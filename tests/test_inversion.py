@@ -15,7 +15,7 @@ from chaindiff.edm.random import generator, normal_batch
 from chaindiff.edm.schedules import schedule
 from chaindiff.edm.solvers import SECOND_ORDER, SOLVERS, Churn, invert, solve
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import ChurnSpec, SamplerSpec
+from chaindiff.specs.stage import ChurnSpec, SamplerSpec
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
 

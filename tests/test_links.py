@@ -10,7 +10,7 @@ from chaindiff.edm.random import Draws
 from chaindiff.networks.condition import LEVEL_WIDTH, Given, Link
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.recipe import LinkSpec, SamplerSpec
+from chaindiff.specs.stage import LinkSpec, SamplerSpec
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
 

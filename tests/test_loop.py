@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from chaindiff.chain import run_stage
 from chaindiff.edm.random import Draws, normal
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import EmaSpec, LinkSpec, OptimizerSpec, PriorSpec, SamplerSpec, TrainSpec
+from chaindiff.specs.stage import EmaSpec, LinkSpec, OptimizerSpec, PriorSpec, SamplerSpec, TrainSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.training.loop import compiles, learning_rate, train

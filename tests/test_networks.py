@@ -12,7 +12,7 @@ from chaindiff.edm.precondition import EDM, SMALLEST_SIGMA, Direct, noise_label
 from chaindiff.networks.condition import Given, Link, training_level
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.recipe import LinkSpec, UNetSpec
+from chaindiff.specs.stage import LinkSpec, UNetSpec
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
 

@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(UserError, match="cannot write .*grid.png: disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*grid\.png: disk full"):
         save_png(grid(torch.zeros(1, 3, 4, 4)), path)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 

@@ -23,7 +23,7 @@ from chaindiff.edm.solvers import solve
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import (
+from chaindiff.specs.stage import (
     CosineNoiseSpec,
     IddpmSpec,
     LogitNormalSpec,

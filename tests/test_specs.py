@@ -15,7 +15,7 @@ from recipe_text import FIXTURES, LINES, RECIPE, changed, message, write
 from chaindiff.specs import load as load_module
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import available, load_recipe
-from chaindiff.specs.recipe import LinkSpec, PriorSpec, UNetSpec
+from chaindiff.specs.stage import LinkSpec, PriorSpec, UNetSpec
 from chaindiff.specs.yaml import MAX_DEPTH, assignment, dump, parse, read
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from chaindiff import cli
 from chaindiff.data import open_data
-from chaindiff.specs.recipe import AugmentSpec, DataSpec
+from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training import checkpoint
 from chaindiff.training.batches import Batches
 from chaindiff.variables import Variable

@@ -13,8 +13,8 @@ from chaindiff.specs.load import Loaded, load_recipe
 
 JUDGES = ("judge_conv", "judge_vit")
 KEPT = (0, 4, 8, 16, 32, 64, 128)  # principal components that the any-subset network is given
-STEPS = (4, 6, 9, 12, 18, 27)  # Heun steps of the image stage: 2 n - 1 evaluations
-NOISES = (0.0, 0.05, 0.1, 0.2, 0.3)  # on the link from clip, whose deviation is 0.5
+STEPS = (4, 6, 9, 12, 18)  # Heun steps of the image stage: 2 n - 1 evaluations
+NOISES = (0.0, 0.1, 0.2, 0.3)  # on the link from clip, whose deviation is 0.5
 SEEDS = (0, 1, 2)
 
 
@@ -55,7 +55,7 @@ class Experiment:
         self.large = self._large()
         self.links = link_rows(self._rows(self.vcdm32, "image", 1000, SEEDS[:1]), self._assembly(self.vcdm32))
         self.groups = [
-            self.headline, self.subsets, self.subsets_oracle, *self.nfe.values(), self.noise, self.links, self.large,
+            self.headline, self.links, self.large, self.subsets, self.subsets_oracle, self.noise, *self.nfe.values(),
         ]  # fmt: skip
 
     def _rows(self, recipe: Loaded, of: str, count: int, seeds: Iterable[int]) -> Rows:
@@ -89,7 +89,7 @@ class Experiment:
         group = Group(f"One network, told more or less{tail}", "sweep")
         for classes in (False, True):
             for keep in KEPT:
-                if oracle and (classes or not keep):
+                if (oracle and (classes or not keep)) or (classes and keep not in (0, 16, 32, 128)):
                     continue
                 told = " + ".join(["class"] * classes + [f"clip-{keep}"] * bool(keep)) or "nothing"
                 group.rows.append(self._row(told + tail, self.any, count, SEEDS[:1], oracle, subset(keep, classes)))
@@ -110,7 +110,7 @@ class Experiment:
     def _large(self) -> Group:
         """32x32 through the shared super-resolution stage."""
         rows = [
-            self._row("EDM, then super-resolution", self.edm32, 1000, SEEDS, of="image"),
-            self._row("VCDM, then super-resolution", self.vcdm32, 1000, SEEDS, of="image"),
+            self._row("EDM, then super-resolution", self.edm32, 1000, SEEDS[:1], of="image"),
+            self._row("VCDM, then super-resolution", self.vcdm32, 1000, SEEDS[:1], of="image"),
         ]
         return Group("At 32x32", "main", rows)

@@ -84,8 +84,8 @@ def write_results(experiment: Experiment, docs: Path) -> Path:
         for name, result in nfe.items()
         for judge in JUDGES[:1]
     ]
-    picture("evaluations", plots.curves(curves, "KID against evaluations of the image network", "NFE", "KID x1000", log=True),
-            "KID against evaluations")  # fmt: skip
+    plot = plots.curves(curves, "KID against evaluations of the image network", "NFE", "KID x1000", log=True)
+    picture("evaluations", plot, "KID against evaluations")
     for result in nfe.values():
         say(markdown(figures_table(result, KID_OF_SWEEPS)))
     say("## Noise on the link\n")
@@ -120,11 +120,11 @@ Everything on this page is written by
 python -m benchmarks.quality
 ```
 
-from the shipped weights ({kinds}; networks in bf16). Sampling seeds are 0, 1, 2 where a row has three and 0 where it has
-one. KID and FD are against the 4,521 training images. FD and KID are lower when better, precision and recall higher.
-The judges are small networks of other families than the chain's emoji CLIP (an EfficientNet); they were trained on groups,
-subgroups and styles of the same training images (`chaindiff/assets/judges/README.md`), and never looked at when a chain
-was tuned."""
+from the shipped weights ({kinds}; networks in bf16). Sampling seeds are 0, 1, 2 where a row has three and 0 where it
+has one. KID and FD are against the 4,521 training images; lower is better, as for SWD; precision and recall: higher.
+The judges are small networks of other families than the chain's emoji CLIP (an EfficientNet). They were trained on
+groups, subgroups and styles of the same training images (`chaindiff/assets/judges/README.md`), and never looked at
+when a chain was tuned."""
 
 
 def gains(base: Measured, other: Measured) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from chaindiff.edm.power_ema import gamma_of, power_decay
-from chaindiff.specs.recipe import EmaSpec, PowerEmaSpec
+from chaindiff.specs.stage import EmaSpec, PowerEmaSpec
 
 Module = TypeVar("Module", bound=nn.Module)
 

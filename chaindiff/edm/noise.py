@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chaindiff.edm.random import Draws
 from chaindiff.edm.schedules import VP, Cosine, Flow, iddpm_levels
-from chaindiff.specs.recipe import (
+from chaindiff.specs.stage import (
     CosineNoiseSpec,
     IddpmSpec,
     LogitNormalSpec,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chaindiff.edm.schedules import VP as VPSchedule
 from chaindiff.edm.schedules import Cosine, Flow, iddpm_levels
-from chaindiff.specs.recipe import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
+from chaindiff.specs.stage import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
 
 # c_noise = ln(sigma) / 4 grows without bound as sigma -> 0; below this level a denoiser is told this one.
 SMALLEST_SIGMA = 1e-5

@@ -28,7 +28,8 @@ from chaindiff.encoders.resize import resize
 from chaindiff.evaluation.features import JUDGES
 from chaindiff.evaluation.features import resize as resize_as_pil
 from chaindiff.evaluation.judge_networks import SIZE, TRUNKS, Judge
-from chaindiff.specs.recipe import AugmentSpec, DataSpec
+from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training import checkpoint
 
 STORED = 64  # side of the training images

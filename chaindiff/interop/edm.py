@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from chaindiff.networks.unet import ARCHS, UNet
+from chaindiff.specs.base import Spec
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import IddpmSpec, Precondition, PreconditionSpec, Spec, UNetSpec, VeSpec, VpSpec
+from chaindiff.specs.stage import IddpmSpec, Precondition, PreconditionSpec, UNetSpec, VeSpec, VpSpec
 
 # Constructors of the published classes: their arguments in order, with defaults; ... must be said.
 COMMON = {"img_resolution": ..., "in_channels": ..., "out_channels": ..., "label_dim": 0, "augment_dim": 0}

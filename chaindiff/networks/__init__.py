@@ -7,7 +7,7 @@ from torch import nn
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import PriorSpec, UNetSpec
+from chaindiff.specs.stage import PriorSpec, UNetSpec
 
 
 def build(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chaindiff.edm.precondition import noise_label
-from chaindiff.specs.recipe import LinkSpec
+from chaindiff.specs.stage import LinkSpec
 from chaindiff.variables import Variable
 
 LEVEL_FREQUENCIES = 8

@@ -9,21 +9,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import (
-    KMeansSpec,
+from chaindiff.specs.recipe import KMeansSpec, OpenClipSpec, PcaSpec, Recipe, ResizeSpec, VariableSpec
+from chaindiff.specs.stage import (
     LinkSpec,
-    OpenClipSpec,
-    PcaSpec,
     PowerEmaSpec,
     PreconditionSpec,
     PriorSpec,
-    Recipe,
-    ResizeSpec,
     SamplerSpec,
     StageSpec,
     UNetSpec,
     UniformTimeSpec,
-    VariableSpec,
     VeSpec,
 )
 from chaindiff.specs.validate import raise_all

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from chaindiff.specs.check import check
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.merge import merge, nest, refuse_strangers
-from chaindiff.specs.recipe import Recipe, StageSpec
+from chaindiff.specs.recipe import Recipe
+from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.validate import validate
 from chaindiff.specs.yaml import Node, assignment, describe, read, wrap
 

@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from chaindiff.specs.fields import models
-from chaindiff.specs.recipe import Recipe, StageSpec
+from chaindiff.specs.recipe import Recipe
+from chaindiff.specs.stage import StageSpec
 
 HEAD = """# Recipe reference
 

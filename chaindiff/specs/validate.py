@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.fields import child, kinds, model_of
-from chaindiff.specs.recipe import StageSpec
+from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import Node, describe
 
 MOST = 10  # mistakes that one message lists

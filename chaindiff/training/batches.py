@@ -12,7 +12,7 @@ from torch import Tensor
 from chaindiff.data import ImageData, augment
 from chaindiff.edm.random import generator
 from chaindiff.encoders import Encoder
-from chaindiff.specs.recipe import AugmentSpec
+from chaindiff.specs.stage import AugmentSpec
 from chaindiff.variables import Variable
 
 

@@ -21,7 +21,7 @@ from chaindiff.edm.precondition import IDDPM, preconditioning
 from chaindiff.networks.condition import Link
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import LinkSpec, Precondition
+from chaindiff.specs.stage import LinkSpec, Precondition
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 

@@ -16,7 +16,7 @@ from chaindiff.data import ImageData, augment
 from chaindiff.encoders import Encoder
 from chaindiff.encoders.base import fingerprint
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import AugmentSpec
+from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training import checkpoint
 
 Numbers = Sequence[int] | np.ndarray

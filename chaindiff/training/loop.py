@@ -25,7 +25,7 @@ from chaindiff.edm.ema import Average, averages
 from chaindiff.edm.random import Draws, seed
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.files import UNWRITABLE, write_whole
-from chaindiff.specs.recipe import OptimizerSpec, PowerEmaSpec, TrainSpec
+from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint, snapshots
 
@@ -57,9 +57,7 @@ def build_optimizer(spec: OptimizerSpec, module: nn.Module) -> torch.optim.Optim
     return kind(module.parameters(), spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
 
 
-def state_tensors(
-    stage: nn.Module, emas: Mapping[str, Average], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def state_tensors(stage: nn.Module, emas: Mapping[str, Average], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that a run needs to go on, as flat named tensors."""
     tensors = {f"model.{k}": v for k, v in stage.state_dict().items()}
     for name, ema in emas.items():

@@ -1,0 +1,327 @@
+"""What a stage card may say: network, links, preconditioning, training, sampling. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    model_validator,
+)
+
+from chaindiff.specs.base import Name, Probability, Spec
+
+# ---------------------------------------------------------------- networks
+
+
+class UNetSpec(Spec):
+    """A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks."""
+
+    kind: Literal["unet"]
+    arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
+    channels: PositiveInt = 128
+    mult: list[PositiveInt] = [1, 2, 2, 2]
+    blocks: PositiveInt = 4
+    attention: list[PositiveInt] = Field(default=[16], description="resolutions with self-attention")
+    dropout: Probability = 0.1
+
+
+class PriorSpec(Spec):
+    """A DALL-E 2 style decoder-only transformer for vectors."""
+
+    kind: Literal["prior"]
+    width: PositiveInt = 512
+    depth: PositiveInt = 6
+    heads: PositiveInt = 8
+    dropout: Probability = 0.0
+
+
+Network = Annotated[UNetSpec | PriorSpec, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- stages
+
+
+class LinkSpec(Spec):
+    """How a stage receives one given variable."""
+
+    variable: Name
+    dropout: Probability = Field(default=0.0, description="probability of absence in training")
+    null: Literal["zeros", "learned"] = Field(default="zeros", description="what stands for an absent value")
+    presence: bool = Field(
+        default=True, description="tell the network when the value can be absent; false as in EDM's format"
+    )
+    noise: NonNegativeFloat = Field(
+        default=0.0,
+        description="largest level of noise-conditioning augmentation in training (0: none); the level is told",
+    )
+    keep: list[NonNegativeInt] = Field(
+        default=[],
+        description="train on the first k entries of a vector, k drawn from this list and told; none: always on all",
+    )
+    sample_noise: NonNegativeFloat = Field(default=0.0, description="level of the noise on this link when sampling")
+    sample_keep: NonNegativeInt | None = Field(
+        default=None, description="entries of the vector that sampling gives; none: the most of `keep`"
+    )
+    sample_absent: bool = Field(default=False, description="sample as if the value were not known")
+
+    @property
+    def can_be_absent(self) -> bool:
+        """Whether training teaches the stage to go without the value."""
+        return self.dropout > 0 or 0 in self.keep
+
+    @property
+    def sampled(self) -> bool:
+        """Whether sampling looks at the value at all."""
+        return not self.sample_absent and self.sample_keep != 0
+
+
+Link = Annotated[
+    LinkSpec,
+    BeforeValidator(
+        lambda said: {"variable": said} if isinstance(said, str) else said, json_schema_input_type=Name | LinkSpec
+    ),
+]  # a bare name is short for {variable: name}
+
+
+class VpSpec(Spec):
+    """The variance-preserving formulation (Song et al. 2021b; EDM, table 1): its network, or its training noise."""
+
+    kind: Literal["vp"]
+    beta_d: PositiveFloat = 19.9
+    beta_min: PositiveFloat = 0.1
+    eps: Annotated[float, Field(gt=0, lt=1)] = Field(default=1e-5, description="smallest time of training")
+
+
+class VeSpec(Spec):
+    """The variance-exploding formulation (Song et al. 2021b; EDM, table 1): its network, or its training noise."""
+
+    kind: Literal["ve"]
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100.0
+
+
+class IddpmSpec(Spec):
+    """iDDPM's discrete formulation (Nichol & Dhariwal 2021; EDM, table 1): its network, or its training noise."""
+
+    kind: Literal["iddpm"]
+    levels: Annotated[int, Field(ge=2)] = 1000
+
+
+class PreconditionSpec(Spec):
+    """What the network predicts, for parametrisations that know every noise level."""
+
+    kind: Literal["edm", "x0", "v", "flow"] = Field(
+        default="edm",
+        description="x0: the network predicts the clean value (VCDM's prior); v: Salimans & Ho's velocity; "
+        "flow: the velocity of flow matching",
+    )
+
+
+Precondition = Annotated[
+    PreconditionSpec | VpSpec | VeSpec | IddpmSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda said: {"kind": "edm", **said} if isinstance(said, dict) else said),
+]
+
+
+def precondition_of(kind: str) -> Precondition:
+    """The parametrisation of this kind as published."""
+    return TypeAdapter(Precondition).validate_python({"kind": kind})
+
+
+class NoiseSpec(Spec):
+    """Training noise: ln sigma ~ N(mean, std^2) (EDM, table 1)."""
+
+    kind: Literal["lognormal"] = "lognormal"
+    mean: float = -1.2
+    std: PositiveFloat = 1.2
+
+
+class LogitNormalSpec(Spec):
+    """Training noise of flow matching: logit t ~ N(mean, std^2), which is ln sigma (Esser et al. 2024)."""
+
+    kind: Literal["logit_normal"]
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+
+class UniformTimeSpec(Spec):
+    """Training noise of flow matching: t ~ U(min, max), sigma = t / (1 - t) (Liu et al. 2022)."""
+
+    kind: Literal["uniform_time"]
+    min: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    max: Annotated[float, Field(gt=0, lt=1)] = 1 - 1e-3
+
+
+class CosineNoiseSpec(Spec):
+    """Training noise: uniform time of the cosine schedule, log-SNR within 20 of 0 (Salimans & Ho 2022)."""
+
+    kind: Literal["cosine"]
+
+
+NoiseLevels = Annotated[
+    NoiseSpec | LogitNormalSpec | UniformTimeSpec | CosineNoiseSpec | VpSpec | VeSpec | IddpmSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda said: {"kind": "lognormal", **said} if isinstance(said, dict) else said),
+]
+
+
+def published_noise(precondition: Precondition) -> NoiseLevels:
+    """The training noise that a parametrisation was published with."""
+    if not isinstance(precondition, PreconditionSpec):
+        return precondition
+    published = {"v": CosineNoiseSpec(kind="cosine"), "flow": LogitNormalSpec(kind="logit_normal")}
+    return published.get(precondition.kind, NoiseSpec())
+
+
+class AugmentSpec(Spec):
+    """EDM's geometric augmentation with its 9-d label, and colour jitter; the same draw for every stage of a chain."""
+
+    probability: Probability = 0.0
+    flip: bool = True
+    colour: NonNegativeFloat = Field(default=0.0, description="strength of the colour jitter; 0: none")
+    variants: NonNegativeInt = Field(
+        default=0, description="augmented variants per image that embeddings are cached for; 0: embed at every step"
+    )
+    seed: NonNegativeInt = 0
+
+
+class OptimizerSpec(Spec):
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup: NonNegativeInt = Field(default=0, description="images over which the learning rate rises linearly")
+    decay: NonNegativeInt = Field(
+        default=0, description="images at the end over which the learning rate falls to 0 as a cosine"
+    )
+    clip: NonNegativeFloat = Field(default=1.0, description="largest gradient norm; 0: none")
+
+
+class EmaSpec(Spec):
+    """Exponential moving average of the weights, with EDM's half-life and warm-up."""
+
+    kind: Literal["exponential"] = "exponential"
+    half_life: NonNegativeFloat = Field(default=500_000, description="in images")
+    rampup: NonNegativeFloat | None = Field(
+        default=0.05, description="half-life is at most this share of the images so far"
+    )
+
+
+RelativeStd = Annotated[float, Field(gt=0, lt=12**-0.5)]  # the bound is that of the plain average
+
+
+class PowerEmaSpec(Spec):
+    """EDM2's averages by power functions of training time; other lengths are reconstructed from their snapshots."""
+
+    kind: Literal["power"]
+    tracks: Annotated[list[RelativeStd], Field(min_length=1)] = Field(
+        default=[0.05, 0.10],
+        description="sigma_rel of every average that is kept, its width as a share of the training so far; "
+        "the stage's weights are those of the first",
+    )
+    snapshot_every: PositiveInt = Field(default=100_000, description="images between snapshots of all tracks")
+
+
+Ema = Annotated[
+    EmaSpec | PowerEmaSpec,
+    Field(discriminator="kind"),
+    BeforeValidator(lambda said: {"kind": "exponential", **said} if isinstance(said, dict) else said),
+]
+
+
+class TrainSpec(Spec):
+    images: NonNegativeInt = Field(description="training images seen in all")
+    batch: PositiveInt = 256
+    accumulate: PositiveInt = Field(default=1, description="micro-batches a step; batch is the whole")
+    optimizer: OptimizerSpec = OptimizerSpec()
+    ema: Ema = EmaSpec()
+    precision: Literal["float32", "bf16"] = "float32"
+    execution: Literal["auto", "eager", "compile"] = Field(default="auto", description="auto: compile where it pays")
+    checkpoint_every: PositiveInt = Field(default=100_000, description="images between checkpoints")
+    preview_every: NonNegativeInt = Field(default=0, description="images between preview grids; 0: none")
+    log_every: PositiveInt = Field(default=50, description="steps between lines of metrics.jsonl")
+    seed: NonNegativeInt = 0
+
+
+class ChurnSpec(Spec):
+    """EDM's stochastic sampler (algorithm 2)."""
+
+    amount: NonNegativeFloat = Field(default=0.0, description="S_churn")
+    min: NonNegativeFloat = Field(default=0.0, description="S_min")
+    max: PositiveFloat | None = Field(default=None, description="S_max; none: no limit")
+    noise: PositiveFloat = Field(default=1.0, description="S_noise")
+
+
+# sigma_min and sigma_max of EDM's sampler by discretisation (its published defaults); vp: times from 0.001 to 1
+_LEVELS = {
+    "edm": (0.002, 80.0),
+    "vp": (math.expm1(19.9 / 2 * 1e-6 + 0.1 * 1e-3) ** 0.5, math.expm1(19.9 / 2 + 0.1) ** 0.5),
+    "ve": (0.02, 100.0),
+    "iddpm": (0.002, 81.0),
+    "time": (0.002, 80.0),
+}
+
+
+class SamplerSpec(Spec):
+    """How to sample: EDM's independent choices of solver, steps, schedule and noise (section 3)."""
+
+    solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "heun"
+    steps: PositiveInt = 18
+    discretisation: Literal["edm", "vp", "ve", "iddpm", "time"] = Field(
+        default="edm",
+        description="where the steps lie: as published with one formulation, or evenly in the schedule's time",
+    )
+    schedule: Literal["linear", "vp", "ve", "iddpm", "cosine", "logsnr", "flow"] = Field(
+        default="linear", description="sigma(t) and s(t) of the equation that is solved; linear: sigma = t, s = 1"
+    )
+    sigma_min: PositiveFloat | None = Field(
+        default=None,
+        description="last level above 0; none: as published with the discretisation (edm: 0.002), or what the "
+        "parametrisation allows",
+    )
+    sigma_max: PositiveFloat | None = Field(default=None, description="first level; none: likewise (edm: 80)")
+    rho: PositiveFloat = Field(default=7.0, description="how the steps of the edm discretisation crowd at low levels")
+    churn: ChurnSpec = ChurnSpec()
+    eta: Probability = Field(
+        default=0.0,
+        description="noise of every step of ddim (1: ancestral sampling) and dpmpp_2m (1: DPM-Solver++ SDE); 0: none",
+    )
+    guidance: PositiveFloat = Field(default=1.0, description="classifier-free guidance scale; 1 is off")
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max), as said or as published with the discretisation."""
+        low, high = _LEVELS[self.discretisation]
+        return self.sigma_min or low, self.sigma_max or high
+
+
+class StageSpec(Spec):
+    """One stage: generates a variable given others."""
+
+    description: str = ""
+    generates: Annotated[list[Name], Field(min_length=1, max_length=1)] | None = None
+    given: list[Link] = []
+    network: Network
+    precondition: Precondition = PreconditionSpec()
+    noise: NoiseLevels = Field(default=NoiseSpec(), description="none: what the parametrisation was published with")
+    augment: AugmentSpec = AugmentSpec()
+    train: TrainSpec
+    sample: SamplerSpec = SamplerSpec()
+    weights: str | None = Field(default=None, description="a weights file; none: the shipped file or the run's own")
+    init: str | None = Field(default=None, description="begin training from the weights of this file")
+
+    @model_validator(mode="after")
+    def _noise(self) -> StageSpec:
+        if "noise" not in self.model_fields_set:  # a frozen model is filled in as pydantic itself does it
+            object.__setattr__(self, "noise", published_noise(self.precondition))
+        return self
