@@ -201,7 +201,13 @@ def evaluate(
     of: Annotated[str | None, typer.Option("--of", metavar="NAME", help="The image variable to measure.")] = None,
     links: Annotated[bool, typer.Option("--links", help="What each link costs: stages replaced by the data.")] = False,
     sweep: Annotated[
-        list[str], typer.Option("--sweep", metavar="FIELD=A,B", help="Measure at several values of a field.")
+        list[str],
+        typer.Option(
+            "--sweep",
+            metavar="FIELD=A,B",
+            help="Measure at several values of a field.",
+            autocompletion=completion.fields,
+        ),
     ] = [],  # noqa: B006
     baseline: Annotated[list[str], typer.Option("--baseline", metavar="RECIPE", help="Compare with it.")] = [],  # noqa: B006
     oracle: Annotated[list[str], typer.Option("--oracle", metavar="NAME", help="Take it from the data.")] = [],  # noqa: B006

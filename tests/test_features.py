@@ -22,7 +22,7 @@ from chaindiff.evaluation import judge
 from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, resize, weights_folder
 from chaindiff.evaluation.inception import Inception
 from chaindiff.evaluation.judge_networks import TRUNKS, Judge
-from chaindiff.evaluation.moments import Moments
+from chaindiff.evaluation.metrics import Moments, kid
 from chaindiff.evaluation.store import FeatureStore
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import DataSpec
@@ -120,6 +120,7 @@ def test_inception_features_are_those_of_torch_fidelity(inception):
     torch.testing.assert_close(found(images), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_inception_files(inception, tmp_path):
     """The usual place; a script with `layers`; other files are refused, and a pickle with code is not run."""
     usual = weights_folder() / "pt_inception-2015-12-05-6726825d.pth"
@@ -229,7 +230,7 @@ def emoji() -> dict:
 
 @pytest.mark.parametrize("kind", sorted(TRUNKS))
 def test_shipped_judges_know_unseen_emoji(kind, emoji):
-    """As good as their file says, on concepts that training never showed; chance: 0.27, 0.06 and 0.26."""
+    """As good as their file says, on concepts that training never showed; the most frequent class: 0.36, 0.15, 0.26."""
     path = JUDGES / f"judge_{kind}.safetensors"
     tensors, about = checkpoint.load(path)
     network = Judge(kind, json.loads(about["heads"]))
@@ -238,7 +239,7 @@ def test_shipped_judges_know_unseen_emoji(kind, emoji):
     for side, figures in json.loads(about["test"]).items():
         found = judge.accuracy(network.eval(), emoji["test"], labels, int(side))
         assert found == pytest.approx(figures, abs=0.01)  # they were measured in full precision
-        assert found["group"] > 0.5 and found["subgroup"] > 0.2 and found["style"] > 0.6
+        assert found["group"] > 0.5 and found["subgroup"] > 0.3 and found["style"] > 0.5
     assert path.stat().st_size < 3_000_000
 
 
@@ -250,6 +251,17 @@ def test_judges_see_the_content_of_any_size(kind, emoji):
     assert found.width == large.shape[1] == 96 and 0.2e6 < sum(p.numel() for p in found.module.parameters()) < 0.7e6
     distances = torch.cdist(small, large)
     assert (distances.argmin(1) == torch.arange(len(small))).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", sorted(TRUNKS))
+def test_judges_see_damage(kind, emoji):
+    """Unseen emoji are nearer to the training set than the same emoji damaged: blurred, mixed, in other colours."""
+    found, images = extractor(f"judge_{kind}"), emoji["test"].images(range(0, 493, 2), 32)
+    train = found(emoji["train"].images(range(0, 4521, 9), 32))
+    mixed = torch.cat([images[..., :16], images.roll(50, 0)[..., 16:]], -1)
+    whole = kid(train, found(images))
+    for damaged in (resize(resize(images, 8), 32), mixed, images.flip(1)):
+        assert kid(train, found(damaged)).value > whole.value + 3 * whole.standard_error
 
 
 @pytest.mark.parametrize("kind", sorted(TRUNKS))

@@ -228,6 +228,11 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
     assert [step.producer.kind for step in plan.steps] == ["stage"]
     assert chain.sample(2, given={"clusters": own[:1]}, want=["image16"])["image16"].shape == (2, 3, 16, 16)
 
+    # A run that finds these weights beside itself finds the clusters that they were trained with, too.
+    beside = Assembly(smoke_version(loaded), tmp_path.with_name(f"{tmp_path.name}-beside"))
+    assert beside.fitted_path("clusters") == assembly.fitted_path("clusters") != Path()
+    assert beside.chain().sources[0].weights == counts.tolist()
+
     with pytest.raises(UserError, match=r"'8' is no class of clusters"):
         check_given(assembly, {"clusters": 8})
     with pytest.raises(UserError, match=r"there is no file or folder nowhere.png\n.*as a class, an image"):

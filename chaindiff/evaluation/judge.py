@@ -31,6 +31,7 @@ from chaindiff.evaluation.judge_networks import SIZE, TRUNKS, Judge
 from chaindiff.specs.recipe import DataSpec
 from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training import checkpoint
+from chaindiff.training.job import cache_folder
 
 STORED = 64  # side of the training images
 SIDES = (16, 24, 32, STORED)  # what they are reduced to before they are brought to 32
@@ -164,7 +165,7 @@ def main() -> None:
     split = {name: open_data(DataSpec(path="emoji64", split=name)) for name in ("train", "test")}
     labels = Labels(split["train"])
     options = [args.kind, images, args.seed]
-    state = out.with_name(f"{out.stem}.{'-'.join(map(str, options))}.state.safetensors")
+    state = cache_folder() / "judges" / f"{'-'.join(map(str, options))}.safetensors"
     judge, seconds = train(args.kind, split["train"], labels, state, images, args.seed)
     held_out = Labels(split["test"], labels.tags)
     figures = {str(side): accuracy(judge, split["test"], held_out, side) for side in (16, 32)}

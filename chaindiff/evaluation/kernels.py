@@ -70,20 +70,30 @@ def cmmd(a: Float[Tensor, "rows width"], b: Float[Tensor, "samples width"], sigm
     Raises UserError for sets of one row or of unlike widths.
     """
     _comparable(a, b)
-    return CMMD_SCALE * gaussian_mmd(F.normalize(a.double(), dim=1), F.normalize(b.double(), dim=1), sigma)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return torch.exp((F.normalize(x, dim=1) @ F.normalize(y, dim=1).T - 1) / sigma**2)  # |x - y|^2 = 2 - 2 xy
+
+    return CMMD_SCALE * _biased(a, b, kernel)
 
 
 def gaussian_mmd(a: Float[Tensor, "rows width"], b: Float[Tensor, "samples width"], sigma: float) -> float:
-    """Squared MMD, biased estimate, with the Gaussian kernel (Gretton et al. 2012, equation 5)."""
+    """Squared MMD, biased estimate, with the kernel exp(-|x - y|^2 / 2 sigma^2) (Gretton et al. 2012, equation 5)."""
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
         return torch.exp(squared.clamp(min=0) / (-2 * sigma**2))
 
-    ones = [torch.ones(1, len(rows)) for rows in (a, b)]
-    sums = [_sums(x, y, kernel, v, w)[0] for x, y, v, w in ((a, a, ones[0], ones[0]), (b, b, ones[1], ones[1]))]
-    cross = _sums(a, b, kernel, *ones)[0]
-    return (sums[0] / len(a) ** 2 + sums[1] / len(b) ** 2 - 2 * cross / (len(a) * len(b))).item()
+    return _biased(a, b, kernel)
+
+
+def _biased(a: Tensor, b: Tensor, kernel: Kernel) -> float:
+    """Mean kernel within a and within b, minus twice that between them."""
+
+    def mean(x: Tensor, y: Tensor) -> float:
+        return _sums(x, y, kernel, torch.ones(1, len(x)), torch.ones(1, len(y))).item() / (len(x) * len(y))
+
+    return mean(a, a) + mean(b, b) - 2 * mean(a, b)
 
 
 def _comparable(a: Tensor, b: Tensor) -> None:
@@ -108,7 +118,7 @@ def _unbiased(
     for rows, weights in ((a, weights_a), (b, weights_b)):
         w = weights.double()
         pairs = w.sum(1) ** 2 - (w**2).sum(1)
-        own = torch.cat([kernel(x, x).diagonal() for x in rows.double().split(64)]).cpu()
+        own = torch.cat([kernel(x.double(), x.double()).diagonal() for x in rows.split(64)]).cpu()
         within.append((_sums(rows, rows, kernel, w, w) - (w**2) @ own) / pairs)
     total = weights_a.double().sum(1) * weights_b.double().sum(1)
     return within[0] + within[1] - 2 * _sums(a, b, kernel, weights_a, weights_b) / total

@@ -63,7 +63,7 @@ def judges_of(rows: Iterable[Measured]) -> dict[str, bool]:
     return {f.encoder: f.in_chain for row in rows for seed in row.figures for f in seed}
 
 
-def figures_table(results: Results, metrics: Sequence[str] = ("fd", "kid", "swd", "precision", "recall")) -> Table:
+def figures_table(results: Results, metrics: Sequence[str] = ("fd", "kid", "cmmd", "swd", "precision", "recall")) -> Table:
     """A line for each row: every metric by every judge, the samples behind them, and what a sample costs."""
     judges = judges_of(results.rows)
     columns = [(m, j) for j in judges for m in metrics if any(row.of(m, j) for row in results.rows)]
