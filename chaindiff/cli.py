@@ -93,10 +93,7 @@ def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.run") -> 
     """The module that does the work, which imports torch. With `as_json`, its messages go to stderr."""
     import rich
 
-    if as_json:
-        rich.reconfigure(stderr=True)
-    if quiet or not processes().is_main_process:
-        rich.get_console().quiet = True
+    rich.reconfigure(stderr=as_json, quiet=quiet or not processes().is_main_process)
     return importlib.import_module(module)
 
 

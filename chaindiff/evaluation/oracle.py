@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from chaindiff.assemble import Assembly
 from chaindiff.data import ImageData, open_data
 from chaindiff.edm.random import generator
+from chaindiff.encoders import Encoder
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
 from chaindiff.training import checkpoint
@@ -32,6 +34,7 @@ class DataValues:
 
     def __init__(self, assembly: Assembly, data: ImageData, folder: Path):
         self.assembly, self.data, self.folder = assembly, data, folder
+        self._encoders: dict[str, Encoder] = {}
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Images in [-1, 1], [rows, channels, height, width]."""
@@ -59,7 +62,8 @@ class DataValues:
             checkpoint.save(path, {"values": torch.cat(parts)}, {"variable": name})
         return checkpoint.load(path)[0]["values"]
 
-    def _compute(self, name: str, rows: Sequence[int]) -> Tensor:
+    def _compute(self, name: str, rows: Sequence[int]) -> Any:
+        """A tensor, or for a text the list of it."""
         assembly, spec = self.assembly, self.assembly.recipe.variables[name]
         if name == assembly.root.name:
             return self.pixels(rows)
@@ -68,10 +72,9 @@ class DataValues:
                 return self._encoder(name)(self._compute(spec.encoder.of, rows))
         if spec.kind == "label":
             return torch.tensor(self.data.categories(assembly.column(name))[1])[list(rows)]
-        return [self.data.field(assembly.column(name))[row] for row in rows]  # type: ignore[return-value]
+        return [self.data.field(assembly.column(name))[row] for row in rows]
 
-    def _encoder(self, name: str):
-        self._encoders = getattr(self, "_encoders", {})
+    def _encoder(self, name: str) -> Encoder:
         if name not in self._encoders:
             self._encoders[name] = self.assembly.encoder(name)
         return self._encoders[name]

@@ -12,6 +12,7 @@ from chaindiff.evaluation.provenance import Figure, compare
 
 Table = list[list[str]]
 SCALE = {"kid": 1000.0}  # KID is shown in thousandths
+SHOWN = ("fd", "kid", "cmmd", "swd", "precision", "recall")  # of all that is measured
 NAMES = {
     "fd": "FD",
     "kid": "KID x1000",
@@ -63,7 +64,7 @@ def judges_of(rows: Iterable[Measured]) -> dict[str, bool]:
     return {f.encoder: f.in_chain for row in rows for seed in row.figures for f in seed}
 
 
-def figures_table(results: Results, metrics: Sequence[str] = ("fd", "kid", "cmmd", "swd", "precision", "recall")) -> Table:
+def figures_table(results: Results, metrics: Sequence[str] = SHOWN) -> Table:
     """A line for each row: every metric by every judge, the samples behind them, and what a sample costs."""
     judges = judges_of(results.rows)
     columns = [(m, j) for j in judges for m in metrics if any(row.of(m, j) for row in results.rows)]
@@ -88,6 +89,7 @@ def cell(row: Measured, metric: str, judge: str) -> str:
 
 def number(value: float) -> str:
     """Three digits, never in powers of ten."""
+    value = float(f"{value:.3g}")  # first, so that 9.999 is 10.0 and not 10.00
     if value == 0:
         return "0"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
