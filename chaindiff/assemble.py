@@ -234,8 +234,10 @@ class Assembly:
         """Where the fitted statistics of an encoder lie: shipped, in the run, or in one whose weights it uses."""
         identity = self.variables[name].identity
         own = self.out / "encoders" / registry.file_name(name, identity)
-        if (found := registry.shipped(identity)) is not None or own.exists():
-            return found or own
+        if (found := registry.shipped(identity)) is not None:
+            return found
+        if own.exists():
+            return own
         using = [s for s in self.recipe.stages if name in {self.generates(s).name, *(v.name for v, _ in self.links(s))}]
         homes = [path.parents[2] for stage in using if (path := self.find_weights(stage)) and len(path.parents) > 2]
         return next((path for home in homes if (path := home / "encoders" / own.name).exists()), own)

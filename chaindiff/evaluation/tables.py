@@ -61,7 +61,7 @@ class Results:
 
 def judges_of(rows: Iterable[Measured]) -> dict[str, bool]:
     """The judges in order, and whether each is of a family that the chain itself uses."""
-    return {f.encoder: f.in_chain for row in rows for seed in row.figures for f in seed}
+    return {f.encoder or "": f.in_chain for row in rows for seed in row.figures for f in seed}
 
 
 def figures_table(results: Results, metrics: Sequence[str] = SHOWN) -> Table:
@@ -74,7 +74,7 @@ def figures_table(results: Results, metrics: Sequence[str] = SHOWN) -> Table:
         cells = [row.label, *(cell(row, metric, judge) for metric, judge in columns)]
         counts = f"{len(row.about)} x {row.about[0]['count']:,}" if len(row.about) > 1 else f"{row.about[0]['count']:,}"
         speed = 1 / fmean(a["seconds per image"] for a in row.about)
-        lines.append([*cells, counts, f"{row.about[0]['gflops']:.3g}", f"{speed:.3g}"])
+        lines.append([*cells, counts, number(row.about[0]["gflops"]), number(speed)])
     return lines
 
 
@@ -89,10 +89,10 @@ def cell(row: Measured, metric: str, judge: str) -> str:
 
 def number(value: float) -> str:
     """Three digits, never in powers of ten."""
-    value = float(f"{value:.3g}")  # first, so that 9.999 is 10.0 and not 10.00
-    if value == 0:
+    rounded = float(f"{value:.3g}")  # first, so that 9.999 is 10.0 and not 10.00
+    if rounded == 0:
         return "0"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def link_costs(results: Results, stages: Sequence[str], metric: str = "kid") -> Table:
