@@ -239,8 +239,9 @@ class Assembly:
         if own.exists():
             return own
         using = [s for s in self.recipe.stages if name in {self.generates(s).name, *(v.name for v, _ in self.links(s))}]
-        homes = [path.parents[2] for stage in using if (path := self.find_weights(stage)) and len(path.parents) > 2]
-        return next((path for home in homes if (path := home / "encoders" / own.name).exists()), own)
+        weights = [path for stage in using if (path := self.find_weights(stage)) is not None and len(path.parents) > 2]
+        files = [path.parents[2] / "encoders" / own.name for path in weights]
+        return next((file for file in files if file.exists()), own)
 
     def fitted_digest(self, name: str) -> str:
         path = self.fitted_path(name)
