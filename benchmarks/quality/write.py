@@ -17,6 +17,7 @@ from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import Measured, Results, Table, figures_table, link_costs, markdown
 from chaindiff.specs.files import write_whole
 
+FINDINGS = Path(__file__).parent / "findings.md"
 KID_OF_SWEEPS = ("kid", "fd", "recall")
 
 
@@ -110,7 +111,7 @@ def write_results(experiment: Experiment, docs: Path) -> Path:
 
 
 def head(experiment: Experiment) -> str:
-    kinds = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, torch {version('torch')}"
+    kinds = f"{torch.get_num_threads()} cores of {processor()}, torch {version('torch')}"
     return f"""# Results
 
 VCDM against EDM on the embedded emoji: the same image network, the same 600,064 training images, the same sampler.
@@ -120,11 +121,21 @@ Everything on this page is written by
 python -m benchmarks.quality
 ```
 
-from the shipped weights ({kinds}; networks in bf16). Sampling seeds are 0, 1, 2 where a row has three and 0 where it
-has one. KID and FD are against the 4,521 training images; lower is better, as for SWD; precision and recall: higher.
+from the shipped weights, on {kinds}; networks in bf16. Only the text under "What this
+says" is written by hand, about the figures of this page. Sampling seeds are 0, 1, 2 where a row has three, else 0. KID and FD are against the 4,521 training images; lower is better, as for SWD; precision and recall: higher.
 The judges are small networks of other families than the chain's emoji CLIP (an EfficientNet). They were trained on
-groups, subgroups and styles of the same training images (`chaindiff/assets/judges/README.md`), and never looked at
-when a chain was tuned."""
+groups, subgroups and styles of the same training images (`chaindiff/assets/judges/README.md`), and were not there yet
+when the headline's chains were made.
+
+{FINDINGS.read_text().rstrip()}"""
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def gains(base: Measured, other: Measured) -> str:

@@ -49,7 +49,9 @@ class Report:
             for figure in seed
         ]
         judges = judges_of(results.rows)
-        pictures = {"kid": kid_curves(results) if results.kind == "sweep" else kid_bars(results)}
+        pictures = {}
+        if len(results.rows) > 1:
+            pictures["kid"] = kid_curves(results) if results.kind == "sweep" else kid_bars(results)
         self.add(results.title, provenance(results.rows), figures_table(results), **pictures)
         if results.kind == "links" and stages:
             note = "KID of the whole chain, split into what each stage's own samples add to it; 95% intervals."
@@ -147,10 +149,9 @@ def vector_table(found: dict[str, Any]) -> Table:
 def kid_curves(results: Results) -> bytes:
     numeric = all(isinstance(x, int | float) for x in results.x)
     x = [float(v) for v in results.x] if numeric else list(map(float, range(len(results.x))))
-    return plots.curves(
-        [plots.Curve(judge, x, *kid_of(results.rows, judge)) for judge in judges_of(results.rows)],
-        results.title, results.title.split(",")[0].split(".")[-1], "KID x1000",
-    )  # fmt: skip
+    judges = [judge for judge in judges_of(results.rows) if results.rows[0].of("kid", judge)]
+    found = [plots.Curve(judge, x, *kid_of(results.rows, judge)) for judge in judges]
+    return plots.curves(found, results.title, results.title.split(",")[0].split(".")[-1], "KID x1000")
 
 
 def kid_bars(results: Results) -> bytes:
