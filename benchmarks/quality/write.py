@@ -122,7 +122,8 @@ python -m benchmarks.quality
 ```
 
 from the shipped weights, on {kinds}; networks in bf16. Only the text under "What this
-says" is written by hand, about the figures of this page. Sampling seeds are 0, 1, 2 where a row has three, else 0. KID and FD are against the 4,521 training images; lower is better, as for SWD; precision and recall: higher.
+says" is written by hand, about the figures of this page. Sampling seeds are 0, 1, 2 where a row has three, else 0.
+KID and FD are against the 4,521 training images; lower is better, as for SWD; precision and recall: higher.
 The judges are small networks of other families than the chain's emoji CLIP (an EfficientNet). They were trained on
 groups, subgroups and styles of the same training images (`chaindiff/assets/judges/README.md`), and were not there yet
 when the headline's chains were made.
