@@ -88,15 +88,15 @@ def test_set_reaches_the_recipe(command, work):
     assert work.calls[0][1] == "other"
 
 
-def test_quiet_silences_the_console(command, work, monkeypatch):
-    import rich
+def test_quiet_silences_the_console_of_one_command_alone(command, work):
+    from rich import get_console
 
-    console = types.SimpleNamespace(quiet=False)
-    monkeypatch.setattr(rich, "get_console", lambda: console)
     command("run", RECIPE)
-    assert console.quiet is False
+    assert get_console().quiet is False
     command("run", RECIPE, "--quiet")
-    assert console.quiet is True
+    assert get_console().quiet is True
+    command("run", RECIPE)
+    assert get_console().quiet is False
 
 
 def test_a_mistake_is_one_message_and_status_2(command, work):
