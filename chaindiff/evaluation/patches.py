@@ -15,6 +15,9 @@ SMALLEST = 16  # side of the coarsest level
 BINOMIAL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16  # Burt & Adelson 1983, a = 0.375
 
 
+MOST = 2048  # images of each set
+
+
 def sliced_wasserstein_laplacian(
     images_a: UInt8[Tensor, "a 3 h w"],
     images_b: UInt8[Tensor, "b 3 _ _"],
@@ -23,7 +26,7 @@ def sliced_wasserstein_laplacian(
     patches: int = 128,
     patch: int = 7,
     directions: int = 512,
-    images: int = 2048,
+    images: int = MOST,
 ) -> dict[int, float]:
     """For each level of the pyramid, named by its side: the distance between the sets' patches, times 1000.
 
@@ -83,8 +86,14 @@ def _blur(images: Tensor) -> Tensor:
 def _some(images: Tensor, count: int, seed: int) -> Tensor:
     if count == len(images):
         return images
-    chosen = np.sort(generator(seed, "images").choice(len(images), count, replace=False))
-    return images[torch.from_numpy(chosen)]
+    return images[torch.from_numpy(chosen(len(images), count, seed))]
+
+
+def chosen(total: int, count: int, seed: int) -> np.ndarray:
+    """Which `count` of `total` images enter, in order: a caller that streams can keep these alone."""
+    if count == total:
+        return np.arange(total)
+    return np.sort(generator(seed, "images").choice(total, count, replace=False))
 
 
 def _patches(images: Tensor, count: int, side: int, seed: int) -> Float[Tensor, "patches c side side"]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +30,7 @@ from chaindiff.evaluation.metrics import (
     sliced_wasserstein_laplacian,
 )
 from chaindiff.evaluation.oracle import BATCH, DataValues, split_of
+from chaindiff.evaluation.patches import MOST, chosen
 from chaindiff.evaluation.provenance import Figure
 from chaindiff.evaluation.rows import CHUNK, Row
 from chaindiff.evaluation.store import FeatureStore
@@ -145,7 +147,8 @@ class Study:
 
     def _patches(self, row: Row, against: DataImages) -> list[Figure]:
         """Sliced Wasserstein distance of patches, mean over the levels of the pyramid; it needs no network."""
-        real, fake = (torch.cat(list(images.chunks(row.of))) for images in (against, row))
+        count = min(row.count, against.count, MOST)
+        real, fake = (_only(x.chunks(row.of), chosen(x.count, count, row.seed)) for x in (against, row))
         levels = sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH)
         return [Figure(metric="swd", value=fmean(levels.values()), encoder=PATCHES, **self._about(row, against))]
 
@@ -164,8 +167,18 @@ class Study:
     def pairs(self, row: Row, found: Memorisation, most: int = 8) -> Tensor:
         """The samples that lie closest to a training image, each followed by that image, in [-1, 1]."""
         train = DataValues(row.assembly, self.data(row, None).data, Path())
-        images = torch.cat(list(row.chunks(row.of)))
         rows = []
         for sample, nearest, _ in found.closest[:most]:
-            rows += [images[sample].float() / 127.5 - 1, train.of(row.of, [nearest])[0]]
+            image = _only(row.chunks(row.of), np.array([sample]))[0]
+            rows += [image.float() / 127.5 - 1, train.of(row.of, [nearest])[0]]
         return torch.stack(rows)
+
+
+def _only(chunks: Iterable[Tensor], rows: np.ndarray) -> Tensor:
+    """These rows, in rising order, of a set that is read a chunk at a time."""
+    parts, first = [], 0
+    for chunk in chunks:
+        here = rows[(rows >= first) & (rows < first + len(chunk))] - first
+        parts.append(chunk[torch.from_numpy(here)])
+        first += len(chunk)
+    return torch.cat(parts)
