@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chaindiff.edm.random import generator, normal_batch
 from chaindiff.graph import Plan, Producer, resolve
+from chaindiff.memory import noted
 from chaindiff.specs.errors import UserError
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
@@ -66,7 +67,7 @@ class Chain:
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            for variable in (stage.variable, *stage.given):
+            for variable in (*stage.generates.values(), *stage.given):
                 known = self.variables.setdefault(variable.name, variable)
                 if known.identity != variable.identity:
                     raise UserError(
@@ -83,7 +84,10 @@ class Chain:
     def producers(self) -> list[Producer]:
         """What the resolver sees."""
         found = [Producer(s.variable.name, "source", (s.variable.name,)) for s in self.sources]
-        found += [Producer(s.name, "stage", (s.variable.name,), tuple(v.name for v in s.given)) for s in self.stages]
+        found += [
+            Producer(s.name, "stage", tuple(s.generates), tuple(v.name for v in s.given), s.conditionals)
+            for s in self.stages
+        ]
         return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders]
 
     def resolve(self, want: Sequence[str] | None = None, given: Sequence[str] = ()) -> Plan:
@@ -95,7 +99,7 @@ class Chain:
 
     def generated(self, given: Sequence[str] = ()) -> list[str]:
         """The variables that stages generate, without the given ones."""
-        return [s.variable.name for s in self.stages if s.variable.name not in given]
+        return [name for stage in self.stages for name in stage.generates if name not in given]
 
     def plan(self, want: Sequence[str] | None = None, given: Sequence[str] = ()) -> Any:
         """The plan of a request with its costs, ready to print or draw."""
@@ -153,7 +157,8 @@ class Chain:
             name = step.producer.name
             if step.producer.kind == "stage":
                 stage, began = self._stages[name], time.perf_counter()
-                values[stage.variable.name] = run_stage(stage, values, samples, seed)
+                with noted(f"while sampling stage '{name}', {len(samples)} at a time"):
+                    values |= run_stage(stage, values, samples, seed, step.outputs)
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
             elif step.producer.kind == "encoder":
                 encoder = self._encoders[name]
@@ -178,10 +183,15 @@ class Chain:
 
 
 @torch.no_grad()
-def run_stage(stage: Stage, values: Values, samples: Sequence[int], seed: int) -> Tensor:
-    """One stage for these samples; noise is a function of (seed, sample, candidate, stage, variable, role, number)."""
+def run_stage(
+    stage: Stage, values: Values, samples: Sequence[int], seed: int, outputs: Sequence[str] | None = None
+) -> Values:
+    """The variables `outputs` of a stage, all unless told otherwise, for these samples, given others in `values`.
+
+    Noise is a function of (seed, sample, candidate, stage, variable, role, number).
+    """
     device = next(stage.parameters()).device
-    name = stage.variable.name
+    shapes = {name: v.shape for name, v in stage.generates.items() if outputs is None or name in outputs}
 
     def draw(shape: Sequence[int], variable: str, role: str, number: int) -> Tensor:
         return normal_batch(shape, samples, seed, 0, stage.name, variable, role, number).to(device)
@@ -191,11 +201,11 @@ def run_stage(stage: Stage, values: Values, samples: Sequence[int], seed: int) -
         for link in stage.conditioner
         if link.spec.sample_noise and link.spec.sampled
     }
-    given = {v.name: values[v.name].to(device) for v in stage.given}
-    start = draw(stage.variable.shape, name, "start", 0)
-    states = stage.sample(start, given, lambda v, n: draw(stage.variable.shape, v, "churn", n), link_noise)
-    last = deque(states, maxlen=1).pop()
-    return last.float()
+    known = [*(v.name for v in stage.given), *(name for name in stage.generates if name not in shapes)]
+    given = {name: values[name].to(device) for name in known}
+    start = {name: draw(shape, name, "start", 0) for name, shape in shapes.items()}
+    states = stage.sample(start, given, lambda name, number: draw(shapes[name], name, "churn", number), link_noise)
+    return {name: value.float() for name, value in deque(states, maxlen=1).pop().items()}
 
 
 def load(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Chain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,19 +57,26 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
-def measure(stage: Stage) -> Cost:
-    """The cost of one sample of a stage whose parameters may be on any device, the meta device included."""
+def measure(stage: Stage, moving: Iterable[str] | None = None) -> Cost:
+    """The cost of one sample of a stage whose parameters may be on any device, the meta device included.
+
+    `moving` are the variables that are sampled, all that the stage generates unless told otherwise.
+    """
     network = stage.network
     tensors = {k: v.to("meta") for k, v in [*network.named_parameters(), *network.named_buffers()]}
-    shape, conditioner = stage.variable.shape, stage.conditioner
-    channels = (shape[0] + conditioner.image_channels, *shape[1:]) if len(shape) == 3 else shape
+    conditioner, values = stage.conditioner, []
+    for variable in stage.generates.values():
+        extra = conditioner.image_channels if variable.kind == "image" else 0
+        values.append(torch.empty(1, variable.shape[0] + extra, *variable.shape[1:], device="meta"))
+    labels_of_noise = [torch.empty(1, device="meta")] * len(values)
     labels = torch.empty(1, conditioner.label_dim, device="meta") if conditioner.label_dim else None
     augment = torch.empty(1, stage.augment_dim, device="meta") if stage.augment_dim else None
     context = torch.empty(1, *conditioner.context, device="meta") if conditioner.context else None
-    inputs = (torch.empty(1, *channels, device="meta"), torch.empty(1, device="meta"), labels, augment, context)
+    noisy = (values, labels_of_noise) if len(values) > 1 else (values[0], labels_of_noise[0])
+    inputs = (*noisy, labels, augment, context)
     counter, peak = FlopCounterMode(display=False), _Peak(*tensors.values())
     with torch.no_grad(), counter, peak:
         torch.func.functional_call(network, tensors, inputs)
     parameters = sum(p.numel() for p in stage.parameters())
     size = sum(p.numel() * p.element_size() for p in stage.parameters())
-    return Cost(parameters, counter.get_total_flops(), stage.nfe, size, peak.peak)
+    return Cost(parameters, counter.get_total_flops(), stage.nfe(moving), size, peak.peak)

@@ -15,6 +15,7 @@ from torch import Tensor
 from chaindiff.assemble import Assembly
 from chaindiff.chain import Chain
 from chaindiff.planning import ChainPlan
+from chaindiff.specs.stage import StageSpec
 from chaindiff.variables import digest
 
 COMPILE_PAYS = 3e13  # floating-point operations of a whole run; below, compiling takes longer than it saves
@@ -45,11 +46,16 @@ def depends_on(
     recipe = assembly.recipe
     return {
         "weights": {name: file_digest(path) for name, path in weights.items()},
-        "samplers": {n: recipe.stages[n].sample.model_dump() for n in found.running},
+        "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.links(n)] for n in found.running},
         "given": {n: hashlib.sha256(v.numpy().tobytes()).hexdigest() for n, v in values.items()},
         "sample": recipe.sample.model_dump(exclude={"execution", "given"}),
     }
+
+
+def sampler_settings(stage: StageSpec) -> dict[str, Any]:
+    """The sampler's settings that its samples depend on: one variable alone has no offset."""
+    return stage.sample.model_dump(exclude=set() if len(stage.generates or ()) > 1 else {"offset"})
 
 
 def lock_of(

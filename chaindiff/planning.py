@@ -27,11 +27,12 @@ class ChainPlan:
 
     @classmethod
     def of(cls, chain: Chain, plan: Plan) -> ChainPlan:
+        moving = {step.producer.name: step.outputs for step in plan.steps if step.producer.kind == "stage"}
         return cls(
             chain.name,
             plan,
             chain.variables,
-            {stage.name: measure(stage) for stage in chain.stages},
+            {stage.name: measure(stage, moving.get(stage.name)) for stage in chain.stages},
             {stage.name: f"{stage.sampler.solver}, {stage.sampler.steps} steps" for stage in chain.stages},
             chain,
         )

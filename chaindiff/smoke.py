@@ -6,7 +6,7 @@ from typing import Any
 
 from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import OpenClipSpec, PcaSpec
-from chaindiff.specs.stage import UNetSpec
+from chaindiff.specs.stage import JointNetworkSpec, Network, UNetSpec
 
 CLIP_WIDTH = 128  # of the embedded image-text model
 CLASSES = 7  # groups of the embedded images
@@ -25,16 +25,8 @@ def smoke_version(loaded: Loaded) -> Loaded:
             variables[name] = {"shape": [CLASSES], "of": "group"}
     stages: dict[str, Any] = {}
     for name, stage in recipe.stages.items():
-        if isinstance(stage.network, UNetSpec):
-            network: dict[str, Any] = {
-                "channels": 64 if stage.network.arch == "adm" else 16,
-                "mult": [1] * len(stage.network.mult),
-                "blocks": 1,
-            }
-        else:
-            network = {"width": 32, "depth": 1, "heads": 2}
         stages[name] = {
-            "network": network,
+            "network": _network(stage.network),
             "augment": {"variants": min(stage.augment.variants, 1)},
             "train": {
                 "images": 24,
@@ -57,3 +49,12 @@ def smoke_version(loaded: Loaded) -> Loaded:
             "sample": {"count": 4, "batch": 4},
         }
     )
+
+
+def _network(spec: Network) -> dict[str, Any]:
+    """A tiny network of the same kind."""
+    if isinstance(spec, JointNetworkSpec):
+        return {"image": _network(spec.image), "vector": _network(spec.vector), "seen": 8}
+    if isinstance(spec, UNetSpec):
+        return {"channels": 64 if spec.arch == "adm" else 16, "mult": [1] * len(spec.mult), "blocks": 1}
+    return {"width": 32, "depth": 1, "heads": 2}

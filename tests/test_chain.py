@@ -191,7 +191,7 @@ def test_guidance_is_the_weighted_sum_of_both_predictions() -> None:
         nn.init.normal_(parameter, std=0.1)
     x, given = {"image": torch.randn(5, 3, 8, 8)}, {"clip": torch.randn(5, 4)}
     guided = stage.bind(given)(x, {"image": 1.5}).x0["image"]
-    assert stage.nfe == 70
+    assert stage.nfe() == 70
     stage.sampler = SamplerSpec()
     conditional = stage.bind(given)(x, {"image": 1.5}).x0["image"]
     from chaindiff.networks.condition import Given

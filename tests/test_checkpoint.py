@@ -15,7 +15,7 @@ from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import LinkSpec, UNetSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
-from chaindiff.training.begin import begin_from
+from chaindiff.training.begin import Begun, begin_from
 from chaindiff.variables import Variable
 
 
@@ -95,13 +95,14 @@ def test_an_unconditional_network_begins_a_conditional_stage(tmp_path, bare) -> 
     save_file((teacher.network if bare else teacher).state_dict(), path)
     given = [(VECTOR, LinkSpec(variable="c", dropout=0.1, null="learned"))]
     stage = image_stage(2, given=given)
-    x, sigma = torch.randn(4, 3, 16, 16), torch.tensor([0.01, 0.3, 2.0, 50.0])
+    x = torch.randn(4, 3, 16, 16)
+    state, sigma = {"image": x}, {"image": torch.tensor([0.01, 0.3, 2.0, 50.0])}
     with torch.no_grad():
-        expected = teacher.denoise(x, sigma, teacher.conditioner({}, 4, x))
+        expected = teacher.denoise(state, sigma, teacher.conditioner({}, 4, x))["image"]
 
         def denoised() -> list[Tensor]:
             values = [Given(torch.randn(4, 5) * 10), Given(torch.randn(4, 5), torch.zeros(4, dtype=torch.bool))]
-            return [stage.denoise(x, sigma, stage.conditioner({"c": value}, 4, x)) for value in values]
+            return [stage.denoise(state, sigma, stage.conditioner({"c": value}, 4, x))["image"] for value in values]
 
         assert not any(torch.allclose(output, expected, atol=1e-2) for output in denoised())
         begin_from(stage, path)
@@ -128,3 +129,27 @@ def test_weights_that_cannot_begin_a_stage(tmp_path) -> None:
     message = r"network\.map_layer0\.weight has shape \[64, 16\], expected \[128, 32\]; .* more"
     with pytest.raises(UserError, match=message):
         begin_from(wider, path)
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_the_header_alone_tells_whether_a_file_can_begin_a_stage(tmp_path, width) -> None:
+    """On the meta device: what begins at zero, and what does not fit, as with the tensors themselves."""
+    path = tmp_path / "edm.safetensors"
+    save_file(image_stage(1).network.state_dict(), path)
+
+    def outcome() -> Begun | str:
+        network = UNET.model_copy(update={"channels": width})
+        try:
+            return begin_from(Stage(IMAGE, network=network, given=[(VECTOR, LinkSpec(variable="c"))]), path)
+        except UserError as error:
+            return str(error)
+
+    expected = outcome()
+    assert isinstance(expected, Begun) == (width == 16)
+    header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # not a number is left, but as many bytes
+        file.truncate(header)
+        file.truncate(size)
+    with torch.device("meta"):
+        assert outcome() == expected

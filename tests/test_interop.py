@@ -74,7 +74,8 @@ def test_a_preconditioner_is_taken_off(kind) -> None:
     sampler = SamplerSpec(sigma_min=0.05, sigma_max=50)  # levels that all of them know
     stage = Stage(IMAGE, network=network, precondition=described.precondition, sampler=sampler).double().eval()
     with torch.no_grad():
-        denoised = stage.denoise(tensors["in.x"].double(), tensors["in.sigma"].double().flatten(), Condition())
+        state, sigma = {"image": tensors["in.x"].double()}, {"image": tensors["in.sigma"].double().flatten()}
+        denoised = stage.denoise(state, sigma, Condition())["image"]
     assert off(denoised, tensors["out.D"]) < 1e-5
 
 
@@ -349,7 +350,7 @@ VALUES = {
 def denoised(stage: Stage, augment: Tensor | None = None) -> Tensor:
     given = {link.variable.name: VALUES[link.variable.name] for link in stage.conditioner}
     with torch.no_grad():
-        return stage.denoise(X, SIGMA, stage.conditioner(given, 3, X), augment)
+        return stage.denoise({"image": X}, {"image": SIGMA}, stage.conditioner(given, 3, X), augment)["image"]
 
 
 @pytest.mark.parametrize("order", [[LABEL, CLIP], [CLIP, LABEL]])
@@ -365,7 +366,7 @@ def test_a_conditional_network_keeps_its_classes_and_ignores_the_embedding(arch,
     assert off(denoised(stage), expected) < 1e-6
     others = {**VALUES, "label": Given(torch.tensor([4, 1, 8]))}
     with torch.no_grad():
-        other = stage.denoise(X, SIGMA, stage.conditioner(others, 3, X))
+        other = stage.denoise({"image": X}, {"image": SIGMA}, stage.conditioner(others, 3, X))["image"]
     assert off(other, expected) > 1e-5, "the classes must matter"
 
 

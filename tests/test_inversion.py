@@ -112,14 +112,14 @@ def test_a_stage_returns_what_it_inverted(kind: str) -> None:
     sampler = SamplerSpec(steps=100, schedule=kind)
     stage = Stage(Variable.vector("x", 1), network=ExactNetwork(two_modes()).double(), sampler=sampler)
     x = data(50)
-    start = last(stage.invert(x, {}))
+    start = last(stage.invert({"x": x}, {}))
     back = last(stage.sample(start, {}, lambda v, n: torch.zeros(50, 1)))
-    assert (back - x).abs().max() < 0.01
-    assert 0.6 < start.std() < 1.4
+    assert (back["x"] - x).abs().max() < 0.01
+    assert 0.6 < start["x"].std() < 1.4
 
 
 def test_a_stage_that_adds_noise_cannot_invert() -> None:
     sampler = SamplerSpec(churn=ChurnSpec(amount=3))
     stage = Stage(Variable.vector("x", 1), network=ExactNetwork(two_modes()), sampler=sampler)
     with pytest.raises(UserError, match=r"stages\.x\.sample\.churn\.amount: no noise leads to a given value"):
-        last(stage.invert(normal_batch((1,), range(2), 0), {}))
+        last(stage.invert({"x": normal_batch((1,), range(2), 0)}, {}))

@@ -14,6 +14,7 @@ from chaindiff.specs.stage import LinkSpec, SamplerSpec
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
 
+SCALE = 0.5 * 8**0.5  # of a vector of eight entries, each of deviation 0.5
 CLIP, GROUP, X = Variable.vector("clip", 8), Variable.label("group", 3), Variable.vector("x", 4)
 
 
@@ -34,12 +35,23 @@ def stage(**options) -> Stage:
     return Stage(X, given=links, network=Recorder(), sampler=SamplerSpec(steps=2))
 
 
-def test_only_the_first_entries_arrive_and_the_network_is_told_which():
-    link = Link(CLIP, LinkSpec(variable="clip", keep=[0, 2, 8]), X)
+def test_only_the_first_entries_arrive_and_the_network_is_told_how_many():
+    link = Link(CLIP, LinkSpec(variable="clip", keep=[0, 2, 8, 0]), X)
     value, told = link(Given(torch.full((3, 8), 5.0), keep=torch.tensor([0, 2, 8])), 3, torch.zeros(3, 4))
     expected = torch.tensor([[0.0] * 8, [1.0] * 2 + [0.0] * 6, [1.0] * 8])
-    assert torch.equal(value, 5 * expected) and torch.equal(told, expected)
-    assert link.label_width == 16
+    torch.testing.assert_close(value, 5 * expected / SCALE)
+    assert told.tolist() == [[0, 0], [1, 0], [0, 1]]
+    assert link.label_width == 10
+
+
+def test_each_part_of_what_is_told_has_a_norm_of_about_one():
+    """As a one-hot label has, for which networks scale (EDM, table 1): long vectors must not drown the noise level."""
+    wide = Variable.vector("clip", 512)
+    link = Link(wide, LinkSpec(variable="clip", keep=[0, 512], noise=0.3), X)
+    values, noise = 0.5 * torch.randn(200, 512), torch.randn(200, 512)
+    value, told = link(Given(values, None, torch.full((200,), 0.2), noise), 200, torch.zeros(200, 4))
+    norms = [part.norm(dim=1).mean().item() for part in (value, told[:, :1], told[:, 1:])]
+    assert norms == pytest.approx([1, 1, 1], rel=0.02)
 
 
 def test_a_link_without_keep_is_as_wide_as_before():
@@ -63,8 +75,8 @@ def test_training_draws_every_count_and_depends_on_the_sample_alone():
     model.loss(batch, Draws(range(600), 0, "x"))
     model.loss({name: value[100:] for name, value in batch.items()}, Draws(range(100, 600), 0, "x"))
     whole, part = model.network.seen
-    counts = whole[:, 8:16].sum(1)
-    assert torch.equal(whole[:, :8], whole[:, 8:16])
+    counts = (whole[:, :8] != 0).sum(1)
+    assert torch.equal(whole[:, 8:10].bool(), torch.stack([counts == 2, counts == 8], dim=1))
     assert torch.equal(whole[100:], part)
     for count in (0, 2, 8):
         assert abs((counts == count).float().mean() - 1 / 3) < 0.08  # four standard deviations
@@ -76,7 +88,8 @@ def test_sampling_gives_what_it_is_told_to(options, count):
     given = {"clip": torch.ones(1, 8), "group": torch.zeros(1, dtype=torch.long)}
     model.bind({name: given[name] for name in (v.name for v in model.given)})({"x": torch.zeros(1, 4)}, {"x": 1.0})
     (seen,) = model.network.seen
-    assert seen[0, 8:16].sum() == count and torch.equal(seen[0, :8], seen[0, 8:16])
+    assert torch.equal(seen[0, :8], torch.tensor([1.0] * count + [0.0] * (8 - count)) / SCALE)
+    assert seen[0, 8:10].tolist() == [count == 2, count == 8]
 
 
 def test_what_sampling_does_not_look_at_need_not_be_made():
@@ -91,7 +104,7 @@ def test_what_sampling_does_not_look_at_need_not_be_made():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("stages.image16.given.1.sample_keep=5", "5 was not trained: it should be in `keep`, one of [0, 4, 8"),
+        ("stages.image16.given.1.sample_keep=5", "5 was not trained: it should be in `keep`, one of [0, 0, 4, 8"),
         ("stages.image16.given.0.keep=[1]", "counts the entries of a vector, but 'group' is a label"),
         ("stages.image16.given.1.keep=[200]", "200 is more than the 128 entries of 'clip'"),
         ("stages.image16.given.1.keep=[0]", "0 alone never gives anything; leave the link out"),

@@ -229,8 +229,8 @@ def test_every_parametrisation_of_one_denoiser_gives_the_same_samples(kind: str,
     sampler = SamplerSpec(steps=9, sigma_min=0.05, sigma_max=50, schedule=schedule)
     stage = Stage(Variable.vector("x", 3), network=Exact(kind, mixture()).double(), precondition=kind, sampler=sampler)
     start = normal_batch((3,), range(3), 0, "start")
-    found = last(stage.sample(start, {}, lambda v, n: start))
-    path = stage.path
+    found = last(stage.sample({"x": start}, {}, lambda v, n: start))["x"]
+    path = stage.path()
     state = {"x": start * path.sigma(0)["x"] * path.scale(0)["x"]}
     torch.testing.assert_close(found, last(solve(mixture(), state, path))["x"], rtol=1e-7, atol=1e-8)
 
@@ -238,7 +238,7 @@ def test_every_parametrisation_of_one_denoiser_gives_the_same_samples(kind: str,
 def test_a_discrete_model_samples_on_its_own_levels_alone() -> None:
     network = Scaled(0.1)
     stage = Stage(Variable.vector("x", 3), network=network, precondition="iddpm", sampler=SamplerSpec(steps=12))
-    levels = [stage.path.sigma(i)["x"] for i in range(13)]
+    levels = [stage.path().sigma(i)["x"] for i in range(13)]
     assert set(levels) <= set(iddpm_levels())
     assert levels[0] == pytest.approx(80, rel=0.1) and levels[-2] == iddpm_levels()[-2] and levels[-1] == 0
     bound = stage.bind({})
@@ -246,21 +246,21 @@ def test_a_discrete_model_samples_on_its_own_levels_alone() -> None:
     assert bound.round(70.0) == min(iddpm_levels(), key=lambda u: abs(u - 70))
     churned = SamplerSpec(steps=12, churn={"amount": 10})
     stage.sampler, seen = churned, []
-    stage.denoise = lambda x, sigma, *rest: seen.append(float(sigma[0])) or x * 0
-    last(stage.sample(torch.ones(1, 3).double(), {}, lambda v, n: torch.ones(1, 3).double()))
+    stage.denoise = lambda x, sigma, *rest: seen.append(float(sigma["x"][0])) or {"x": x["x"] * 0}
+    last(stage.sample({"x": torch.ones(1, 3).double()}, {}, lambda v, n: torch.ones(1, 3).double()))
     assert seen and all(np.abs(iddpm_levels() / s - 1).min() < 1e-6 for s in seen)
 
 
 def test_levels_that_nobody_said_are_kept_within_what_the_network_knows() -> None:
     stage = Stage(Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(steps=4))
-    assert stage.path.sigma(3)["x"] == pytest.approx(0.02)
+    assert stage.path().sigma(3)["x"] == pytest.approx(0.02)
     stage = Stage(
         Variable.vector("x", 3),
         network=Scaled(0.1),
         precondition=VeSpec(kind="ve", sigma_max=50),
         sampler=SamplerSpec(steps=4, discretisation="ve"),
     )
-    assert stage.path.sigma(0)["x"] == pytest.approx(50)
+    assert stage.path().sigma(0)["x"] == pytest.approx(50)
 
 
 @pytest.mark.parametrize(("field", "level"), [("sigma_min", 0.002), ("sigma_max", 120.0)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,27 @@ class FlowTime:
 
     def __call__(self, draws: Draws) -> Float[Tensor, " batch"]:
         return Flow().sigma(self.min + draws.uniform("sigma") * (self.max - self.min))
+
+
+def some_known(
+    levels: Mapping[str, Tensor], draws: Draws, exact: float, pure: float, largest: float
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Levels of variables that are learned together, with some of them at 0 or at the largest level.
+
+    With probability `exact` a subset of the variables (not all; each subset equally likely) is known exactly, so that
+    the network learns the others given these; with probability `pure` a subset is nothing but noise, so that it learns
+    the others without.
+    """
+    if len(levels) < 2:
+        return dict(levels)
+    which = draws.integers("which", 2 ** len(levels) - 2) + 1
+    how = draws.uniform("how")
+    found = {}
+    for place, (name, level) in enumerate(levels.items()):
+        chosen = (which >> place) % 2 == 1
+        level = level.masked_fill(chosen & (how < exact), 0.0)
+        found[name] = level.masked_fill(chosen & (how >= exact) & (how < exact + pure), largest)
+    return found
 
 
 def training_noise(spec: NoiseLevels) -> TrainingNoise:

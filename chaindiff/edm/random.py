@@ -51,6 +51,10 @@ class Draws:
     def __init__(self, samples: Iterable[int], seed: int, stage: str):
         self.samples, self.seed, self.stage = list(samples), seed, stage
 
+    def of(self, variable: str) -> Draws:
+        """The draws of one of several variables that a stage generates."""
+        return Draws(self.samples, self.seed, f"{self.stage}/{variable}")
+
     def normal(self, role: str, shape: Iterable[int] = ()) -> Tensor:
         """Standard normal, [batch, *shape], float32."""
         return normal_batch(shape, self.samples, self.seed, self.stage, role).float()

@@ -1,32 +1,53 @@
-"""Networks with one signature: forward(x, noise_labels, class_labels, augment_labels, context)."""
+"""Networks with one signature: forward(x, noise_labels, class_labels, augment_labels, context).
+
+A joint network takes and gives a tuple where the others have one tensor: x, noise_labels, and what it returns.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
+from chaindiff.networks.joint import Joint
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.stage import PriorSpec, UNetSpec
+from chaindiff.specs.stage import JointNetworkSpec, PriorSpec, UNetSpec
 
 
 def build(
-    spec: UNetSpec | PriorSpec,
-    shape: tuple[int, ...],
-    *,
+    spec: UNetSpec | PriorSpec | JointNetworkSpec,
+    *shapes: tuple[int, ...],
     label_dim: int = 0,
     augment_dim: int = 0,
     image_channels: int = 0,
     context: tuple[int, int] | None = None,
     label_span: float = 1.0,
 ) -> nn.Module:
-    """The network of a spec for a variable of this shape.
+    """The network of a spec for variables of these shapes, one unless the network is a joint one.
 
     `label_dim` is the width of all vector conditions together, `image_channels` that of image conditions,
     `context` the (length, width) of token conditions, `label_span` the order of magnitude of the noise labels. Raises
-    UserError if the network does not fit the shape.
+    UserError if the network does not fit the shapes.
     """
     length, width = context or (0, 0)
+    if isinstance(spec, JointNetworkSpec):
+        if sorted(map(len, shapes))[-2:] != [1, 3] or {len(s) for s in shapes} != {1, 3}:
+            raise UserError(f"a joint network generates one image and vectors, not shapes of {[*map(list, shapes)]}")
+        return Joint(
+            shapes,
+            image=spec.image.model_dump(exclude={"kind"}),
+            vector=spec.vector.model_dump(exclude={"kind"}),
+            seen=spec.seen,
+            label_dim=label_dim,
+            image_channels=image_channels,
+            label_span=label_span,
+            context_dim=width,
+            context_length=length,
+            augment_dim=augment_dim,
+        )
+    if len(shapes) > 1:
+        raise UserError(f"a {spec.kind} generates one variable, not {len(shapes)}; several need a joint network")
+    shape = shapes[0]
     settings = spec.model_dump(exclude={"kind"})
     if isinstance(spec, UNetSpec):
         if len(shape) != 3 or shape[1] != shape[2]:

@@ -6,6 +6,7 @@ Ho et al. 2022, Saharia et al. 2022).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -47,29 +48,40 @@ class Given:
     keep: Int[Tensor, " batch"] | None = None
 
 
+def sinusoids(label: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
+    """Cosines and sines of a noise label, at frequencies that double."""
+    angle = label[:, None] * (2.0 ** torch.arange(LEVEL_FREQUENCIES, device=label.device)).to(label.dtype)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
 def level_features(sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
     """Sinusoids of ln(sigma)/4, and a feature of its own for sigma = 0."""
     exact = (sigma == 0).to(sigma.dtype)[:, None]
-    angle = noise_label(sigma)[:, None] * (2.0 ** torch.arange(LEVEL_FREQUENCIES, device=sigma.device)).to(sigma.dtype)
-    return torch.cat([torch.cat([angle.cos(), angle.sin()], dim=1) * (1 - exact), exact], dim=1)
+    return torch.cat([sinusoids(noise_label(sigma)) * (1 - exact), exact], dim=1)
 
 
 class Link(nn.Module):
-    """How one given variable reaches a stage."""
+    """How one given variable reaches a stage.
+
+    Networks scale their labels for one-hot ones, whose norm is 1. A link with `keep` tells a long vector, how much of
+    it is known, and perhaps a level; each is brought to a norm of about 1, or together they would drown the noise level
+    that they are added to.
+    """
 
     def __init__(self, variable: Variable, spec: LinkSpec, target: Variable):
         super().__init__()
         self.variable, self.spec = variable, spec
         self.received = (variable.shape[0], *target.shape[1:]) if variable.kind == "image" else variable.shape
         self.null = nn.Parameter(torch.zeros(self.received)) if spec.null == "learned" else None
-        self.tells_entries = bool(spec.keep)  # one flag for each entry of the vector, in place of one for the whole
-        self.tells_presence = spec.dropout > 0 and spec.presence and not self.tells_entries
+        # One-hot among the lengths of `keep`, zeros for none: in place of the flag that tells presence.
+        self.lengths = sorted({k for k in spec.keep if k})
+        self.tells_presence = spec.dropout > 0 and spec.presence and not self.lengths
         self.tells_level = spec.noise > 0
 
     @property
     def label_width(self) -> int:
         own = self.variable.shape[0] if self.variable.kind in ("vector", "label") else 0
-        return own + self.tells_presence + own * self.tells_entries + LEVEL_WIDTH * self.tells_level
+        return own + self.tells_presence + len(self.lengths) + LEVEL_WIDTH * self.tells_level
 
     def receive(self, value: Tensor) -> Tensor:
         """The value in the shape in which this stage takes it: labels one-hot, images at the stage's resolution."""
@@ -96,13 +108,18 @@ class Link(nn.Module):
             value = (value + level * given.noise.to(like)) * (spread / (level**2 + spread**2).sqrt())
         known = present.reshape(-1, *[1] * len(self.received))
         told = [present.to(like.dtype)[:, None]] if self.tells_presence else []
-        if self.tells_entries:
-            most = max(self.spec.keep) if given.keep is None else given.keep.to(like.device)[:, None]
-            known = known & (torch.arange(self.received[0], device=like.device) < most)
-            told.append(known.to(like.dtype))
+        if self.lengths:
+            keep = torch.full_like(present, self.lengths[-1], dtype=torch.long) if given.keep is None else given.keep
+            keep = keep.to(like.device)[:, None]
+            known = known & (torch.arange(self.received[0], device=like.device) < keep)
+            told.append(((keep == torch.tensor(self.lengths, device=like.device)) & present[:, None]).to(like.dtype))
         value = torch.where(known, value, null.to(like.dtype))
         if self.tells_level:
             told.append(level_features(sigma) * present[:, None])
+            if self.lengths:
+                told[-1] = told[-1] / math.sqrt(LEVEL_FREQUENCIES)
+        if self.lengths:
+            value = value / (self.variable.sigma_data * math.sqrt(self.received[0]))
         return value, torch.cat(told, dim=1) if told else None
 
 

@@ -43,7 +43,16 @@ class PriorSpec(Spec):
     dropout: Probability = 0.0
 
 
-Network = Annotated[UNetSpec | PriorSpec, Field(discriminator="kind")]
+class JointNetworkSpec(Spec):
+    """One network for an image and vectors: a U-Net and priors that are told what the other sees."""
+
+    kind: Literal["joint"]
+    image: UNetSpec
+    vector: PriorSpec
+    seen: PositiveInt = Field(default=64, description="features of the image that the priors are told")
+
+
+Network = Annotated[UNetSpec | PriorSpec | JointNetworkSpec, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- stages
@@ -297,6 +306,11 @@ class SamplerSpec(Spec):
         description="noise of every step of ddim (1: ancestral sampling) and dpmpp_2m (1: DPM-Solver++ SDE); 0: none",
     )
     guidance: PositiveFloat = Field(default=1.0, description="classifier-free guidance scale; 1 is off")
+    offset: Probability = Field(
+        default=0.0,
+        description="how much of a pass each of several variables starts after the one before; 0: together, 1: one "
+        "after the other",
+    )
 
     @property
     def levels(self) -> tuple[float, float]:
@@ -305,11 +319,26 @@ class SamplerSpec(Spec):
         return self.sigma_min or low, self.sigma_max or high
 
 
+class JointSpec(Spec):
+    """How a stage that generates several variables learns their noise levels, each of which is drawn for itself."""
+
+    exact: Probability = Field(
+        default=0.2,
+        description="probability in training that some of the variables are known exactly; 0: none can be given",
+    )
+    pure: Probability = Field(
+        default=0.2, description="probability that some are nothing but noise, as those that wait on a path"
+    )
+
+
 class StageSpec(Spec):
-    """One stage: generates a variable given others."""
+    """One stage: generates a variable given others, or several together."""
 
     description: str = ""
-    generates: Annotated[list[Name], Field(min_length=1, max_length=1)] | None = None
+    generates: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        default=None, description="none: the variable of the stage's name; several: the first leads (`sample.offset`)"
+    )
+    joint: JointSpec = JointSpec()
     given: list[Link] = []
     network: Network
     precondition: Precondition = PreconditionSpec()

@@ -1,0 +1,244 @@
+"""Stages that generate several variables together, against the exact conditionals of a Gaussian."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import chaindiff as cd
+from chaindiff.assemble import Assembly
+from chaindiff.edm.noise import some_known
+from chaindiff.edm.random import Draws
+from chaindiff.execution import sampler_settings
+from chaindiff.networks.joint import Joint
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.load import load_recipe
+from chaindiff.specs.stage import JointSpec, LinkSpec, SamplerSpec
+from chaindiff.stage import Stage
+from chaindiff.variables import Variable
+
+A, B = Variable.vector("a", 1), Variable.vector("b", 2)
+COVARIANCE = torch.tensor([[0.30, 0.20, -0.10], [0.20, 0.40, 0.05], [-0.10, 0.05, 0.20]], dtype=torch.float64)
+
+
+class ExactGaussian(nn.Module):
+    """The joint network for which EDM's preconditioning is the exact denoiser of N(0, COVARIANCE) over (a, b)."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.levels: list[tuple[float, float]] = []
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> tuple[Tensor, ...]:
+        sigma = [float((4 * label[0]).exp()) for label in noise_labels]
+        self.levels.append((sigma[0], sigma[1]))
+        total = [(s**2 + 0.25) ** 0.5 for s in sigma]
+        noisy = [value * t for value, t in zip(x, total, strict=True)]
+        spread = torch.diag(torch.tensor([sigma[0] ** 2, sigma[1] ** 2, sigma[1] ** 2], dtype=torch.float64))
+        clean = torch.cat(noisy, dim=1) @ torch.linalg.solve(COVARIANCE + spread, COVARIANCE)
+        parts = (clean[:, :1], clean[:, 1:])
+        return tuple(
+            (part - 0.25 / t**2 * value) * t / (s * 0.5)
+            for part, value, s, t in zip(parts, noisy, sigma, total, strict=True)
+        )
+
+
+def chain(offset: float = 0.0, exact: float = 0.2, steps: int = 40) -> cd.Chain:
+    sampler = SamplerSpec(steps=steps, offset=offset)
+    return cd.Chain(
+        [Stage([A, B], network=ExactGaussian(), joint=JointSpec(exact=exact), sampler=sampler, name="both")]
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, 1.0])
+def test_every_path_samples_the_joint_distribution(offset: float) -> None:
+    out = chain(offset).sample(6000, batch=6000)
+    found = torch.cat([out["a"], out["b"]], dim=1).double()
+    # Four standard deviations of an entry of the sample covariance, sqrt((c_ii c_jj + c_ij^2) / n).
+    diagonal = COVARIANCE.diagonal()
+    bound = 4 * ((torch.outer(diagonal, diagonal) + COVARIANCE**2) / 6000).sqrt() + 0.005
+    assert ((found.T @ found / 6000 - COVARIANCE).abs() < bound).all()
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_each_variable_given_the_other_has_its_exact_conditional(given: str, wanted: str, offset: float) -> None:
+    places = {"a": slice(0, 1), "b": slice(1, 3)}
+    known = torch.tensor([[0.7]]) if given == "a" else torch.tensor([[0.4, -0.3]])
+    out = chain(offset).sample(6000, batch=6000, given={given: known}, want=[wanted])[wanted].double()
+    own, other = places[wanted], places[given]
+    gain = COVARIANCE[own, other] @ torch.linalg.inv(COVARIANCE[other, other])
+    covariance = COVARIANCE[own, own] - gain @ COVARIANCE[other, own]
+    error = (covariance.diagonal() / 6000).sqrt()
+    assert ((out.mean(0) - gain @ known[0].double()).abs() < 4 * error + 0.003).all()
+    assert torch.allclose(out.T.cov().reshape(covariance.shape), covariance, rtol=0.08, atol=0.004)
+
+
+def test_the_first_leads_by_the_offset_and_what_is_given_rests_at_zero() -> None:
+    model = chain(offset=0.5, steps=4)
+    stage = model.stages[0]
+    times = stage.path().times
+    assert stage.path().steps == 6 and times["a"][-3:].tolist() == [0, 0, 0]
+    assert times["b"][:3].tolist() == [80, 80, 80] and times["b"][2:].tolist() == times["a"][:5].tolist()
+    assert (stage.nfe(), stage.nfe(["b"])) == (11, 7)
+    network = stage.network
+    assert isinstance(network, ExactGaussian)
+    model.sample(1, given={"a": torch.zeros(1, 1)}, want=["b"])
+    assert len(network.levels) == 7 and max(level for level, _ in network.levels) < 1e-4
+
+
+def test_a_plan_counts_only_what_moves() -> None:
+    skeleton = Assembly(load_recipe("joint_emoji16", set=["stages.both.sample.offset=1"])).skeleton()
+    assert skeleton.plan().costs["both"].nfe == 70
+    assert skeleton.plan(["image16"], ["clip"]).costs["both"].nfe == 35
+
+
+def test_a_stage_that_never_saw_a_known_value_refuses_one() -> None:
+    with pytest.raises(UserError, match="generates 'a' and 'b' together and was not trained to generate 'b' given 'a'"):
+        chain(exact=0).sample(2, given={"a": torch.zeros(1, 1)}, want=["b"])
+
+
+def test_samples_do_not_depend_on_the_batch() -> None:
+    whole = chain(0.3, steps=6).sample(7, batch=7)
+    parts = chain(0.3, steps=6).sample(7, batch=2)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in ("a", "b"))
+
+
+def test_inversion_returns_to_the_values() -> None:
+    stage = chain(0.3, steps=100).stages[0]
+    values = {"a": torch.tensor([[0.3]]).double(), "b": torch.tensor([[-0.2, 0.5]]).double()}
+    start = deque(stage.invert(values, {}), maxlen=1).pop()
+    back = deque(stage.sample(start, {}, lambda name, number: values[name]), maxlen=1).pop()
+    assert all((back[name] - values[name]).abs().max() < 5e-3 for name in values)
+
+
+# ------------------------------------------------------------ training
+
+
+def test_levels_are_known_pure_or_drawn_as_often_as_said() -> None:
+    draws = Draws(range(4000), 0, "stage")
+    levels = some_known({"a": torch.ones(4000), "b": torch.ones(4000), "c": torch.ones(4000)}, draws, 0.3, 0.2, 80.0)
+    table = torch.stack(list(levels.values()))
+    known, pure = (table == 0).any(0), (table == 80).any(0)
+    assert abs(known.float().mean() - 0.3) < 0.03 and abs(pure.float().mean() - 0.2) < 0.03
+    assert not (known & pure).any() and not (table == 0).all(0).any() and not (table == 80).all(0).any()
+    subsets = (table[:, known] == 0).long().T @ torch.tensor([1, 2, 4])
+    share = subsets.bincount(minlength=8)[1:7] / len(subsets)
+    assert (share - 1 / 6).abs().max() < 0.05
+
+
+def test_one_variable_keeps_its_levels() -> None:
+    level = torch.rand(50)
+    assert torch.equal(some_known({"a": level}, Draws(range(50), 0, "s"), 1.0, 0.0, 80.0)["a"], level)
+
+
+def test_the_loss_of_the_exact_denoiser_is_what_no_denoiser_can_undercut() -> None:
+    """The expected error is the trace of the posterior covariance; a variable known exactly adds none."""
+    stage = Stage([A, B], network=ExactGaussian(), joint=JointSpec(exact=1.0, pure=0.0), name="both")
+    stage.noise = lambda draws: torch.full((len(draws.samples),), 0.5)  # the network takes one level for a batch
+    root = torch.linalg.cholesky(COVARIANCE)
+    values = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ root.T
+    draws = Draws(range(4000), 0, "both")
+    known = some_known({"a": torch.ones(4000), "b": torch.ones(4000)}, draws, 1.0, 0.0, 80.0)["a"] == 0
+    losses = []
+    for rows in (known, ~known):  # a is known, b is known
+        chosen = Draws(rows.nonzero()[:, 0].tolist(), 0, "both")
+        losses.append(stage.loss({"a": values[rows, :1], "b": values[rows, 1:]}, chosen).mean())
+    weight = (0.25 + 0.25) / (0.5 * 0.5) ** 2
+    for loss, own, other in ((losses[0], slice(1, 3), slice(0, 1)), (losses[1], slice(0, 1), slice(1, 3))):
+        gain = COVARIANCE[own, other] @ torch.linalg.inv(COVARIANCE[other, other])
+        left = COVARIANCE[own, own] - gain @ COVARIANCE[other, own]
+        posterior = left - left @ torch.linalg.inv(left + 0.25 * torch.eye(len(left))) @ left
+        assert float(loss) == pytest.approx(float(weight * posterior.diagonal().mean() / 2), rel=0.08)
+
+
+# ------------------------------------------------------------ the network
+
+IMAGE, CLIP, TEXT = Variable.image("image", 3, 8), Variable.vector("clip", 5), Variable.vector("text", 4)
+SMALL = {
+    "image": {"channels": 16, "mult": [1, 1], "blocks": 1, "attention": [4], "dropout": 0.0},
+    "vector": {"width": 16, "depth": 1, "heads": 2},
+}
+
+
+def network(*shapes: tuple[int, ...], **options) -> Joint:
+    torch.manual_seed(0)
+    made = Joint(shapes, seen=6, **SMALL, **options)
+    for parameter in made.parameters():  # the last layers begin at zero
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    return made.eval()
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 1, 0]])
+def test_every_output_depends_on_every_input_and_level(order: list[int]) -> None:
+    variables = [[IMAGE, CLIP, TEXT][i] for i in order]
+    model = network(*(v.shape for v in variables))
+    x = [torch.randn(2, *v.shape) for v in variables]
+    levels = [torch.tensor([-0.3, 0.2]) for _ in variables]
+    with torch.no_grad():
+        before = model(x, levels)
+        assert [out.shape for out in before] == [value.shape for value in x]
+        for changed in range(3):
+            other = [value + (i == changed) for i, value in enumerate(x)]
+            louder = [level + 0.4 * (i == changed) for i, level in enumerate(levels)]
+            for after in (model(other, levels), model(x, louder)):
+                assert all((a - b).abs().max() > 1e-6 for a, b in zip(after, before, strict=True))
+
+
+def test_given_labels_reach_both_streams_and_dropped_ones_do_not() -> None:
+    links = [(Variable.label("group", 3), LinkSpec(variable="group", dropout=0.5))]
+    recipe = load_recipe("joint_emoji16").recipe.stages["both"]
+    spec = recipe.network.model_copy(
+        update={
+            "image": recipe.network.image.model_copy(update={"channels": 16, "attention": [4]}),
+            "vector": recipe.network.vector.model_copy(update={"width": 16, "depth": 1, "heads": 2}),
+        }
+    )
+    stage = Stage([CLIP, IMAGE], given=links, network=spec, name="both").eval()
+    for parameter in stage.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    x = {"clip": torch.randn(1, 5), "image": torch.randn(1, 3, 8, 8)}
+    outs = [stage.bind({"group": torch.tensor([k])})(x, {"clip": 1.0, "image": 2.0}).x0 for k in (0, 1)]
+    assert all((outs[0][name] - outs[1][name]).abs().max() > 1e-6 for name in x)
+
+
+# ------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("stages.both.generates=[image16]", "a joint network generates one image and one or more vectors, not 'ima"),
+        ("stages.both.generates=[clip, image16, image]", "not 'clip' (vector), 'image16' (image), 'image' (image)"),
+        ("stages.both.joint.pure=0.9", "stages.both.joint.pure: 0.9 and exact, 0.2, should be no more than 1 together"),
+        ("stages.both.network.vector.heads=7", "both.network.vector.width: should be even and a multiple of heads (7)"),
+        ("stages.both.network.image.attention=[5]", "stages.both.network.image.attention: 5 is none of this network's"),
+        ("stages.both.init=x.safetensors", "begins one network from another's weights; a joint network is made of"),
+        ("stages.both.precondition.kind=vp", "a network of kind vp does not know level 0"),
+        ("variables.clip.sigma_data=0.4", "what is generated together needs one sigma_data, not 0.4 and 0.5"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_explained(change: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("joint_emoji16", set=[change])
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["stages.image16.joint.exact=0.5", "stages.image16.sample.offset=0.3"])
+def test_one_variable_has_nothing_to_go_together_with(change: str) -> None:
+    with pytest.raises(UserError, match="is for stages that generate several variables together"):
+        load_recipe("vcdm_emoji16", set=[change])
+
+
+def test_several_variables_need_a_joint_network() -> None:
+    with pytest.raises(UserError, match="a unet generates one variable, not 2; use a joint network"):
+        load_recipe("vcdm_emoji16", set=["stages.image16.generates=[image16, image]"])
+
+
+def test_the_offset_is_part_of_what_samples_depend_on_for_several_variables_alone() -> None:
+    for name, expected in (("joint_emoji16", True), ("edm_emoji16", False)):
+        (stage,) = load_recipe(name).recipe.stages.values()
+        assert ("offset" in sampler_settings(stage)) is expected
