@@ -32,7 +32,7 @@ from chaindiff.variables import Variable, digest
 
 # What changes how a run is observed, not what it learns, is no part of a stage's identity.
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
-TRAINED = {"network", "precondition", "noise", "augment", "init"}
+TRAINED = {"network", "precondition", "noise", "joint", "augment", "init"}
 NOT_TRAINED = {"variable", "sample_noise", "sample_keep", "sample_absent"}
 UNLEARNED: dict[str, Any] = dict.fromkeys(
     ("checkpoint_every", "preview_every", "log_every", "execution", "accumulate"), True
@@ -73,14 +73,14 @@ class Assembly:
             return open_data(self.recipe.data)
 
     @contextmanager
-    def located(self) -> Iterator[None]:
-        """Errors that name a field of the recipe get its file and line, those without a place the file."""
+    def located(self, place: str | None = None) -> Iterator[None]:
+        """Errors that name a field of the recipe get its file and line, those without a place `place` or the file."""
         try:
             yield
         except UserError as error:
-            if error.where is None:
+            field = error.where or place
+            if field is None:
                 raise UserError(error.message, display(self.loaded.path), error.hint) from error
-            field = error.where
             if field.split(".")[0] in type(self.recipe).model_fields:
                 raise UserError(f"{field}: {error.message}", self.loaded.where(field), error.hint) from error
             raise
@@ -115,18 +115,23 @@ class Assembly:
     def links(self, name: str) -> list[tuple[Variable, LinkSpec]]:
         return [(self.variables[spec.variable], spec) for spec in self.recipe.stages[name].given]
 
-    def generates(self, name: str) -> Variable:
-        return self.variables[(self.recipe.stages[name].generates or [name])[0]]
+    def generates(self, name: str) -> list[Variable]:
+        return [self.variables[output] for output in self.recipe.stages[name].generates or [name]]
+
+    def variables_of(self, name: str) -> list[Variable]:
+        """All that a stage has to do with: what it generates, then what it is given."""
+        return [*self.generates(name), *(variable for variable, _ in self.links(name))]
 
     def identity(self, name: str) -> str:
         """Equal for stages that are trained alike on the same data, in whatever recipe they stand."""
         spec = self.recipe.stages[name]
         plain = spec.model_dump(include=TRAINED, exclude_defaults=True)
+        identities = [variable.identity for variable in self.generates(name)]
         return digest(
             {
                 **plain,
                 "train": spec.train.model_dump(exclude=UNLEARNED, exclude_defaults=True),
-                "generates": self.generates(name).identity,
+                "generates": identities if len(identities) > 1 else identities[0],
                 "given": [
                     [variable.identity, link.model_dump(exclude=NOT_TRAINED, exclude_defaults=True)]
                     for variable, link in self.links(name)
@@ -138,16 +143,17 @@ class Assembly:
     def build(self, name: str) -> Stage:
         """A stage with its initial weights, a function of its training seed."""
         spec: StageSpec = self.recipe.stages[name]
-        variable = self.generates(name)
+        variables = self.generates(name)
         with self.located(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed(spec.train.seed, variable.name, "init"))
+            torch.manual_seed(seed(spec.train.seed, *(variable.name for variable in variables), "init"))
             return Stage(
-                variable,
+                variables,
                 given=self.links(name),
                 network=spec.network,
                 precondition=spec.precondition,
                 noise=spec.noise,
                 sampler=spec.sample,
+                joint=spec.joint,
                 augment_dim=augment_dim(spec.augment),
                 name=name,
             )
@@ -155,13 +161,14 @@ class Assembly:
     def metadata(self, name: str) -> dict[str, Any]:
         """What a stage's weights file says of itself."""
         spec = self.recipe.stages[name]
-        variables = [self.generates(name), *(v for v, _ in self.links(name))]
         return {
             "format": "chaindiff-stage/1",
             "identity": self.identity(name),
             "stage": spec.model_dump(mode="json"),
             "data": self.recipe.data.model_dump(mode="json"),
-            "variables": {v.name: {"identity": v.identity, "fitted": self.fitted_digest(v.name)} for v in variables},
+            "variables": {
+                v.name: {"identity": v.identity, "fitted": self.fitted_digest(v.name)} for v in self.variables_of(name)
+            },
         }
 
     def folder(self, name: str) -> Path:
@@ -219,7 +226,7 @@ class Assembly:
     def check_links(self, name: str, path: Path, kept: dict[str, str]) -> None:
         """Compare the meaning of every variable with the one that the weights were trained on, before they load."""
         trained = trained_on(path, kept)
-        for variable in (self.generates(name), *(v for v, _ in self.links(name))):
+        for variable in self.variables_of(name):
             if variable.name not in trained or trained[variable.name]["identity"] != variable.identity:
                 raise UserError(
                     f"stage '{name}': the weights in {path} were not trained on this '{variable.name}'",
@@ -238,7 +245,7 @@ class Assembly:
             return found
         if own.exists():
             return own
-        using = [s for s in self.recipe.stages if name in {self.generates(s).name, *(v.name for v, _ in self.links(s))}]
+        using = [s for s in self.recipe.stages if name in {v.name for v in self.variables_of(s)}]
         weights = [path for stage in using if (path := self.find_weights(stage)) is not None and len(path.parents) > 2]
         files = [path.parents[2] / "encoders" / own.name for path in weights]
         return next((file for file in files if file.exists()), own)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chaindiff import completion
+from chaindiff import completion, memory
 from chaindiff.distributed import first_to_fail, processes
 from chaindiff.specs.errors import UserError
 
@@ -70,8 +70,8 @@ def _explain(error: Exception, debug: bool) -> int:
         show()  # Typer's own errors of usage know how to print themselves
     elif isinstance(error, (UserError, OSError)) and not debug:
         print(f"error: {error if isinstance(error, UserError) else _system(error)}", file=sys.stderr)
-    elif isinstance(error, MemoryError) and not debug:
-        print("error: the memory is full\n  lower --batch, train.batch or the size of the network", file=sys.stderr)
+    elif memory.full(error) and not debug:
+        print(f"error: {memory.told(error)}", file=sys.stderr)
     else:
         raise error
     return 2

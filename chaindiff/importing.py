@@ -118,7 +118,7 @@ def save_stage(snapshot: Snapshot, path: Path, out: Path, assembly: Assembly, na
     where = f"stages.{name}.network"
     said, theirs = loaded.recipe.stages[name].network.model_dump(), found.network.model_dump()
     wrong = [f"{k} is {said.get(k)}, but {v} in the snapshot" for k, v in theirs.items() if said.get(k) != v]
-    wrong = [problem for problem in wrong if not problem.startswith("dropout ")]  # of training alone
+    wrong = [problem for problem in wrong if not problem.startswith(("dropout ", "label_init "))]  # of training alone
     size = assembly.generates(name)[0].shape
     if size[1:] != (found.resolution, found.resolution):
         wrong.append(f"it generates {' x '.join(map(str, size))}, but the snapshot {found.resolution} pixels")

@@ -19,6 +19,7 @@ from chaindiff.evaluation.report import METRICS, Report
 from chaindiff.evaluation.tables import plain
 from chaindiff.execution import lock_of, prepare
 from chaindiff.given import check_given, read_given
+from chaindiff.memory import noted
 from chaindiff.outputs import Samples
 from chaindiff.page import write_run_report
 from chaindiff.planning import ChainPlan
@@ -28,7 +29,7 @@ from chaindiff.specs.errors import UserError
 from chaindiff.specs.files import write_whole
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.lock import write_lock
-from chaindiff.training.job import train_stage
+from chaindiff.training.job import check_begin, train_stage
 
 
 def say(text: str) -> None:
@@ -50,6 +51,7 @@ def plan(
     assembly = Assembly(loaded)
     with assembly.located():
         found = assembly.skeleton().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
+    check_begin(assembly, loaded.recipe.stages)
     say(str(found))
     if picture is not None:
         draw(found, picture)
@@ -78,7 +80,9 @@ def train(
     Training that was stopped goes on in every case; `fresh` begins anew where it had ended.
     """
     assembly = Assembly(loaded, out)
-    for name in [stage] if stage else list(loaded.recipe.stages):
+    names = [stage] if stage else list(loaded.recipe.stages)
+    check_begin(assembly, names, fresh)
+    for name in names:
         unfinished = assembly.unfinished(name)
         processes().wait_for_everyone()  # all of them have looked before one changes anything
         if fresh and not unfinished:
@@ -168,7 +172,10 @@ def sample_chain(assembly: Assembly) -> Sampled:
     began, mine = time.perf_counter(), missing[state.process_index :: state.num_processes]
     done = asked.count - sum(map(len, missing))
     settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact}
-    with Bar("sample", done + sum(map(len, mine)), done) as bar:
+    less = f"lower sample.batch (--batch), now {size}"
+    if asked.exact:
+        less = f"sample.exact always takes {size} at a time; without it, lower sample.batch (--batch)"
+    with noted(less), Bar("sample", done + sum(map(len, mine)), done) as bar:
         for batch in mine:
             part = next(chain.stream(asked.count, want=keep, given=values, first=batch.start, **settings))
             samples.write(batch.start, part)
@@ -219,6 +226,7 @@ def run(
     if untrained:  # wrong weights or a mistyped class must not wait for the training
         explain_missing_data(assembly)
         check_given(assembly, asked.given)
+        check_begin(assembly, untrained)
     for name in untrained:
         train_stage(assembly, name)
     sampled = sample_chain(assembly)
@@ -242,7 +250,7 @@ def explain_missing_data(assembly: Assembly) -> None:
     try:
         len(assembly.data)
     except UserError as error:
-        image_stages = [n for n in recipe.stages if assembly.generates(n).kind == "image"]
+        image_stages = [n for n in recipe.stages if assembly.generates(n)[-1].kind == "image"]
         begin = f"--set stages.{image_stages[-1]}.init=WEIGHTS.safetensors" if image_stages else ""
         raise UserError(
             error.message,

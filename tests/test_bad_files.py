@@ -133,6 +133,28 @@ def test_init_from_what_cannot_begin_a_stage(refused, finished, tmp_path):
     assert not (tmp_path / "run" / "stages").exists()
 
 
+def test_init_is_checked_before_anything_is_planned_or_trained(refused, recipe, finished, tmp_path, capsys):
+    """`small` is trained after `image`, but looked at before; a stage that has weights needs no file to begin from."""
+    (tmp_path / "half.pkl").write_bytes(b"half a file")
+    field = "stages.small.init"
+    for path, expected in (
+        ("nowhere.safetensors", "there is no weights file nowhere.safetensors\n  correct the path, or leave `init` o"),
+        (tmp_path, f"there is no weights file {tmp_path}\n"),
+        (tmp_path / "half.pkl", "half.pkl is not a complete safetensors file: "),
+        (tmp_path / "half.pkl", "what `chaindiff import SNAPSHOT.pkl` makes of a snapshot"),
+        (finished / "stages/image/weights.safetensors", "weights.safetensors cannot begin this stage: "),
+    ):
+        assert status("plan", recipe, "--set", f"{field}={path}") == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: --set {field}={path}: {field}: ") and expected in message
+    for command in (["train"], ["train", "--fresh"], ["run", "--set", "sample.want=[small]"]):
+        assert refused(*command, "--set", f"{field}={path}") == message
+    assert not (tmp_path / "run").exists()
+    have = ("--set", f"stages.small.weights={finished}/stages/small/weights.safetensors")
+    assert status("plan", recipe, "--set", f"{field}=nowhere.safetensors", *have) == 0
+    assert status("plan", recipe, "--set", f"{field}={finished}/stages/small/weights.safetensors") == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"these are no weights, whatever the name"])
 def test_a_damaged_state_is_named_with_what_to_do(refused, finished, tmp_path, content):
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
@@ -323,6 +345,78 @@ def test_a_full_disk_at_the_metrics(recipe, tmp_path, capsys, monkeypatch):
     assert status("train", recipe, "--stage", "small", "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot write {tmp_path}/run/stages/small/metrics.jsonl: No space left on device\n")
+
+
+def scalars(folder: Path) -> list[int]:
+    """The images at which TensorBoard shows a loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    assert set(board.Tags()["scalars"]) == {"loss", "lr", "images_per_second"}
+    return [point.step for point in board.Scalars("loss")]
+
+
+def test_a_full_disk_at_tensorboard(recipe, tmp_path, capfd, monkeypatch):
+    """One message, from no thread; the same command goes on after the checkpoint, and TensorBoard shows all once."""
+    opened, out, written = Path.open, tmp_path / "run", []
+
+    def full(path: Path, *arguments, **options):
+        written.append(path) if "tfevents" in path.name else None
+        # Two records say what the file is, the third is of 4 images, which the checkpoint knows.
+        return opened(Path("/dev/full") if len(written) == 4 else path, *arguments, **options)
+
+    command = ("train", recipe, "--stage", "small", "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        assert status(*command) == 2
+    error = capfd.readouterr().err
+    board = out / "stages/small/tensorboard"
+    assert error.startswith(f"error: cannot write {board}/events.out.tfevents.")
+    assert error.count("No space left on device") == 1 and "Traceback" not in error and "Exception" not in error
+    assert checkpoint.metadata(out / "stages/small/state.safetensors")["images"] == "4"
+    assert scalars(board) == [4]
+    assert status(*command) == 0
+    assert scalars(board) == [4, 8]
+
+
+def no_memory(*arguments, **options):
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_a_full_memory_in_training_says_where_and_what_helps(refused, monkeypatch):
+    monkeypatch.setattr("chaindiff.stage.Stage.denoise", no_memory)
+    assert refused("train", "--stage", "small") == (
+        "error: the memory is full (1152921504606846976 bytes more were asked for)\n"
+        "  while training stage 'small'\n"
+        "  raise stages.small.train.accumulate, now 1: the same training in smaller parts\n"
+        "  or lower stages.small.train.batch, now 4\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("sample", ["--batch", "3", "--seed", "1"], "3 at a time\n  lower sample.batch (--batch), now 3\n"),
+        (
+            "run",
+            ["--set", "sample.exact=true"],
+            "16 at a time\n  sample.exact always takes 16 at a time; without it, lower sample.batch (--batch)\n",
+        ),
+        (
+            "evaluate",
+            ["--set", "evaluate.judges=['pixels:2']"],
+            "125 at a time\n  evaluate samples 125 at a time; --set sample.precision=bf16 needs less\n",
+        ),
+    ],
+)
+def test_a_full_memory_in_sampling_says_where_and_what_helps(
+    refused, finished, tmp_path, monkeypatch, command, options, expected
+):
+    out = Path(shutil.copytree(finished, tmp_path / "copy"))
+    monkeypatch.setattr("chaindiff.stage.Stage.denoise", no_memory)
+    asked = "(1152921504606846976 bytes more were asked for)"
+    message = f"error: the memory is full {asked}\n  while sampling stage 'image', {expected}"
+    assert refused(command, *options, out=out) == message
 
 
 def test_samples_that_cannot_be_deleted_are_not_taken_for_new_ones(refused, finished, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 import chaindiff
 from chaindiff import cli
+from chaindiff.memory import noted
 from chaindiff.specs.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -117,10 +118,24 @@ def test_a_full_memory_is_one_message_and_status_2(command, work):
     assert command("run", RECIPE) == (2, "", expected)
 
 
-def test_a_bug_keeps_its_traceback(work):
-    work.error = ZeroDivisionError("a bug")
-    with pytest.raises(ZeroDivisionError):
+def test_a_full_gpu_is_one_message_and_status_2(command, work):
+    import torch
+
+    with pytest.raises(torch.OutOfMemoryError) as error, noted("lower the batch"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8")
+    work.error = error.value
+    expected = "error: the GPU's memory is full (20.00 GiB more were asked for)\n  lower the batch\n"
+    assert command("run", RECIPE) == (2, "", expected)
+    with pytest.raises(torch.OutOfMemoryError):
+        cli.main(["run", RECIPE, "--debug"])
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), RuntimeError("a bug")])
+def test_a_bug_keeps_its_traceback(work, error):
+    work.error = error
+    with pytest.raises(type(error), match="a bug"), noted("lower the batch"):
         cli.main(["run", RECIPE])
+    assert not hasattr(error, "__notes__")
 
 
 def test_an_interrupt_is_one_line_and_status_130(command, work):
@@ -180,7 +195,7 @@ def python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)
 
 
-HEAVY = ("torch", "numpy", "PIL", "matplotlib", "networkx", "chaindiff.run", "chaindiff.chain")
+HEAVY = ("torch", "open_clip", "numpy", "PIL", "matplotlib", "networkx", "chaindiff.run", "chaindiff.chain")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +209,7 @@ HEAVY = ("torch", "numpy", "PIL", "matplotlib", "networkx", "chaindiff.run", "ch
         (["show", RECIPE], "name: vcdm_emoji"),
         (["show", RECIPE, "--set", "x=1"], "unknown field 'x'"),
         (["run", RECIPE, "--set", "x=1"], "unknown field 'x'"),
+        (["plan", RECIPE, "--set", "variables.clip.encoder.model=ViT-B-23"], "did you mean 'ViT-B-32'?"),
     ],
 )
 def test_nothing_heavy_is_imported_to_answer(arguments, expected):
@@ -234,7 +250,8 @@ def test_public_names():
 def test_a_wheel_carries_recipes_within_the_package(tmp_path):
     """The layout of an installed wheel: recipes and stages lie in the package, nothing beside it."""
     home = Path(chaindiff.__file__).parent
-    shutil.copytree(home, tmp_path / "chaindiff", ignore=shutil.ignore_patterns("assets*", "__pycache__"))
+    large = shutil.ignore_patterns("*.zip", "*.safetensors", "__pycache__")
+    shutil.copytree(home, tmp_path / "chaindiff", ignore=large)
     for folder in ("recipes", "stages"):
         shutil.copytree(FIXTURES / folder, tmp_path / "chaindiff" / folder)
     (tmp_path / "elsewhere").mkdir()

@@ -103,6 +103,7 @@ def together(*program: str | Path, caches: Path) -> subprocess.CompletedProcess[
 
 ONE_STEP = ("--stage", "image", "--set", f"stages.image.train.images={BATCH}")
 INTERRUPTED = ("clip/000002.safetensors", "image/000006.png", "image/000010.png")  # of the batches 1, 3 and 5
+MEASURED = ("--count", "100", "--links", "--sweep", "stages.image.sample.steps=1,2", "--judge", "pixels:2")
 EXACT = ("--set", "sample.exact=true", "--count", "40")
 
 
@@ -130,7 +131,9 @@ def done(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
         alone("train", recipe, "--out", one / "step/run", *ONE_STEP)
         alone("sample", recipe, "--out", one / "trained/exact", *EXACT, "--batch", "5")
         shutil.copytree(one / "trained/run", one / "more/run")
-        for name in ("sampled", "interrupted", "more"):
+        shutil.copytree(one / "trained/run", one / "measured/run")
+        alone("evaluate", recipe, "--out", one / "measured/run", *MEASURED)
+        for name in ("sampled", "interrupted", "more", "measured"):
             shutil.copytree(one / "trained/run", two / name / "run")
         shutil.rmtree(two / "sampled/run/samples")
         for name in INTERRUPTED:
@@ -145,6 +148,7 @@ def done(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
             "again": ["run", "--out", two / "sampled/run"],
             "interrupted": ["run", "--out", two / "interrupted/run"],
             "exact": ["sample", "--out", two / "sampled/exact", *EXACT, "--batch", "3"],
+            "measured": ["evaluate", "--out", two / "measured/run", *MEASURED],
             "mistaken": ["sample", "--out", two / "sampled/run", "--set", "sample.cuont=3"],
         }
         lines = [[name, str(recipe), *map(str, options)] for name, *options in commands.values()]
@@ -200,7 +204,7 @@ def test_every_weight_of_a_recipe_has_a_gradient(path: Path) -> None:
     for name in assembly.recipe.stages:
         stage = assembly.build(name)
         batch = {"augment_labels": torch.zeros(2, stage.augment_dim)} if stage.augment_dim else {}
-        for variable in (stage.variable, *(variable for variable, _ in assembly.links(name))):
+        for variable in assembly.variables_of(name):
             shape = () if variable.kind == "label" else variable.shape
             batch[variable.name] = torch.zeros(2, *shape, dtype=torch.long if variable.kind == "label" else None)
         stage.loss(batch, Draws(range(2), 0, name)).mean().backward()
@@ -291,6 +295,40 @@ def test_exact_samples_are_to_the_byte_those_of_one_process_with_another_batch(d
     one = files(done.one / "trained/exact/samples")
     assert len(one) == 40 + 1 + 3
     assert files(done.two / "sampled/exact/samples") == one
+
+
+# ------------------------------------------------------------ measuring
+
+
+def measured(run: Path) -> dict:
+    """What an evaluation wrote, without what it says of the time that samples took."""
+    found = json.loads((run / "metrics.json").read_text())
+    for figure in found["figures"]:
+        figure.pop("seconds per image")
+    for table in (part["table"] for part in found["parts"] if part["table"] and "images/s" in part["table"][0]):
+        timing = table[0].index("images/s")
+        for row in table:
+            row.pop(timing)
+    return found
+
+
+def test_figures_are_to_the_byte_those_of_one_process(done: Done) -> None:
+    one, two = (measured(run / "measured/run") for run in (done.one, done.two))
+    assert {figure["row"] for figure in one["figures"]} == {
+        *("tiny", "the whole chain", "clip from the data", "steps 1", "steps 2")
+    }
+    assert json.dumps(two) == json.dumps(one)
+
+
+def test_rows_are_shared_out_and_the_first_process_alone_measures_them(done: Done) -> None:
+    """Three rows: those of the chain itself and of its own number of steps are one."""
+    folder = done.two / "measured/run/evaluation"
+    drawn = sorted((folder / "rows").glob("*/*.safetensors"))
+    wrote = [{p for p in done.changed("measured", rank) if p.is_relative_to(folder) and p.suffix} for rank in range(2)]
+    assert [len(wrote[rank] & set(drawn)) for rank in range(2)] == [2, 1]
+    assert wrote[0].isdisjoint(wrote[1])
+    assert {path.parent.parent for path in wrote[1]} <= {folder, folder / "rows"}
+    assert done.two / "measured/run/metrics.json" in done.changed("measured", 0)
 
 
 # ------------------------------------------------------------ mistakes

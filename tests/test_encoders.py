@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from chaindiff.encoders import Statistics, build_encoder
 from chaindiff.encoders.resize import resize
+from chaindiff.specs.clip_models import known_models
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import VariableSpec
 
@@ -201,6 +203,13 @@ def test_shapes_that_do_not_fit(tiny):
 )
 def test_models_that_are_not_there(model, pretrained, message):
     assert message in refusal(lambda: build_encoder("clip", specs(model, shape=512, pretrained=pretrained)))
+
+
+def test_names_are_known_without_importing_open_clip(monkeypatch):
+    names = set(open_clip.list_models()) - {"tiny-named"}  # which another test registers
+    monkeypatch.delitem(sys.modules, "open_clip")
+    assert set(known_models()) == {"clip_emoji", *names}
+    assert "open_clip" not in sys.modules
 
 
 def test_no_network(monkeypatch):

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from chaindiff import cli
 from chaindiff.assemble import Assembly
-from chaindiff.evaluation.evaluate import Rows, Sweep, link_rows
-from chaindiff.evaluation.oracle import DataValues, oracle
+from chaindiff.data import open_data
+from chaindiff.edm.random import Draws
+from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
+from chaindiff.evaluation import neighbours
+from chaindiff.evaluation.captions import captions
+from chaindiff.evaluation.evaluate import Group, Rows, Sweep, link_rows, measure_group
+from chaindiff.evaluation.features import extractor
+from chaindiff.evaluation.oracle import DataValues, oracle, split_of
 from chaindiff.evaluation.provenance import Figure
+from chaindiff.evaluation.report import provenance
 from chaindiff.evaluation.rows import CHUNK, Row
-from chaindiff.evaluation.tables import Measured, Results, difference, figures_table, link_costs, markdown, number
+from chaindiff.evaluation.study import Study
+from chaindiff.evaluation.tables import (
+    Measured,
+    Results,
+    difference,
+    figures_table,
+    link_costs,
+    markdown,
+    number,
+    training,
+)
+from chaindiff.pictures import to_uint8
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
+from chaindiff.specs.recipe import DataSpec
+from chaindiff.training import checkpoint
+from chaindiff.variables import digest
 
 RECIPE = """
 name: tiny
@@ -44,6 +70,9 @@ evaluate: {{count: 260, judges: ["pixels:2"]}}
 """
 
 
+UNTOLD = 5  # the image without a caption
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
@@ -52,7 +81,12 @@ def recipe(tmp_path_factory) -> Path:
     for index in range(24):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(data / f"{index:02d}.png")
         split = "train" if index < 16 else "test"
-        rows.append(json.dumps({"file_name": f"{index:02d}.png", "group": "abc"[index % 3], "split": split}))
+        row = {"file_name": f"{index:02d}.png", "group": "abc"[index % 3], "split": split}
+        if index != UNTOLD:
+            row["caption"] = (
+                f"{['red', 'green', 'blue', 'old'][index % 4]} {['heart', 'cat', 'car'][index % 3]} {index}"
+            )
+        rows.append(json.dumps(row))
     (data / "metadata.jsonl").write_text("\n".join(rows))
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.format(data=data))
@@ -84,6 +118,40 @@ def test_every_figure_says_what_it_is(run):
     assert {f["metric"] for f in found["figures"]} == {
         "fd", "kid", "precision", "recall", "density", "coverage", "swd",
     }  # fmt: skip
+
+
+def test_every_figure_says_what_training_cost(recipe, run):
+    """Against a count of a forward and backward pass: a little less than three of a forward one, since no gradient of
+    the first layers' inputs is taken."""
+    row = Row("tiny", load_recipe(recipe), "image", run / "evaluation", out=run)
+    counted = 0
+    for name in ("small", "image"):
+        stage = row.assembly.build(name)
+        batch = {v.name: torch.zeros(1, *v.shape) for v in row.assembly.variables_of(name) if v.kind == "image"}
+        batch["group"] = torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            stage(batch, Draws([0], 0, name)).mean().backward()
+        counted += 16 * counter.get_total_flops()
+    about = json.loads((run / "metrics.json").read_text())["figures"][0]
+    assert about["training images"] == {"small": 16, "image": 16}
+    assert about["training pflop"] == row.training_pflop == pytest.approx(counted / 1e15, rel=0.15)
+    assert about["training pflop"] > counted / 1e15
+    part = Row("part", load_recipe(recipe), "image", run / "evaluation", oracle=["small"], out=run)
+    assert part.training_images == {"image": 16} and 0 < part.training_pflop < row.training_pflop
+
+
+def test_training_is_what_the_weights_saw_and_not_what_the_recipe_asks(tmp_path):
+    loaded = load_recipe("vcdm_emoji16")
+    shipped = Row("shipped", loaded, "image16", tmp_path)
+    assert list(shipped.training_images.items()) == [("clip", 300_032), ("image16", 600_064)]  # whole batches
+    assert [loaded.recipe.stages[n].train.images for n in ("clip", "image16")] == [300_000, 600_000]
+    tensors, kept = checkpoint.load(shipped.assembly.weights("clip"))
+    begun = {"stage": json.dumps({**json.loads(kept["stage"]), "init": "other"})}
+    for name, changes in (("imported", {"imported": "{}", "images": "0"}), ("begun", begun)):
+        checkpoint.save(tmp_path / f"{name}.safetensors", tensors, {**kept, **changes})
+        weights = {"stages": {"clip": {"weights": str(tmp_path / f"{name}.safetensors")}}}
+        row = Row(name, loaded.override(weights), "image16", tmp_path)
+        assert row.training_images == {"clip": None, "image16": 600_064} and row.training_pflop is None
 
 
 def test_the_page_shows_tables_plots_and_neighbours(run):
@@ -176,11 +244,131 @@ def test_sweeps_take_lists_and_single_values():
     assert list(Sweep.parse("a.b=1,2").overrides()) == [(1, {"a": {"b": 1}}), (2, {"a": {"b": 2}})]
 
 
+# ---------------------------------------------------------------- captions
+
+CLIP = "open_clip:clip_emoji"
+
+
+def test_alignment_is_with_the_caption_of_the_image_that_a_sample_was_made_for(recipe, run, tmp_path):
+    loaded = load_recipe(recipe)
+    row = Row("given small", loaded, "image", tmp_path, 30, seed=2, oracle=["small"], out=run)
+    free = Row("free", loaded, "image", tmp_path, 30, out=run)
+    list(row.draw()), list(free.draw())
+    study = Study(tmp_path, [CLIP], held_out=None)
+    found = {f.metric: f for f in study.figures(row) if f.encoder == CLIP}
+
+    # Which image each sample was made for, by its pixels; texts by open_clip itself.
+    data = row.assembly.data
+    photos = oracle(DataValues(row.assembly, data, tmp_path), ["photo"], 30, seed=2)["photo"]
+    own = data.images(range(16), 16).float() / 127.5 - 1
+    images = (photos[:, None] - own).flatten(2).abs().sum(2).argmin(1)
+    with torch.no_grad():
+        texts = open_clip_folder().float().encode_text(open_clip_tokenizer()(data.field("caption")))
+    told = images != UNTOLD
+    assert 0 < told.sum() < 30
+    clip = extractor(CLIP)
+    small = to_uint8(DataValues(row.assembly, data, tmp_path).of("image", range(16)))
+    for metric, seen in (
+        ("alignment", clip(torch.cat(list(row.chunks("image"))))),
+        ("alignment_data", clip(small)[images]),
+    ):
+        cosines = torch.nn.functional.cosine_similarity(seen, texts[images])[told]
+        assert found[metric].value == pytest.approx(cosines.mean().item(), abs=1e-5)
+        spread = 2 * 1.96 * cosines.std().item() / len(cosines) ** 0.5
+        assert found[metric].high - found[metric].low == pytest.approx(spread, rel=0.3)
+        assert found[metric].split == "train" and "16 images" in found[metric].reference
+
+    # Samples that nothing was given are made for no image; their figures are kept under the names of old.
+    assert {f.metric for f in study.figures(free)}.isdisjoint(found.keys() & {"alignment", "alignment_data"})
+    old = digest([free.key, 30, study.data(free, None).key, CLIP, clip.identity])
+    assert (tmp_path / "figures" / f"{old}.json").exists()
+    results = measure_group(Group("t", "links", [[row], [free]]), study)
+    table = figures_table(results)
+    column = table[0].index(f"alignment with captions {CLIP}")
+    assert table[1][column].startswith(number(found["alignment"].value)) and table[2][column] == "-"
+    assert "caption of the image that it was made for" in provenance(results.rows)
+
+
+def test_other_captions_are_measured_anew(recipe, run, tmp_path, monkeypatch):
+    row = Row("given small", load_recipe(recipe), "image", tmp_path, 8, oracle=["small"], out=run)
+    list(row.draw())
+    study, found = Study(tmp_path, [CLIP], held_out=None), []
+    for texts in (["cat"] * 16, ["red heart"] * 16, ["cat"] * 16, [""] * 16):
+        monkeypatch.setattr(row.assembly.data, "field", lambda name, texts=texts: texts)
+        found.append({f.metric: f.value for f in study.figures(row)})
+    assert found[0] == found[2] and found[0]["alignment"] != found[1]["alignment"]
+    assert found[0]["cmmd"] == found[1]["cmmd"] and "alignment" not in found[3]
+
+
+def test_captions_are_the_recipe_s_texts_or_a_field_of_a_usual_name(recipe, run, tmp_path):
+    assembly = Assembly(load_recipe(recipe), run)
+    found = captions(assembly, assembly.data)
+    assert found is not None and found[:2] == ["red heart 0", "green cat 1"] and found[UNTOLD] == ""
+    declared = load_recipe(recipe).override({"variables": {"said": {"kind": "text", "of": "group", "source": "given"}}})
+    assert captions(Assembly(declared, run), assembly.data) == assembly.data.field("group")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    assert captions(assembly, open_data(DataSpec(path=str(tmp_path)))) is None
+
+
+# ---------------------------------------------------------------- memory
+
+NOISE = """
+import json, resource, sys, torch
+from pathlib import Path
+from chaindiff.evaluation.evaluate import Group, measure_group
+from chaindiff.evaluation.report import Report
+from chaindiff.evaluation.rows import CHUNK, Row
+from chaindiff.evaluation.study import Study
+from chaindiff.specs.load import load_recipe
+from chaindiff.training import checkpoint
+
+changes, folder, count = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+row = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", folder, count)
+for first in row.firsts:  # in place of samples
+    draw = torch.Generator().manual_seed(first)
+    image = torch.randint(0, 256, (CHUNK, 3, 16, 16), dtype=torch.uint8, generator=draw)
+    clip = 0.5 * torch.randn(CHUNK, 32, generator=draw)
+    checkpoint.save(row.path(first), {"image16": image, "clip": clip}, {"seconds": "1"})
+study, report = Study(folder, ["pixels:16"]), Report(folder)
+report.add_group(measure_group(Group("noise", "main", [[row]]), study))
+report.add_memorisation(study, row)
+report.add_priors(study, row)
+report.write()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_an_evaluation_does_not_grow_with_the_samples(tmp_path):
+    """All that is measured, of 10,000 samples: their features as `pixels` alone would be 123 MB.
+
+    Both counts are more than a block of rows. What is freed goes back at once: left to itself, the allocator keeps tens
+    of megabytes of free blocks, more or fewer from run to run.
+    """
+    shipped = Row("shipped", load_recipe("vcdm_emoji16"), "image16", tmp_path).assembly
+    weights = {name: {"weights": str(shipped.weights(name))} for name in ("clip", "image16")}
+    changes = {"data": {"where": {"style": "google"}}, "stages": weights}  # a quarter of the data
+    assembly = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", tmp_path).assembly
+    for split in ("train", "test"):
+        DataValues(assembly, split_of(assembly, split), tmp_path / "data").of("clip", [0])
+    assert len(assembly.data) > 1000 > neighbours.BLOCK
+    peaks, environment = {}, {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    for count in (1000, 10_000):
+        shutil.copytree(tmp_path / "data", tmp_path / str(count) / "data")
+        command = [sys.executable, "-c", NOISE, json.dumps(changes), str(tmp_path / str(count)), str(count)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        peaks[count] = int(done.stdout.split()[-1]) / 1024
+    assert peaks[10_000] - peaks[1000] < 40, peaks
+
+
 # ---------------------------------------------------------------- tables
 
 
 def row(label: str, *values: float, judge: str = "j", count: int = 100) -> Measured:
-    about = [{"count": count, "gflops": 1.0, "seconds per image": 0.5, "seed": s} for s in range(len(values))]
+    trained = {"training pflop": 12.3, "training images": {"clip": 300_000, "image": 600_000}}
+    about = [
+        {"count": count, "gflops": 1.0, "seconds per image": 0.5, "seed": s, **trained} for s in range(len(values))
+    ]
     figures = [
         [Figure(metric="kid", value=v, low=v - 0.00196, high=v + 0.00196, reference="d", count=count, encoder=judge,
                 seed=s)]
@@ -213,5 +401,11 @@ def test_numbers_have_three_digits_and_tables_are_markdown():
         "0.0123", "1.50", "123", "98765", "0", "-2.00",
     ]  # fmt: skip
     text = markdown(figures_table(Results("t", "main", [row("a", 0.02, 0.03)])))
-    assert text.splitlines()[0] == "| row | KID x1000 j | samples | GFLOP a sample | images/s |"
-    assert "| a | 25.0 ± 9.80 | 2 x 100 | 1.00 | 2.00 |" in text
+    head = "| row | KID x1000 j | samples | GFLOP a sample | training PFLOP | training images | images/s |"
+    assert text.splitlines()[0] == head
+    assert "| a | 25.0 ± 9.80 | 2 x 100 | 1.00 | 12.3 | 300,000 + 600,000 | 2.00 |" in text
+
+
+def test_training_that_is_not_known_is_not_guessed():
+    images = {"clip": None, "image": 5}
+    assert training({"training pflop": None, "training images": images}) == ("-", "- + 5")

@@ -23,7 +23,7 @@ from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, res
 from chaindiff.evaluation.inception import Inception
 from chaindiff.evaluation.judge_networks import TRUNKS, Judge
 from chaindiff.evaluation.metrics import Moments, kid
-from chaindiff.evaluation.store import FeatureStore
+from chaindiff.evaluation.store import AsTheyAre, FeatureStore
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import DataSpec
 from chaindiff.training import checkpoint
@@ -308,8 +308,9 @@ def test_features_on_disk(tmp_path):
     object.__setattr__(counting, "extractor", Counted(network, calls))
     assert list(counting.fill(images.split(16))) == [20, 32, 48, 50]
     assert calls == [12, 16, 2]  # nothing twice
-    assert torch.equal(again.features, network(images))
-    assert torch.equal(torch.cat(list(again.chunks(7))), again.features)
+    assert torch.equal(again.features[:], network(images))
+    assert torch.equal(torch.cat(list(again.features.split(7))), again.features[:])
+    assert torch.equal(again.first(20)[:], network(images)[:20])
     np.testing.assert_allclose(again.moments().mean, Moments.over([network(images)]).mean, rtol=1e-12)
     assert len(FeatureStore(tmp_path, network, "others")) == 0
     assert FeatureStore(tmp_path, extractor("pixels:8"), "fifty").path != store.path
@@ -334,7 +335,7 @@ def test_an_interrupted_chunk_is_made_again(tmp_path):
     with open(store.path, "ab") as file:
         file.write(b"half a chunk")
     list(store.fill([images]))
-    assert torch.equal(store.features, network(images))
+    assert torch.equal(store.features[:], network(images))
     store.path.write_bytes(store.path.read_bytes()[:-4])
     assert "not those that were written" in refusal(lambda: store.features)
 
@@ -359,6 +360,19 @@ for seed in (0, 1):
 frechet_distance(*moments)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
+
+
+def test_stored_rows_are_read_as_a_tensor_s(tmp_path):
+    vectors = torch.from_numpy(np.random.default_rng(0).standard_normal((23, 5))).float()
+    store = FeatureStore(tmp_path, AsTheyAre("clip", 5), "some")
+    list(store.fill(vectors.split(6)))
+    found = store.features
+    assert len(found) == 23 and found.shape == vectors.shape and found.dtype == vectors.dtype
+    for part in (slice(None), slice(3, 9), slice(20, 99), slice(0, 0), torch.tensor([4, 22, 4, 0]), torch.arange(0)):
+        assert torch.equal(found[part], vectors[part])
+    assert [len(part) for part in found.split(10)] == [10, 10, 3]
+    with pytest.raises(ValueError, match="without a step"):
+        found[::2]
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_learns_a_constant(tmp_path) -> None:
     assert losses[-1] < losses[0] / 10
     trained = vector_stage(1, network=PriorSpec(kind="prior", width=32, depth=1, heads=2), sampler=sampler)
     checkpoint.fill(trained, weights, "the weights")
-    samples = run_stage(trained.eval(), {}, range(16), 0)
+    samples = run_stage(trained.eval(), {}, range(16), 0)["v"]
     assert float((samples - value).abs().max()) < 0.05
 
 

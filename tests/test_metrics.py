@@ -10,7 +10,9 @@ import torch
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import mmd2
 
-from chaindiff.evaluation import kernels, neighbours
+from chaindiff.edm.random import generator
+from chaindiff.evaluation import kernels, neighbours, vectors
+from chaindiff.evaluation.interval import resamples
 from chaindiff.evaluation.metrics import (
     Moments,
     alignment,
@@ -28,6 +30,7 @@ from chaindiff.evaluation.metrics import (
     vector_report,
 )
 from chaindiff.evaluation.provenance import Figure, compare
+from chaindiff.evaluation.store import AsTheyAre, FeatureStore
 from chaindiff.specs.errors import UserError
 
 
@@ -285,6 +288,50 @@ def test_alignment_is_the_mean_cosine():
     assert found.standard_error == pytest.approx(cosine.std().item() / 200**0.5, rel=0.2)
     assert found.high - found.low == pytest.approx(2 * 1.96 * found.standard_error, rel=0.2)
     assert alignment(a, 3 * a).value == pytest.approx(1)
+
+
+def test_alignment_of_pairs_by_number():
+    """Images of a direction each, told of in another order, one of them twice and one never."""
+    images, texts = torch.eye(4)[[0, 1, 1, 2]] + torch.tensor([0, 0, 0, 1.0]), torch.eye(4)
+    pairs = torch.tensor([[0, 0], [1, 1], [2, 3], [3, 0]])
+    assert alignment(images, texts, pairs).value == pytest.approx((3 * 0.5**0.5 + 0) / 4, abs=1e-7)
+    with pytest.raises(UserError, match="in pairs into one space"):
+        alignment(images[:3], texts)
+    with pytest.raises(UserError, match="in pairs into one space"):
+        alignment(images, torch.eye(3), pairs)
+
+
+def plain(value) -> list[float]:
+    """All numbers of a report, in order."""
+    if isinstance(value, dict):
+        return [number for part in value.values() for number in plain(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_figures_of_vectors_in_a_file_are_those_of_vectors_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "BLOCK", 100)  # in parts; the tensors are whole
+    sets, stored = [normal(n, 6, n).float() for n in (700, 150, 400)], []
+    for rows in sets:
+        store = FeatureStore(tmp_path, AsTheyAre("clip", 6), f"{len(rows)}")
+        list(store.fill(rows.split(128)))
+        stored.append(store.features)
+    found = plain(vector_report(*stored))
+    monkeypatch.setattr(vectors, "BLOCK", 10_000)
+    expected = plain(vector_report(*sets))
+    assert len(found) > 30
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    whole, subsets = {"subsets": 0}, {"subsets": 5, "size": 50}
+    for options in (whole, subsets):
+        assert kid(stored[0], stored[2], **options) == kid(sets[0], sets[2], **options)
+    assert cmmd(stored[0], stored[2]) == cmmd(sets[0], sets[2])
+    pairs = torch.stack([torch.arange(150), torch.arange(150).flip(0)], 1)
+    assert alignment(stored[1], stored[2], pairs) == alignment(sets[1], sets[2], pairs)
+
+
+def test_a_bootstrap_draws_as_numpy_does():
+    found = resamples(300, 20, 3, "a")
+    expected = generator(3, "bootstrap", "a").multinomial(300, np.full(300, 1 / 300), size=20)
+    assert found.element_size() == 2 and np.array_equal(found, expected)
 
 
 def test_vector_report_stands_beside_its_floor():

@@ -197,3 +197,15 @@ def test_learned_null_receives_a_gradient_only_where_absent() -> None:
     received.sum().backward()
     assert link.null is not None and link.null.grad is not None
     assert link.null.grad.tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
+def test_labels_that_begin_at_zero_change_nothing_at_first_and_are_learned(arch: str) -> None:
+    settings = {"arch": arch, "channels": 64, "mult": [1], "blocks": 1, "attention": [], "label_dim": 5}
+    level, labels = torch.tensor([0.3, 0.3]), torch.eye(5)[:2]
+    for label_init, equal in (("published", False), ("zeros", True)):
+        network = UNet(8, 3, 3, label_init=label_init, **settings)
+        told = network.embed(level, labels, None)
+        assert torch.equal(told[0], told[1]) is equal
+        (gradient,) = torch.autograd.grad(told[0].sum(), network.map_label.weight)
+        assert gradient[:, 0].abs().max() > 0

@@ -76,8 +76,21 @@ def test_recipes_share_weights_by_identity() -> None:
     assert Assembly(load_recipe("edm_emoji16")).identity("image16") != chains[0].identity("image16")
 
 
-def test_the_baseline_has_the_same_network_and_budget_as_the_chain() -> None:
-    plain, chain = (load_recipe(name).recipe.stages["image16"] for name in ("edm_emoji16", "vcdm_emoji16"))
+def test_64_pixels_without_a_cascade_need_one_stage_to_be_trained(tmp_path: Path) -> None:
+    """The prior and its encoder's statistics are those of vcdm_emoji, shipped; the image stage has no weights yet."""
+    chain, plain = (Assembly(load_recipe(f"{kind}_emoji64"), tmp_path / kind) for kind in ("vcdm", "edm"))
+    shipped = Assembly(load_recipe("vcdm_emoji"), tmp_path / "other")
+    assert chain.find_weights("clip") == shipped.find_weights("clip") != None  # noqa: E711
+    assert chain.fitted_path("clip") == shipped.fitted_path("clip")
+    assert chain.fitted_path("clip").exists()
+    assert chain.find_weights("image64") is plain.find_weights("image64") is None
+    assert 10e6 < chain.request.costs["image64"].parameters < 20e6
+
+
+@pytest.mark.parametrize("stage", ["image16", "image64"])
+def test_the_baseline_has_the_same_network_and_budget_as_the_chain(stage: str) -> None:
+    names = (f"{kind}_emoji{stage.removeprefix('image')}" for kind in ("edm", "vcdm"))
+    plain, chain = (load_recipe(name).recipe.stages[stage] for name in names)
     assert plain.model_copy(update={"given": chain.given}) == chain
 
 

@@ -10,11 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from chaindiff.specs.clip_models import CONFIG, known_models, model_folder
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import OpenClipSpec
 
-ASSETS = Path(__file__).parents[1] / "assets"
-CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 # What open_clip does to images where a model says nothing of its own (the values of OpenAI's CLIP).
@@ -58,9 +57,7 @@ def find(spec: OpenClipSpec, where: str) -> Files:
     Raises UserError for unknown names, folders without a model, and weights that are not on this machine and cannot
     be fetched.
     """
-    embedded = ASSETS / spec.model
-    folder = embedded if (embedded / CONFIG).is_file() else Path(spec.model).expanduser()
-    if folder.is_dir() or "/" in spec.model:
+    if (folder := model_folder(spec.model)) is not None:
         if spec.pretrained is not None:
             raise UserError(
                 f"the model folder '{spec.model}' brings its own weights; `pretrained: {spec.pretrained}` has no use",
@@ -106,10 +103,8 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
 
     config, tags = open_clip.get_model_config(spec.model), open_clip.list_pretrained_tags_by_model(spec.model)
     if config is None:
-        known = ["clip_emoji", *open_clip.list_models()]
-        raise UserError(
-            f"there is no open_clip model '{spec.model}'{did_you_mean(spec.model, known)}", f"{where}.model"
-        )
+        tail = did_you_mean(spec.model, known_models())
+        raise UserError(f"there is no open_clip model '{spec.model}'{tail}", f"{where}.model")
     if spec.pretrained is None:
         known = f"known: {', '.join(tags)}; " if tags else ""
         hint = f"set pretrained to a tag ({known}fetched from the hub) or to a weights file"

@@ -11,9 +11,10 @@ from typing import Any
 from chaindiff.assemble import Assembly
 from chaindiff.distributed import processes
 from chaindiff.evaluation.report import Report
-from chaindiff.evaluation.rows import Row
+from chaindiff.evaluation.rows import BATCH, Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import Measured, Results
+from chaindiff.memory import noted
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded, load_recipe
@@ -167,8 +168,7 @@ def evaluate(
     for judge in asked.judges:
         study.judge(judge)  # a judge that is not there should not wait for the samples
     state = processes()
-    everything = [row for group in groups for rows in group.rows for row in rows]
-    draw_all(everything[state.process_index :: state.num_processes])
+    draw_all([row for group in groups for rows in group.rows for row in rows])
     state.wait_for_everyone()
     report = Report(folder)
     if not state.is_main_process:
@@ -183,11 +183,16 @@ def evaluate(
 
 
 def draw_all(rows: Sequence[Row]) -> None:
-    """Sample what is missing of all rows. Raises UserError for any of them before the first is sampled."""
-    for row in rows:
-        row.key  # noqa: B018 (plans the row, and finds its weights)
-    for row in rows:
-        with Bar(f"sample {row.label}, seed {row.seed}", row.count, row.done()) as bar:
+    """Sample what is missing of all rows; several processes share them out.
+
+    Raises UserError for any of them before the first is sampled.
+    """
+    # The longest of the rows that share their samples; a row's home is known when it is planned and its weights found.
+    own = {row.home: row for row in sorted(rows, key=lambda row: row.count)}
+    state = processes()
+    less = f"evaluate samples {BATCH} at a time; --set sample.precision=bf16 needs less"
+    for row in list(own.values())[state.process_index :: state.num_processes]:
+        with noted(less), Bar(f"sample {row.label}, seed {row.seed}", row.count, row.done()) as bar:
             for done in row.draw():
                 bar.update(done)
 

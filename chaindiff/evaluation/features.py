@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from chaindiff.encoders.base import fingerprint
 from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.recipe import OpenClipSpec
 
 RESIZE = "PIL bicubic, antialiased, 8 bits"
 BATCH = 64  # images of one forward pass
@@ -181,15 +182,8 @@ def _inception(name: str, argument: str, weights: Path | None, device: torch.dev
 
 def _open_clip(name: str, argument: str, weights: Path | None, device: torch.device) -> Network:
     from chaindiff.encoders.clip_files import find
-    from chaindiff.specs.recipe import OpenClipSpec
 
-    model, _, tag = argument.partition(":")
-    if not model:
-        raise UserError(f"'{name}' names no model", hint="open_clip:clip_emoji, open_clip:ViT-B-32:openai")
-    if tag and weights is not None:
-        raise UserError(f"'{name}' has a tag and a weights file; one of them has no use", hint="leave one out")
-    pretrained = str(weights) if weights else tag or None
-    files = find(OpenClipSpec(kind="open_clip", of="image", model=model, pretrained=pretrained), f"extractor '{name}'")
+    files = find(clip_spec(name, weights), f"extractor '{name}'")
     try:
         clip = files.create()
     except UserError:
@@ -202,6 +196,17 @@ def _open_clip(name: str, argument: str, weights: Path | None, device: torch.dev
     family = _clip_family(files.config)
     module = clip.float().visual
     return _network(name, family, module, size, files.width, files.digest, device, mean, std, model=files.config)
+
+
+def clip_spec(name: str, weights: Path | None = None, of: str = "image") -> OpenClipSpec:
+    """The open_clip model that `open_clip:MODEL:TAG` names. Raises UserError if it names none, or its weights twice."""
+    model, _, tag = name.partition(":")[2].partition(":")
+    if not model:
+        raise UserError(f"'{name}' names no model", hint="open_clip:clip_emoji, open_clip:ViT-B-32:openai")
+    if tag and weights is not None:
+        raise UserError(f"'{name}' has a tag and a weights file; one of them has no use", hint="leave one out")
+    pretrained = str(weights) if weights else tag or None
+    return OpenClipSpec(kind="open_clip", of=of, model=model, pretrained=pretrained)
 
 
 def _dinov2(name: str, argument: str, weights: Path | None, device: torch.device) -> Network:

@@ -6,22 +6,23 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Num
 from torch import Tensor
 
 from chaindiff.edm.random import generator
 from chaindiff.evaluation.interval import REPLICATES, Interval, resamples
+from chaindiff.evaluation.stored import Vectors
 from chaindiff.specs.errors import UserError
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
-BLOCK = 2048  # rows of a block of the kernel matrix: 32 MiB in float64
+BLOCK = 512  # rows of a block of the kernel matrix: 2 MiB in float64
 CMMD_SCALE = 1000.0  # as CMMD is reported
 
 
 def kid(
-    a: Float[Tensor, "rows width"],
-    b: Float[Tensor, "samples width"],
+    a: Float[Vectors, "rows width"],
+    b: Float[Vectors, "samples width"],
     *,
     subsets: int = 100,
     size: int = 1000,
@@ -55,14 +56,14 @@ def kid(
         shrink = (size / (fewest - size) + 1 / subsets) ** 0.5
         return Interval.of(mean.item(), (mean + (values - mean) * shrink).numpy())
     weights = [
-        torch.cat([torch.ones(1, len(rows)), resamples(len(rows), REPLICATES, seed, role)])
+        torch.cat([torch.ones(1, len(rows), dtype=torch.int16), resamples(len(rows), REPLICATES, seed, role)])
         for rows, role in ((a, "a"), (b, "b"))
     ]
     values = _unbiased(a, b, kernel, *weights)
     return Interval.of(values[0].item(), values[1:].numpy())
 
 
-def cmmd(a: Float[Tensor, "rows width"], b: Float[Tensor, "samples width"], sigma: float = 10.0) -> float:
+def cmmd(a: Float[Vectors, "rows width"], b: Float[Vectors, "samples width"], sigma: float = 10.0) -> float:
     """CLIP-MMD: 1000 times the squared MMD of embeddings on the unit sphere, kernel exp(-|x - y|^2 / 2 sigma^2).
 
     Jayasumana et al. 2024 (arXiv 2401.09603). Like the published program it takes the biased estimate, with the pairs
@@ -77,7 +78,7 @@ def cmmd(a: Float[Tensor, "rows width"], b: Float[Tensor, "samples width"], sigm
     return CMMD_SCALE * _biased(a, b, kernel)
 
 
-def gaussian_mmd(a: Float[Tensor, "rows width"], b: Float[Tensor, "samples width"], sigma: float) -> float:
+def gaussian_mmd(a: Float[Vectors, "rows width"], b: Float[Vectors, "samples width"], sigma: float) -> float:
     """Squared MMD, biased estimate, with the kernel exp(-|x - y|^2 / 2 sigma^2) (Gretton et al. 2012, equation 5)."""
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -87,16 +88,16 @@ def gaussian_mmd(a: Float[Tensor, "rows width"], b: Float[Tensor, "samples width
     return _biased(a, b, kernel)
 
 
-def _biased(a: Tensor, b: Tensor, kernel: Kernel) -> float:
+def _biased(a: Vectors, b: Vectors, kernel: Kernel) -> float:
     """Mean kernel within a and within b, minus twice that between them."""
 
-    def mean(x: Tensor, y: Tensor) -> float:
+    def mean(x: Vectors, y: Vectors) -> float:
         return _sums(x, y, kernel, torch.ones(1, len(x)), torch.ones(1, len(y))).item() / (len(x) * len(y))
 
     return mean(a, a) + mean(b, b) - 2 * mean(a, b)
 
 
-def _comparable(a: Tensor, b: Tensor) -> None:
+def _comparable(a: Vectors, b: Vectors) -> None:
     if a.shape[1] != b.shape[1]:
         raise UserError(f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared")
     if min(len(a), len(b)) < 2:
@@ -104,11 +105,11 @@ def _comparable(a: Tensor, b: Tensor) -> None:
 
 
 def _unbiased(
-    a: Tensor,
-    b: Tensor,
+    a: Vectors,
+    b: Vectors,
     kernel: Kernel,
-    weights_a: Float[Tensor, "sets rows"],
-    weights_b: Float[Tensor, "sets samples"],
+    weights_a: Num[Tensor, "sets rows"],
+    weights_b: Num[Tensor, "sets samples"],
 ) -> Float64[Tensor, " sets"]:
     """Squared MMD without the pairs of a row with itself, for several weightings of the rows at once.
 
@@ -116,15 +117,16 @@ def _unbiased(
     """
     within = []
     for rows, weights in ((a, weights_a), (b, weights_b)):
-        w = weights.double()
-        pairs = w.sum(1) ** 2 - (w**2).sum(1)
+        squares = weights**2
+        pairs = weights.sum(1).double() ** 2 - squares.sum(1)
         own = torch.cat([kernel(x.double(), x.double()).diagonal() for x in rows.split(64)]).cpu()
-        within.append((_sums(rows, rows, kernel, w, w) - (w**2) @ own) / pairs)
-    total = weights_a.double().sum(1) * weights_b.double().sum(1)
+        own_pairs = torch.stack([line.double() @ own for line in squares])  # all at once would be eight bytes a weight
+        within.append((_sums(rows, rows, kernel, weights, weights) - own_pairs) / pairs)
+    total = weights_a.sum(1).double() * weights_b.sum(1)
     return within[0] + within[1] - 2 * _sums(a, b, kernel, weights_a, weights_b) / total
 
 
-def _sums(a: Tensor, b: Tensor, kernel: Kernel, weights_a: Tensor, weights_b: Tensor) -> Float64[Tensor, " sets"]:
+def _sums(a: Vectors, b: Vectors, kernel: Kernel, weights_a: Tensor, weights_b: Tensor) -> Float64[Tensor, " sets"]:
     """Sum over i and j of w_i w_j k(a_i, b_j), for each pair of rows of weights."""
     total = torch.zeros(len(weights_a), dtype=torch.float64)
     for i in range(0, len(a), BLOCK):

@@ -9,6 +9,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.evaluation.neighbours import nearest
+from chaindiff.evaluation.stored import Vectors
 
 __all__ = ["Memorisation", "memorisation", "nearest"]
 
@@ -51,7 +52,9 @@ class Memorisation:
 
 
 def memorisation(
-    samples: Float[Tensor, "samples width"], train: Float[Tensor, "train width"], held_out: Float[Tensor, "rows width"]
+    samples: Float[Vectors, "samples width"],
+    train: Float[Vectors, "train width"],
+    held_out: Float[Vectors, "rows width"],
 ) -> Memorisation:
     """Compare distances to the nearest training row, in the space of the rows: pixels, or an extractor's features.
 

@@ -1,7 +1,7 @@
-"""The metrics, in one place. Features are [n, width]; k-nearest-neighbour and kernel metrics take memory-mapped ones.
+"""The metrics, in one place. Features are [n, width], in a tensor or in a file (`Stored`), which stays there.
 
-`Moments` streams: its memory does not grow with the samples. The others read their features in blocks, several times,
-from a tensor that may be a file (`FeatureStore.features`); working memory is a few blocks of 2048 x 2048 numbers.
+`Moments` streams: its memory does not grow with the samples. The others read their features in blocks, several times;
+working memory is a few blocks of 512 rows and of 512 x 512 numbers, and some numbers for every row.
 """
 
 from chaindiff.evaluation.interval import Interval, mean_interval

@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from chaindiff.evaluation.stored import Vectors
 from chaindiff.specs.errors import UserError
 
-BLOCK = 2048  # rows of a block of distances: 32 MiB in float64
+BLOCK = 512  # rows of a block of distances: 2 MiB in float64
 SAME = 1e-12  # squared distances below this share of the squared norms are rounding errors of equal rows
 
 
 def nearest(
-    queries: Float[Tensor, "rows width"], bank: Float[Tensor, "bank width"], k: int = 1, chunk: int = BLOCK
+    queries: Float[Vectors, "rows width"], bank: Float[Vectors, "bank width"], k: int = 1, chunk: int = BLOCK
 ) -> tuple[Float64[Tensor, "rows k"], Int64[Tensor, "rows k"]]:
     """Euclidean distances to, and row numbers of, the k nearest rows of the bank, nearest first.
 
@@ -41,7 +42,7 @@ def nearest(
 
 
 def precision_recall(
-    real: Float[Tensor, "rows width"], fake: Float[Tensor, "samples width"], k: int = 3
+    real: Float[Vectors, "rows width"], fake: Float[Vectors, "samples width"], k: int = 3
 ) -> tuple[float, float]:
     """Share of the fake inside the real manifold, and of the real inside the fake one.
 
@@ -55,7 +56,7 @@ def precision_recall(
 
 
 def density_coverage(
-    real: Float[Tensor, "rows width"], fake: Float[Tensor, "samples width"], k: int = 5
+    real: Float[Vectors, "rows width"], fake: Float[Vectors, "samples width"], k: int = 5
 ) -> tuple[float, float]:
     """How densely the fake fill the real balls (1: as the real do), and the share of real balls that hold a fake.
 
@@ -65,7 +66,7 @@ def density_coverage(
     return balls.mean().item() / k, covered.double().mean().item()
 
 
-def _radii(points: Tensor, k: int) -> Float64[Tensor, " rows"]:
+def _radii(points: Vectors, k: int) -> Float64[Tensor, " rows"]:
     """Distance to the k-th nearest other point."""
     if len(points) <= k:
         raise UserError(f"neighbourhoods of {k} need more than {k} samples; there are {len(points)}")
@@ -73,7 +74,7 @@ def _radii(points: Tensor, k: int) -> Float64[Tensor, " rows"]:
 
 
 def _inside(
-    points: Tensor, centres: Tensor, radii: Float64[Tensor, " centres"]
+    points: Vectors, centres: Vectors, radii: Float64[Tensor, " centres"]
 ) -> tuple[Float64[Tensor, " points"], Bool[Tensor, " centres"]]:
     """In how many closed balls each point lies, and which balls hold a point."""
     counts, held = [], torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
@@ -90,7 +91,7 @@ def _inside(
     return torch.cat(counts), held
 
 
-def _blocks(rows: Tensor, size: int) -> Iterator[Float64[Tensor, "block width"]]:
+def _blocks(rows: Vectors, size: int) -> Iterator[Float64[Tensor, "block width"]]:
     for first in range(0, len(rows), size):
         yield rows[first : first + size].double()
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
@@ -81,8 +83,12 @@ class DataValues:
 
 
 def oracle(values: DataValues, names: Iterable[str], count: int, seed: int) -> dict[str, Tensor]:
-    """The same `count` images' values of several variables: whole passes over the data, each in an order of its own."""
-    total = len(values.data)
-    passes = [generator(seed, "oracle", number).permutation(total) for number in range(-(-count // total))]
-    rows = [int(row) for order in passes for row in order][:count]
+    """The same `count` images' values of several variables; which images, `oracle_rows` says."""
+    rows = oracle_rows(len(values.data), count, seed).tolist()
     return {name: values.of(name, rows) for name in names}
+
+
+def oracle_rows(total: int, count: int, seed: int) -> Int64[Tensor, " count"]:
+    """The image, of `total`, that each sample is made for: whole passes over the data, each in an order of its own."""
+    passes = [generator(seed, "oracle", number).permutation(total) for number in range(-(-count // total))]
+    return torch.from_numpy(np.concatenate(passes)[:count])

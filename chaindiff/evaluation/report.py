@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from chaindiff.evaluation import plots
 from chaindiff.evaluation.metrics import vector_report
 from chaindiff.evaluation.oracle import DataValues
@@ -89,7 +87,7 @@ class Report:
             train = DataValues(assembly, study.data(row, None).data, self.folder / "data")
             other = DataValues(assembly, held.data, self.folder / "data")
             values = [v.of(name, range(len(v.data))) for v in (other, train)]
-            found = vector_report(torch.cat(list(row.chunks(name))), *values)
+            found = vector_report(study.vectors(row, name), *values)
             counts = f"{len(values[0]):,} held-out and {len(values[1]):,} training ones"
             note = f"{row.count:,} sampled '{name}' against {counts}."
             self.add(f"The prior of '{name}' alone", note, vector_table(found))
@@ -120,9 +118,16 @@ def sections(out: Path) -> list[Section]:
 
 def provenance(rows: Sequence[Measured]) -> str:
     """What all figures of a table share."""
-    figures = {figure.encoder: figure for row in rows for seed in row.figures for figure in seed}
-    one = next(iter(figures.values()))
+    everything = [figure for row in rows for seed in row.figures for figure in seed]
+    figures = {figure.encoder: figure for figure in everything}
+    one = everything[0]
     lines = [f"Reference: {one.reference}, split {one.split}; means over seeds, ± 95% intervals."]
+    aligned = next((figure for figure in everything if figure.metric == "alignment"), None)
+    if aligned is not None:
+        lines.append(
+            "Alignment: mean cosine of a sample and the caption of the image that it was made for, beside that of "
+            f"those images themselves ({aligned.reference}, split {aligned.split})."
+        )
     for figure in figures.values():
         if figure.encoder_identity is not None:
             lines.append(f"{figure.encoder}: weights {figure.encoder_identity[:12]}, resized {figure.resize}")

@@ -6,8 +6,9 @@ rounded to 8 bits, as image files would be (EDM's practice).
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from chaindiff.variables import digest
 
 BATCH = 125  # samples of one call: one shape for every row, so that a network compiles once
 CHUNK = 2 * BATCH  # samples of one file
+PASSES = 3  # of training, for one image: forward, and backward at twice its cost (Kaplan et al. 2020, section 2.1)
 
 
 @dataclass
@@ -140,6 +142,24 @@ class Row:
     def nfe(self) -> dict[str, int]:
         return {name: self.plan.costs[name].nfe for name in self.plan.running}
 
+    @cached_property
+    def training_images(self) -> dict[str, int | None]:
+        """The images that each running stage has seen, in the order in which stages run; `trained_images`."""
+        return {n: trained_images(checkpoint.metadata(self.assembly.weights(n))) for n in self.plan.running}
+
+    @property
+    def training_pflop(self) -> float | None:
+        """What training the running stages took, in 10^15 floating-point operations; None if not all is known.
+
+        Images seen x 3 x an evaluation of the network: the usual estimate, without optimizer, averages and encoders.
+        """
+        total = 0.0
+        for name, images in self.training_images.items():
+            if images is None:
+                return None
+            total += images * PASSES * self.plan.costs[name].flops
+        return total / 1e15
+
     def about(self) -> dict[str, Any]:
         """What stands beside this row's figures."""
         return {
@@ -151,5 +171,17 @@ class Row:
             "seed": self.seed,
             "nfe": self.nfe,
             "gflops": self.gflops,
+            "training images": self.training_images,
+            "training pflop": self.training_pflop,
             "seconds per image": self.seconds_per_image,
         }
+
+
+def trained_images(kept: Mapping[str, str]) -> int | None:
+    """The images behind a stage's weights, by the file's metadata: what was seen, not what the recipe asked for.
+
+    None for imported weights, and for those that began as another network's: what that has seen is not told.
+    """
+    images = int(kept.get("images", 0))
+    begun = json.loads(kept.get("stage", "{}")).get("init")
+    return None if "imported" in kept or begun is not None or not images else images

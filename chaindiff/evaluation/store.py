@@ -1,4 +1,4 @@
-"""Features of an image set on disk: appended in chunks, resumed at a chunk's end, read as memory-mapped float32."""
+"""Features of a set on disk: appended in chunks, resumed at a chunk's end, read when they are asked for."""
 
 from __future__ import annotations
 
@@ -6,32 +6,57 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.encoders.base import fingerprint
-from chaindiff.evaluation.features import Extractor
 from chaindiff.evaluation.moments import Moments
+from chaindiff.evaluation.stored import Stored
 from chaindiff.specs.errors import UserError
 
-ROWS = 4096  # read at once by `chunks`
+ROWS = 4096  # read at once by `moments`
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """What makes a row of `width` numbers of every item of a chunk: an `Extractor` of images, a tower of texts."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    def __call__(self, chunk: Any, /) -> Float[Tensor, "n width"]: ...
+
+
+@dataclass(frozen=True)
+class AsTheyAre:
+    """Of vectors, themselves."""
+
+    name: str
+    width: int
+    identity: str = "as they are"
+
+    def __call__(self, chunk: Float[Tensor, "n width"], /) -> Float[Tensor, "n width"]:
+        return chunk.float()
 
 
 class FeatureStore:
-    """What an extractor makes of a set of images, in `folder`, under a name made of the identities of both.
+    """What an extractor makes of a set, mostly of images, in `folder`, under a name made of the identities of both.
 
-    `images` identifies the set and its order (a digest of a data set and its split, of a run's samples). Numbers lie
+    `items` identifies the set and its order (a digest of a data set and its split, of a run's samples). Numbers lie
     in one file of little-endian float32, row after row; a note beside it says how many rows are complete, and is
     renamed into place after they are on the disk, so that an interrupted chunk is cut off and made again.
     """
 
-    def __init__(self, folder: Path, extractor: Extractor, images: str):
+    def __init__(self, folder: Path, extractor: Embedder, items: str):
         self.extractor = extractor
-        self.key = fingerprint([extractor.identity, images])
+        self.key = fingerprint([extractor.identity, items])
         name = re.sub(r"[^\w.-]+", "_", Path(extractor.name).name)
         self.path = Path(folder) / f"{name}-{self.key[:16]}.f32"
         self._note = self.path.with_suffix(".json")
@@ -54,18 +79,18 @@ class FeatureStore:
     def _bytes(self, rows: int) -> int:
         return 4 * rows * self.extractor.width
 
-    def fill(self, chunks: Iterable[Tensor]) -> Iterator[int]:
-        """Extract the features of chunks of images, uint8 [n, 3, h, w]; yields the rows done after each chunk.
+    def fill(self, chunks: Iterable[Any]) -> Iterator[int]:
+        """Extract the features of chunks, of images uint8 [n, 3, h, w]; yields the rows done after each chunk.
 
         `chunks` is the whole set from its beginning: what is done already is passed over without extracting it.
         Memory holds one chunk. Raises UserError for features that are not finite.
         """
         done, seen = len(self), 0
         yield done
-        for images in chunks:
-            seen += len(images)
+        for chunk in chunks:
+            seen += len(chunk)
             if seen > done:
-                self._append(self.extractor(images[len(images) - (seen - done) :]), done)
+                self._append(self.extractor(chunk[len(chunk) - (seen - done) :]), done)
                 done = seen
                 yield done
 
@@ -90,22 +115,15 @@ class FeatureStore:
             hint = "free some space or choose another folder; what is complete is untouched"
             raise UserError(f"cannot write {self.path}: {error}", hint=hint) from error
 
-    @property
-    def features(self) -> Float[Tensor, "rows width"]:
-        """All complete rows, mapped into memory: pages are read when they are used and can be dropped again."""
-        shape = (len(self), self.extractor.width)
-        if not shape[0]:
-            return torch.empty(shape)
-        return torch.from_numpy(np.memmap(self.path, "<f4", mode="c", shape=shape))  # "c": writes stay in memory
+    def first(self, rows: int) -> Stored:
+        """The first rows of those that are complete."""
+        return Stored(self.path, min(rows, len(self)), self.extractor.width)
 
-    def chunks(self, rows: int = ROWS) -> Iterator[Float[Tensor, "rows width"]]:
-        """The complete rows, some at a time, read and not mapped: memory holds one chunk."""
-        total, width = len(self), self.extractor.width
-        for first in range(0, total, rows):
-            count = min(rows, total - first) * width
-            part = np.fromfile(self.path, "<f4", count=count, offset=self._bytes(first))
-            yield torch.from_numpy(part.reshape(-1, width))
+    @property
+    def features(self) -> Stored:
+        """All complete rows, left on the disk."""
+        return self.first(len(self))
 
     def moments(self) -> Moments:
         """Of all complete rows, in one pass. Raises UserError if there is none."""
-        return Moments.over(self.chunks())
+        return Moments.over(self.features.split(ROWS))

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
 from chaindiff.data import ImageData
+from chaindiff.evaluation.captions import TextTower, captions
 from chaindiff.evaluation.features import Extractor, encoder_family, extractor
 from chaindiff.evaluation.memorisation import Memorisation, memorisation
 from chaindiff.evaluation.metrics import (
     Interval,
     Moments,
+    alignment,
     cmmd,
     density_coverage,
     frechet_distance,
@@ -29,11 +30,12 @@ from chaindiff.evaluation.metrics import (
     precision_recall,
     sliced_wasserstein_laplacian,
 )
-from chaindiff.evaluation.oracle import BATCH, DataValues, split_of
+from chaindiff.evaluation.oracle import BATCH, DataValues, oracle_rows, split_of
 from chaindiff.evaluation.patches import MOST, chosen
 from chaindiff.evaluation.provenance import Figure
 from chaindiff.evaluation.rows import CHUNK, Row
-from chaindiff.evaluation.store import FeatureStore
+from chaindiff.evaluation.store import AsTheyAre, Embedder, FeatureStore
+from chaindiff.evaluation.stored import Stored
 from chaindiff.pictures import to_uint8
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
@@ -89,14 +91,28 @@ class Study:
             self._extractors[name] = extractor(name)
         return self._extractors[name]
 
-    def features(self, images: Row | DataImages, judge: str, title: str = "") -> Float[Tensor, "count width"]:
-        """Features of a row's or the data's images, computed once and mapped into memory."""
-        store = FeatureStore(self.folder / "features", self.judge(judge), f"{images.of} {images.key}")
-        if len(store) < images.count:
-            with Bar(f"{judge} {title}".strip(), images.count, len(store)) as bar:
-                for done in store.fill(images.chunks(images.of)):
+    def features(self, images: Row | DataImages, judge: str, title: str = "") -> Stored:
+        """Features of a row's or the data's images, computed once and kept on disk."""
+        chunks, items = images.chunks(images.of), f"{images.of} {images.key}"
+        return self._stored(self.judge(judge), items, chunks, images.count, f"{judge} {title}".strip())
+
+    def vectors(self, row: Row, name: str) -> Stored:
+        """A row's samples of a vector, in one file."""
+        itself = AsTheyAre(name, row.assembly.variables[name].shape[0])
+        return self._stored(itself, f"{name} {row.key}", row.chunks(name), row.count, name)
+
+    def texts(self, judge: str, texts: Sequence[str]) -> Stored:
+        """Texts by the tower that belongs to a judge."""
+        chunks = (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
+        return self._stored(TextTower.of(judge), f"texts {digest(texts)}", chunks, len(texts), f"{judge} captions")
+
+    def _stored(self, maker: Embedder, items: str, chunks: Iterable[Any], count: int, title: str) -> Stored:
+        store = FeatureStore(self.folder / "features", maker, items)
+        if len(store) < count:
+            with Bar(title, count, len(store)) as bar:
+                for done in store.fill(chunks):
                     bar.update(done)
-        return store.features[: images.count]
+        return store.first(count)
 
     def data(self, row: Row, split: str | None) -> DataImages:
         return DataImages(row.assembly, split_of(row.assembly, split), row.of, split)
@@ -113,14 +129,18 @@ class Study:
     # ------------------------------------------------------------ figures
 
     def figures(self, row: Row, reference: DataImages | None = None) -> list[Figure]:
-        """Fréchet distance, KID, precision, recall, density, coverage of a row by every judge."""
+        """Fréchet distance, KID, precision, recall, density, coverage of a row by every judge; and by those that read
+        texts, how far samples agree with the captions of the images that they were made for."""
         against = reference or self.data(row, self.reference)
         found: list[Figure] = []
         for judge in [*self.judges, PATCHES]:
             encoder = "" if judge == PATCHES else self.judge(judge).identity
-            path = self.folder / "figures" / f"{digest([row.key, row.count, against.key, judge, encoder])}.json"
+            texts = self._captions(row, judge)  # a data set's digest does not cover them
+            depends = [row.key, row.count, against.key, judge, encoder, *([digest(texts)] if texts else [])]
+            path = self.folder / "figures" / f"{digest(depends)}.json"
             if not path.exists():
                 measured = self._patches(row, against) if judge == PATCHES else self._measure(row, against, judge)
+                measured += self._alignment(row, judge, texts) if texts else []
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, json.dumps([figure.model_dump() for figure in measured]).encode())
             found += [Figure(**plain) for plain in json.loads(path.read_text())]
@@ -128,21 +148,36 @@ class Study:
 
     def _measure(self, row: Row, against: DataImages, judge: str) -> list[Figure]:
         real, fake = self.features(against, judge, "data"), self.features(row, judge, row.label)
-        network = self.judge(judge)
-        about = {
-            **self._about(row, against),
-            "encoder": judge,
-            "encoder_identity": network.identity,
-            "resize": f"PIL bicubic, antialiased, to {network.size}",
-            "in_chain": network.family in families(row.assembly),
-        }
         values: dict[str, float | Interval] = {"kid": kid(real, fake, seed=row.seed)}
-        if min(row.count, against.count) > network.width:  # else the covariance is singular, and the distance refused
+        if min(row.count, against.count) > real.shape[1]:  # else the covariance is singular, and the distance refused
             values["fd"] = frechet_distance(*(Moments.over(f.split(CHUNK)) for f in (real, fake)))
         if judge.startswith("open_clip"):
             values["cmmd"] = cmmd(real, fake)
         values["precision"], values["recall"] = precision_recall(real, fake)
         values["density"], values["coverage"] = density_coverage(real, fake)
+        about = self._about(row, against, judge)
+        return [Figure.of(metric, value, **about) for metric, value in values.items()]
+
+    def _captions(self, row: Row, judge: str) -> list[str] | None:
+        """Of the images that samples are made for: where values come from the data, and the judge reads texts."""
+        if not judge.startswith("open_clip") or not row.plan.plan.given:
+            return None
+        return captions(row.assembly, self.data(row, row.split).data)
+
+    def _alignment(self, row: Row, judge: str, texts: list[str]) -> list[Figure]:
+        """Mean cosine of each sample and the caption of the image that it was made for, and that of those images."""
+        source = self.data(row, row.split)
+        images = oracle_rows(source.count, row.count, row.seed)
+        told = torch.tensor([bool(text) for text in texts])[images].nonzero()[:, 0]  # samples with a caption
+        if not len(told):
+            return []
+        embedded = self.texts(judge, texts)
+        fake, real, images = self.features(row, judge, row.label), self.features(source, judge, "data"), images[told]
+        values = {
+            "alignment": alignment(fake, embedded, torch.stack([told, images], 1)),
+            "alignment_data": alignment(real, embedded, torch.stack([images, images], 1)),
+        }
+        about = self._about(row, source, judge)
         return [Figure.of(metric, value, **about) for metric, value in values.items()]
 
     def _patches(self, row: Row, against: DataImages) -> list[Figure]:
@@ -150,11 +185,21 @@ class Study:
         count = min(row.count, against.count, MOST)
         real, fake = (_only(x.chunks(row.of), chosen(x.count, count, row.seed)) for x in (against, row))
         levels = sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH)
-        return [Figure(metric="swd", value=fmean(levels.values()), encoder=PATCHES, **self._about(row, against))]
+        return [Figure(metric="swd", value=fmean(levels.values()), **self._about(row, against))]
 
-    def _about(self, row: Row, against: DataImages) -> dict[str, Any]:
+    def _about(self, row: Row, against: DataImages, judge: str = PATCHES) -> dict[str, Any]:
         split = against.split or row.assembly.recipe.data.split or "all"
-        return {"reference": against.data.description, "split": split, "count": row.count, "seed": row.seed}
+        about = {"reference": against.data.description, "split": split, "count": row.count, "seed": row.seed}
+        if judge == PATCHES:
+            return {**about, "encoder": PATCHES}
+        network = self.judge(judge)
+        return {
+            **about,
+            "encoder": judge,
+            "encoder_identity": network.identity,
+            "resize": f"PIL bicubic, antialiased, to {network.size}",
+            "in_chain": network.family in families(row.assembly),
+        }
 
     def memorisation(self, row: Row, judge: str) -> Memorisation | None:
         """Distances to the nearest training image, of samples and of held-out images; None without a held-out split."""

@@ -12,7 +12,7 @@ from chaindiff.evaluation.provenance import Figure, compare
 
 Table = list[list[str]]
 SCALE = {"kid": 1000.0}  # KID is shown in thousandths
-SHOWN = ("fd", "kid", "cmmd", "swd", "precision", "recall")  # of all that is measured
+SHOWN = ("fd", "kid", "cmmd", "swd", "precision", "recall", "alignment", "alignment_data")  # of all that is measured
 NAMES = {
     "fd": "FD",
     "kid": "KID x1000",
@@ -20,6 +20,8 @@ NAMES = {
     "precision": "precision",
     "recall": "recall",
     "coverage": "coverage",
+    "alignment": "alignment with captions",
+    "alignment_data": "alignment of the data itself",
 }
 
 
@@ -65,17 +67,24 @@ def judges_of(rows: Iterable[Measured]) -> dict[str, bool]:
 
 
 def figures_table(results: Results, metrics: Sequence[str] = SHOWN) -> Table:
-    """A line for each row: every metric by every judge, the samples behind them, and what a sample costs."""
+    """A line for each row: every metric by every judge, the samples behind them, what sampling and training cost."""
     judges = judges_of(results.rows)
     columns = [(m, j) for j in judges for m in metrics if any(row.of(m, j) for row in results.rows)]
     head = ["row", *(f"{NAMES.get(m, m)} {j}{'*' if judges[j] else ''}" for m, j in columns)]
-    lines = [[*head, "samples", "GFLOP a sample", "images/s"]]
+    lines = [[*head, "samples", "GFLOP a sample", "training PFLOP", "training images", "images/s"]]
     for row in results.rows:
         cells = [row.label, *(cell(row, metric, judge) for metric, judge in columns)]
         counts = f"{len(row.about)} x {row.about[0]['count']:,}" if len(row.about) > 1 else f"{row.about[0]['count']:,}"
         speed = 1 / fmean(a["seconds per image"] for a in row.about)
-        lines.append([*cells, counts, number(row.about[0]["gflops"]), number(speed)])
+        lines.append([*cells, counts, number(row.about[0]["gflops"]), *training(row.about[0]), number(speed)])
     return lines
+
+
+def training(about: Mapping[str, Any]) -> tuple[str, str]:
+    """What training a row's stages cost, and the images that each has seen as they run; "-" where it is not known."""
+    cost, seen = about["training pflop"], about["training images"].values()
+    images = " + ".join("-" if count is None else f"{count:,}" for count in seen)
+    return "-" if cost is None else number(cost), images or "-"
 
 
 def cell(row: Measured, metric: str, judge: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.edm.random import generator
@@ -15,24 +15,36 @@ from chaindiff.evaluation.kernels import kid
 from chaindiff.evaluation.memorisation import memorisation
 from chaindiff.evaluation.moments import Moments, frechet_distance
 from chaindiff.evaluation.neighbours import density_coverage, precision_recall
+from chaindiff.evaluation.stored import Vectors
 from chaindiff.specs.errors import UserError
 
+BLOCK = 4096  # rows read at once
 
-def alignment(image_embeddings: Float[Tensor, "n width"], text_embeddings: Float[Tensor, "n width"]) -> Interval:
+
+def alignment(
+    image_embeddings: Float[Vectors, "images width"],
+    text_embeddings: Float[Vectors, "texts _"],
+    pairs: Int64[Tensor, "n 2"] | None = None,
+) -> Interval:
     """Mean cosine of each image's embedding and its own text's (the CLIP score of Hessel et al. 2021, unscaled).
 
-    Raises UserError for unlike shapes: row i of both belongs together.
+    `pairs` are numbers of an image and of its text; without them row i of both belongs together.
+    Raises UserError for unlike widths, and without `pairs` for unlike counts.
     """
-    if image_embeddings.shape != text_embeddings.shape:
-        shapes = f"{list(image_embeddings.shape)} and {list(text_embeddings.shape)}"
+    a, b = image_embeddings, text_embeddings
+    if a.shape[1] != b.shape[1] or (pairs is None and len(a) != len(b)):
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
         raise UserError(f"images and texts must be embedded in pairs into one space; got {shapes}")
-    return mean_interval(F.cosine_similarity(image_embeddings.double(), text_embeddings.double(), dim=1))
+    if pairs is None:
+        pairs = torch.arange(len(a))[:, None].expand(-1, 2)
+    parts = [F.cosine_similarity(a[x].double(), b[y].double(), dim=1) for x, y in (p.T for p in pairs.split(BLOCK))]
+    return mean_interval(torch.cat(parts))
 
 
 def vector_report(
-    sampled: Float[Tensor, "samples width"],
-    held_out: Float[Tensor, "rows width"],
-    train: Float[Tensor, "train width"],
+    sampled: Float[Vectors, "samples width"],
+    held_out: Float[Vectors, "rows width"],
+    train: Float[Vectors, "train width"],
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -46,9 +58,9 @@ def vector_report(
     count = min(len(sampled), len(held_out))
     sets = {"sampled": _some(sampled, count, seed, "sampled"), "floor": _some(held_out, count, seed, "held_out")}
     report: dict[str, Any] = {"count": count, "width": sampled.shape[1], "train": len(train)}
-    reference = Moments.over(train.split(4096))
+    reference = Moments.over(train.split(BLOCK))
     try:
-        report["frechet"] = {k: frechet_distance(Moments.over(v.split(4096)), reference) for k, v in sets.items()}
+        report["frechet"] = {k: frechet_distance(Moments.over(v.split(BLOCK)), reference) for k, v in sets.items()}
     except UserError as error:
         report["frechet"], report["frechet_refused"] = None, error.message
     report["kid"] = {k: vars(kid(v, train, seed=seed)) for k, v in sets.items()}
@@ -56,26 +68,36 @@ def vector_report(
     for position, name in enumerate(("precision", "recall", "density", "coverage")):
         report[name] = {k: values[position] for k, values in shares.items()}
     everything = {"sampled": sampled, "held_out": held_out, "train": train}
-    report["norm"] = {k: _spread(v.double().norm(dim=1)) for k, v in everything.items()}
+    report["norm"] = {k: _spread(_norms(v)) for k, v in everything.items()}
     report["cosine"] = {k: _cosines(v) for k, v in everything.items()}
     report["novelty"] = memorisation(sampled, train, held_out).summary()
     return report
 
 
-def _some(rows: Tensor, count: int, seed: int, role: str) -> Tensor:
+def _some(rows: Vectors, count: int, seed: int, role: str) -> Tensor:
     chosen = generator(seed, "vectors", role).choice(len(rows), count, replace=False)
     return rows[torch.from_numpy(chosen)]
+
+
+def _norms(rows: Vectors) -> Float64[Tensor, " rows"]:
+    return torch.cat([part.double().norm(dim=1) for part in rows.split(BLOCK)])
 
 
 def _spread(values: Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "std": values.std().item()}
 
 
-def _cosines(rows: Tensor) -> dict[str, float]:
+def _cosines(rows: Vectors) -> dict[str, float]:
     """Mean and deviation over all pairs of different rows, from sums over rows: sum u_i.u_j = |sum u|^2, and
     sum (u_i.u_j)^2 = |U^T U|^2."""
-    u = F.normalize(rows.double(), dim=1)
-    pairs = len(u) * (len(u) - 1)
-    mean = (u.sum(0).square().sum() - len(u)) / pairs
-    square = ((u.T @ u).square().sum() - len(u)) / pairs
+    count, width = rows.shape
+    total = torch.zeros(width, dtype=torch.float64)
+    products = torch.zeros(width, width, dtype=torch.float64)
+    for part in rows.split(BLOCK):
+        u = F.normalize(part.double(), dim=1).cpu()
+        total += u.sum(0)
+        products += u.T @ u
+    pairs = count * (count - 1)
+    mean = (total.square().sum() - count) / pairs
+    square = (products.square().sum() - count) / pairs
     return {"mean": mean.item(), "std": (square - mean**2).clamp(min=0).sqrt().item()}

@@ -94,6 +94,7 @@ class UNet(nn.Module):
         blocks: int = 4,
         attention: Sequence[int] = (16,),
         dropout: float = 0.1,
+        label_init: str = "published",
     ):
         super().__init__()
         a = self.arch = ARCHS[arch]
@@ -105,6 +106,8 @@ class UNet(nn.Module):
             # ADM draws label weights with variance 1 / label_dim; the others scale the label itself by its square root.
             init = ("kaiming", math.sqrt(label_dim)) if a.late_label else a.init
             self.map_label = Linear(label_dim, embedding if a.late_label else noise, init, bias=not a.late_label)
+            if label_init == "zeros":
+                nn.init.zeros_(self.map_label.weight)
         self.map_augment = Linear(augment_dim, noise, a.init_augment, bias=False) if augment_dim else None
         self.map_layer0 = Linear(noise, embedding, a.init, bias_gain=a.bias_gain)
         self.map_layer1 = Linear(embedding, embedding, a.init, bias_gain=a.bias_gain)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
-from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import KMeansSpec, OpenClipSpec, PcaSpec, Recipe, ResizeSpec, VariableSpec
+from chaindiff.specs.check_variables import A, Where, check_variables, circle_of, shape_problem, unknown
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import Recipe, VariableSpec
 from chaindiff.specs.stage import (
+    JointNetworkSpec,
+    JointSpec,
     LinkSpec,
     PowerEmaSpec,
     PreconditionSpec,
@@ -24,18 +26,7 @@ from chaindiff.specs.stage import (
 from chaindiff.specs.validate import raise_all
 from chaindiff.specs.yaml import describe
 
-Where = Callable[[str], str | None]
-
-_SHAPES = {
-    "image": "[channels, height, width]",
-    "vector": "[elements]",
-    "tokens": "[length, width]",
-    "label": "[number of classes]",
-    "text": "[]",
-}
-_A = {"image": "an image", "vector": "a vector", "tokens": "tokens", "label": "a label", "text": "a text"}
 _ADM_HEAD = 64  # channels of one attention head
-_DEEPEST = 50  # encoders in a row
 # Beyond these numbers nothing could be built, or even planned, in anybody's lifetime and memory.
 _MOST = {"shape": 1_000_000, "batch": 1_000_000, "steps": 100_000, "channels": 16_384, "mult": 1_000}
 _MOST |= {"blocks": 1_000, "width": 65_536, "depth": 1_000, "heads": 65_536, "k": 1_000_000}
@@ -44,27 +35,12 @@ _MOST |= {"blocks": 1_000, "width": 65_536, "depth": 1_000, "heads": 65_536, "k"
 def check(recipe: Recipe, where: Where) -> None:
     """Raises one UserError that lists everything that does not fit together."""
     raise_all([UserError(f"{path}: {problem}", where(path)) for path, problem in _limits(recipe)])
-    raise_all([*_variables(recipe, where), *_stages(recipe, where), *_sample(recipe, where)])
+    raise_all([*check_variables(recipe, where), *_stages(recipe, where), *_sample(recipe, where)])
 
 
 def outputs(name: str, stage: StageSpec) -> Sequence[str]:
     """The variables that a stage generates: the one of its own name unless it says otherwise."""
     return stage.generates or [name]
-
-
-def _unknown(name: str, recipe: Recipe) -> str:
-    return f"there is no variable '{name}'{did_you_mean(name, recipe.variables)}"
-
-
-def _circle(edges: Mapping[str, Sequence[str]]) -> list[str] | None:
-    """Names that lead back to the first of them, or None."""
-    try:
-        TopologicalSorter(edges).prepare()
-    except CycleError as error:
-        circle = error.args[1][:0:-1]
-        first = circle.index(next(name for name in edges if name in circle))
-        return [*circle[first:], *circle[:first], circle[first]]
-    return None
 
 
 def _limits(spec: BaseModel, path: str = "") -> Iterator[tuple[str, str]]:
@@ -77,99 +53,6 @@ def _limits(spec: BaseModel, path: str = "") -> Iterator[tuple[str, str]]:
         numbers = value if isinstance(value, list) else [value]
         if name in _MOST and (most := max((n for n in numbers if isinstance(n, int)), default=0)) > _MOST[name]:
             yield f"{path}{name}", f"{most} is more than {_MOST[name]}, the most that is allowed"
-
-
-# ---------------------------------------------------------------- variables
-
-
-def _variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
-    roots = [name for name, v in recipe.variables.items() if v.kind == "image" and v.encoder is None]
-    for name in roots[1:]:
-        yield UserError(
-            f"variables.{name}: images without an encoder are the data, and '{roots[0]}' is that already",
-            where(f"variables.{name}"),
-            "give one of them an encoder, such as {kind: resize, of: " + roots[0] + "}",
-        )
-    for name, variable in recipe.variables.items():
-        path = f"variables.{name}"
-        if problem := _shape(variable):
-            yield UserError(f"{path}.shape: {problem}", where(f"{path}.shape"))
-        elif name in roots and variable.shape[0] != 3:
-            problem = f"images of the data have 3 channels (RGB), not {variable.shape[0]}"
-            yield UserError(f"{path}.shape: {problem}", where(f"{path}.shape"))
-        elif variable.encoder is not None:
-            for field, problem in _encoder(recipe, variable):
-                yield UserError(f"{path}.encoder.{field}: {problem}", where(f"{path}.encoder.{field}"))
-        if variable.of is not None and variable.kind not in ("label", "text"):
-            problem = f"only a label or a text is read from a field of the data, not a variable of kind {variable.kind}"
-            yield UserError(f"{path}.of: {problem}", where(f"{path}.of"))
-        elif variable.of is not None and variable.encoder is not None:
-            problem = "is never used: this variable comes of its encoder, not of a field of the data"
-            yield UserError(f"{path}.of: {problem}", where(f"{path}.of"))
-        if variable.source in ("uniform", "empirical") and variable.kind != "label":
-            how = "uniformly" if variable.source == "uniform" else "from the data"
-            problem = f"only a label can be drawn {how}, not {_A[variable.kind]}"
-            yield UserError(f"{path}.source: {problem}", where(f"{path}.source"))
-    circle = _circle({name: [v.encoder.of] for name, v in recipe.variables.items() if v.encoder is not None})
-    if circle:
-        place = f"variables.{circle[0]}.encoder"
-        yield UserError(f"{place}: encoders read each other in a circle: {' -> '.join(circle)}", where(place))
-    elif deep := next((name for name in recipe.variables if _depth(recipe, name) > _DEEPEST), None):
-        place = f"variables.{deep}.encoder"
-        yield UserError(f"{place}: encoders read each other more than {_DEEPEST} deep", where(place))
-
-
-def _depth(recipe: Recipe, name: str) -> int:
-    """How many encoders in a row make a variable; it counts no further than one too many."""
-    depth = 0
-    while depth <= _DEEPEST and (variable := recipe.variables.get(name)) and variable.encoder:
-        depth, name = depth + 1, variable.encoder.of
-    return depth
-
-
-def _shape(variable: VariableSpec) -> str | None:
-    kind, shape = variable.kind, variable.shape
-    if len(shape) != (0 if kind == "text" else _SHAPES[kind].count(",") + 1):
-        return f"expected {_SHAPES[kind]} for kind {kind}, not {shape}"
-    if kind == "image" and shape[1] != shape[2]:
-        return f"images are square, not {shape[1]} x {shape[2]}"
-    return None
-
-
-def _encoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]]:
-    """What is wrong with an encoder: the field, and the problem."""
-    encoder = variable.encoder
-    assert encoder is not None
-    source = recipe.variables.get(encoder.of)
-    if source is None:
-        yield "of", _unknown(encoder.of, recipe)
-    elif isinstance(encoder, ResizeSpec):
-        if {source.kind, variable.kind} != {"image"}:
-            yield "of", f"resize makes an image of an image, not {_A[variable.kind]} of {_A[source.kind]}"
-        elif not _shape(source):
-            if source.shape[0] != variable.shape[0]:
-                yield "of", f"'{encoder.of}' has {source.shape[0]} channels, but this variable {variable.shape[0]}"
-            if source.shape[1] < variable.shape[1]:
-                yield "of", f"resize makes images smaller, but '{encoder.of}' is {source.shape[1]} pixels wide"
-    elif isinstance(encoder, OpenClipSpec):
-        if source.kind not in ("image", "text") or variable.kind not in ("vector", "label"):
-            yield "of", f"open_clip makes a vector of an image or a text, not {_A[variable.kind]} of {_A[source.kind]}"
-        else:
-            yield from _reducer(encoder, variable)
-
-
-def _reducer(encoder: OpenClipSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
-    """What is wrong with the way from an embedding to the variable."""
-    reduce, size = encoder.reduce, variable.shape[0]
-    if variable.kind == "vector":
-        if isinstance(reduce, PcaSpec) and reduce.k != size:
-            yield "reduce.k", f"{reduce.k} components do not make a vector of shape {variable.shape}"
-    elif not isinstance(reduce, KMeansSpec):
-        yield "reduce", f"an embedding becomes a label as the nearest of its clusters: {{kind: kmeans, k: {size}}}"
-    elif reduce.k != size:
-        yield "reduce.k", f"{reduce.k} clusters do not make a label of {size} classes"
-    elif encoder.scaling == "raw":
-        yield "scaling", "is never used: the number of a cluster is not scaled"
 
 
 # ---------------------------------------------------------------- stages
@@ -185,7 +68,7 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
             place = f"{path}.generates" if stage.generates else path
             if output not in recipe.variables:
                 hint = None if stage.generates else "a stage generates what bears its name unless it says `generates`"
-                yield UserError(f"{place}: {_unknown(output, recipe)}", where(place), hint)
+                yield UserError(f"{place}: {unknown(output, recipe)}", where(place), hint)
             if output in makers:
                 yield UserError(f"{place}: stage '{makers[output]}' generates '{output}' already", where(place))
             makers.setdefault(output, name)
@@ -202,7 +85,7 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
         for name, stage in recipe.stages.items()
         for output in outputs(name, stage)
     }
-    if circle := _circle(links):
+    if circle := circle_of(links):
         place = f"stages.{makers[circle[0]]}.given"
         yield UserError(f"{place}: stages are given each other in a circle: {' -> '.join(circle)}", where(place))
 
@@ -212,7 +95,7 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, s
     for index, link in enumerate(stage.given):
         field, variable = f"given.{index}", recipe.variables.get(link.variable)
         if variable is None:
-            yield field, _unknown(link.variable, recipe)
+            yield field, unknown(link.variable, recipe)
             continue
         if link.variable in outputs(name, stage):
             yield field, f"the stage generates '{link.variable}' itself, so it cannot be given it"
@@ -238,7 +121,7 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, s
 def _absence(link: LinkSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
     """What is wrong with how much of a variable a link gives."""
     if link.keep and variable.kind != "vector":
-        yield "keep", f"counts the entries of a vector, but '{link.variable}' is {_A[variable.kind]}"
+        yield "keep", f"counts the entries of a vector, but '{link.variable}' is {A[variable.kind]}"
     elif link.keep and max(link.keep) > variable.shape[0]:
         yield "keep", f"{max(link.keep)} is more than the {variable.shape[0]} entries of '{link.variable}'"
     elif link.keep and not max(link.keep):
@@ -251,40 +134,67 @@ def _absence(link: LinkSpec, variable: VariableSpec) -> Iterator[tuple[str, str]
 
 
 def _network(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, str]]:
-    network = stage.network
-    variable = recipe.variables.get(outputs(name, stage)[0])
-    if isinstance(network, PriorSpec) and (network.width % network.heads or network.width % 2):
-        yield "network.width", f"should be even and a multiple of heads ({network.heads}), not {network.width}"
-    if variable is None or _shape(variable):
+    network, names = stage.network, outputs(name, stage)
+    known = [variable for output in names if (variable := recipe.variables.get(output)) and not shape_problem(variable)]
+    if isinstance(network, JointNetworkSpec):
+        yield from _prior(network.vector, "network.vector")
+        if len(known) == len(names):
+            yield from _joint(network, names, known)
         return
+    if isinstance(network, PriorSpec):
+        yield from _prior(network, "network")
+    if len(names) > 1:
+        yield "network.kind", f"a {network.kind} generates one variable, not {len(names)}; use a joint network"
+    elif known:
+        yield from _single(network, known[0])
+
+
+def _single(network: UNetSpec | PriorSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
     fits = {"unet": "image", "prior": "vector"}
     if variable.kind != fits[network.kind]:
         others = [kind for kind, made in fits.items() if made == variable.kind]
         tail = f"; use a {others[0]}" if others else ""
-        yield "network.kind", f"a {network.kind} generates {fits[network.kind]}s, not {_A[variable.kind]}{tail}"
+        yield "network.kind", f"a {network.kind} generates {fits[network.kind]}s, not {A[variable.kind]}{tail}"
     elif isinstance(network, UNetSpec):
-        yield from _unet(network, variable.shape[1])
+        yield from _unet(network, variable.shape[1], "network")
 
 
-def _unet(network: UNetSpec, size: int) -> Iterator[tuple[str, str]]:
+def _joint(network: JointNetworkSpec, names: Sequence[str], made: list[VariableSpec]) -> Iterator[tuple[str, str]]:
+    kinds = [variable.kind for variable in made]
+    if kinds.count("image") != 1 or kinds.count("vector") != len(kinds) - 1 or len(kinds) < 2:
+        listed = ", ".join(f"'{name}' ({kind})" for name, kind in zip(names, kinds, strict=True))
+        yield "generates", f"a joint network generates one image and one or more vectors, not {listed}"
+        return
+    if len(spreads := {variable.sigma_data for variable in made}) > 1:
+        listed = " and ".join(f"{spread:g}" for spread in sorted(spreads))
+        yield "generates", f"what is generated together needs one sigma_data, not {listed}"
+    yield from _unet(network.image, made[kinds.index("image")].shape[1], "network.image")
+
+
+def _prior(network: PriorSpec, path: str) -> Iterator[tuple[str, str]]:
+    if network.width % network.heads or network.width % 2:
+        yield f"{path}.width", f"should be even and a multiple of heads ({network.heads}), not {network.width}"
+
+
+def _unet(network: UNetSpec, size: int, path: str) -> Iterator[tuple[str, str]]:
     levels = len(network.mult)
     if not levels:
-        yield "network.mult", "expected a factor for at least one resolution"
+        yield f"{path}.mult", "expected a factor for at least one resolution"
         return
     if size % 2 ** (levels - 1):
-        yield "network.mult", f"{levels} levels halve the image {levels - 1} times, but {size} pixels do not allow it"
+        yield f"{path}.mult", f"{levels} levels halve the image {levels - 1} times, but {size} pixels do not allow it"
         return
     widths = {size >> level: network.channels * factor for level, factor in enumerate(network.mult)}
     for resolution in network.attention:
         if resolution not in widths:
             known = ", ".join(map(str, widths))
-            yield "network.attention", f"{resolution} is none of this network's resolutions, which are {known}"
+            yield f"{path}.attention", f"{resolution} is none of this network's resolutions, which are {known}"
     if network.channels % 2:
-        yield "network.channels", f"should be even, not {network.channels}"
+        yield f"{path}.channels", f"should be even, not {network.channels}"
     attending = [widths[at] for at in {*network.attention, min(widths)} if at in widths]
     odd = [width for width in attending if width % _ADM_HEAD]
     if network.arch == "adm" and odd:
-        yield "network.channels", f"adm attends with heads of {_ADM_HEAD} channels, which do not divide {min(odd)}"
+        yield f"{path}.channels", f"adm attends with heads of {_ADM_HEAD} channels, which do not divide {min(odd)}"
 
 
 def _formulation(stage: StageSpec) -> Iterator[tuple[str, str]]:
@@ -298,10 +208,27 @@ def _formulation(stage: StageSpec) -> Iterator[tuple[str, str]]:
     if not isinstance(stage.precondition, PreconditionSpec) and noise != stage.precondition:
         tail = f"leave `noise` out, or say precondition: {{kind: edm}}, which takes noise of kind {noise.kind}"
         yield "noise", f"a network of kind {kind} knows the noise levels of {kind} with the same numbers alone; {tail}"
-    network = stage.network
+    network = stage.network.image if isinstance(stage.network, JointNetworkSpec) else stage.network
     if isinstance(network, UNetSpec) and network.arch == "ncsnpp" and kind not in ("edm", "x0", "ve"):
         problem = f"ncsnpp embeds the logarithm of a level (edm, x0, ve), but {kind} tells times up to 1000; use ddpmpp"
-        yield "network.arch", problem
+        yield "network.image.arch" if network is not stage.network else "network.arch", problem
+    yield from _together(stage)
+
+
+def _together(stage: StageSpec) -> Iterator[tuple[str, str]]:
+    """Whether what is said of several variables has several to say it of."""
+    joint, kind = stage.joint, stage.precondition.kind
+    if len(stage.generates or ()) < 2:
+        for field, unused in (("joint", joint != JointSpec()), ("sample.offset", stage.sample.offset != 0)):
+            if unused:
+                yield field, "is for stages that generate several variables together; this one generates one"
+    elif joint.exact + joint.pure > 1:
+        yield "joint.pure", f"{joint.pure:g} and exact, {joint.exact:g}, should be no more than 1 together"
+    elif not isinstance(stage.precondition, PreconditionSpec):
+        problem = f"a network of kind {kind} does not know level 0, at which one of several variables is known exactly"
+        yield "precondition", f"{problem}; use edm, x0, v or flow"
+    if len(stage.generates or ()) > 1 and stage.init is not None:
+        yield "init", "begins one network from another's weights; a joint network is made of several"
 
 
 def _numbers(stage: StageSpec) -> Iterator[tuple[str, str]]:
@@ -334,11 +261,11 @@ def _numbers(stage: StageSpec) -> Iterator[tuple[str, str]]:
 def _sample(recipe: Recipe, where: Where) -> Iterator[UserError]:
     for index, name in enumerate(recipe.sample.want):
         if name not in recipe.variables:
-            yield UserError(f"sample.want: {_unknown(name, recipe)}", where(f"sample.want.{index}"))
+            yield UserError(f"sample.want: {unknown(name, recipe)}", where(f"sample.want.{index}"))
     for name, value in recipe.sample.given.items():
         place, variable = f"sample.given.{name}", recipe.variables.get(name)
         if variable is None:
-            yield UserError(f"sample.given: {_unknown(name, recipe)}", where(place))
+            yield UserError(f"sample.given: {unknown(name, recipe)}", where(place))
         elif problem := _value(variable, value):
             yield UserError(f"{place}: {problem}", where(place))
 

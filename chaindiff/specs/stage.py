@@ -31,6 +31,11 @@ class UNetSpec(Spec):
     blocks: PositiveInt = 4
     attention: list[PositiveInt] = Field(default=[16], description="resolutions with self-attention")
     dropout: Probability = 0.1
+    label_init: Literal["published", "zeros"] = Field(
+        default="published",
+        description="first weights of what the noise embedding is told; zeros: training begins as if nothing were "
+        "told, like VCDM from the weights of an unconditional network",
+    )
 
 
 class PriorSpec(Spec):

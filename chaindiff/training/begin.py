@@ -29,6 +29,7 @@ LABEL, LABEL_BIAS, AUGMENT = (f"network.map_{part}" for part in ("label.weight",
 INPUT = re.compile(r"network\.enc\.\d+x\d+_(conv|aux_residual)\.weight")  # convolutions of the noisy image itself
 OUTPUT = re.compile(r"network\.(out_conv|dec\.\d+x\d+_aux_conv)\.(weight|bias)")
 SHOWN = 6  # problems in a message
+READABLE = "give the weights of a stage, or what `chaindiff import SNAPSHOT.pkl` makes of a snapshot"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,18 @@ class Begun:
 
 
 def begin_from(stage: Stage, path: Path) -> Begun:
-    """Initial weights from a file of another stage or of an imported network. Raises UserError as `begin` does."""
-    return begin(stage, *checkpoint.load(path), str(path))
+    """Initial weights from a file of another stage or of an imported network; on the meta device only their shapes.
+
+    Raises UserError as `begin` does, and if the file is not there or is no safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}", hint="correct the path, or leave `init` out")
+    read = checkpoint.shapes if next(stage.parameters()).is_meta else checkpoint.load
+    try:
+        tensors, kept = read(path)
+    except UserError as error:
+        raise UserError(error.message, hint=READABLE) from error
+    return begin(stage, tensors, kept, str(path))
 
 
 def begin(stage: Stage, tensors: Mapping[str, Tensor], kept: Mapping[str, str], where: str) -> Begun:
@@ -104,7 +115,7 @@ def _preconditioning(stage: Stage, kept: Mapping[str, str]) -> list[str]:
     if said is None:
         return []
     try:
-        spread = float(kept.get("sigma_data", stage.variable.sigma_data))
+        spread = float(kept.get("sigma_data", stage.target.sigma_data))
         trained = preconditioning(TypeAdapter(Precondition).validate_python(said), spread)
     except ValueError:
         return [f"it was trained with a preconditioning that is not known here: {said!s:.80}"]
@@ -201,6 +212,6 @@ def _trained_columns(stage: Stage, kept: Mapping[str, str], width: int) -> dict[
         variable = ours.get(spec.variable)
         if variable is None or variable.identity != identities.get(spec.variable):
             return None
-        links.append(Link(variable, spec, stage.variable))
+        links.append(Link(variable, spec, stage.target))
     found = columns(links)
     return found if found and max(place.stop for place in found.values()) == width else None

@@ -63,6 +63,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+def shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `load` gives, with tensors on the meta device: only the file's header is read; raises what `load` raises."""
+    with _opened(path) as file:
+        sizes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
+        return {k: torch.empty(size, device="meta") for k, size in sizes.items()}, file.metadata() or {}
+
+
 def metadata(path: Path) -> dict[str, str]:
     """The metadata alone, without reading tensors; raises what `load` raises."""
     with _opened(path) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from chaindiff.data.augment import active
 from chaindiff.distributed import processes
 from chaindiff.encoders import Encoder, build_encoder
 from chaindiff.encoders.clip import OpenClip
+from chaindiff.memory import noted
 from chaindiff.pictures import grid, save_png
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
@@ -51,7 +53,8 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
         images = int(kept.get("images", 0))
         total = images + more
     elif spec.init is not None:
-        begin_from(stage, Path(spec.init).expanduser())
+        with assembly.located(f"stages.{name}.init"):
+            begin_from(stage, Path(spec.init).expanduser())
     if tensors is not None:
         checkpoint.fill(stage, tensors, str(start))
     batches = prepare(assembly, name)
@@ -66,7 +69,12 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
         metadata={**assembly.metadata(name), "total": str(total)},
         accelerator=accelerator,
     )
-    with Bar(f"train {name}", total, images) as bar:
+    less = (
+        f"while training stage '{name}'",
+        f"raise stages.{name}.train.accumulate, now {spec.train.accumulate}: the same training in smaller parts",
+        f"or lower stages.{name}.train.batch, now {spec.train.batch}",
+    )
+    with noted(*less), Bar(f"train {name}", total, images) as bar:
         for progress in steps:
             loss = (
                 "" if progress.loss is None else f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s"
@@ -77,12 +85,28 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     return folder / "weights.safetensors"
 
 
+def check_begin(assembly: Assembly, names: Iterable[str], fresh: bool = False) -> None:
+    """Whether the stages that are yet to be trained can begin from their `init`, of which only the header is read.
+
+    Raises UserError for a file that is not there, is no safetensors file or does not fit its stage.
+    """
+    for name in names:
+        init = assembly.recipe.stages[name].init
+        if init is None or assembly.unfinished(name) or not (fresh or assembly.find_weights(name) is None):
+            continue
+        with torch.device("meta"):
+            stage = assembly.build(name)
+        with assembly.located(f"stages.{name}.init"):
+            begin_from(stage, Path(init).expanduser())
+
+
 def preview(stage: Stage, batches: Batches, path: Path) -> None:
     """A grid of samples of the averaged weights, given the data's own values."""
-    if stage.variable.kind != "image":
+    name, kind = stage.target.name, stage.target.kind
+    if kind != "image":
         return
     batch = batches(list(range(PREVIEWS)))
-    images = run_stage(stage, batch, range(PREVIEWS), 0)
+    images = run_stage(stage, batch, range(PREVIEWS), 0)[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(grid(images, columns=math.isqrt(PREVIEWS)), path)
 
@@ -93,7 +117,7 @@ def preview(stage: Stage, batches: Batches, path: Path) -> None:
 def prepare(assembly: Assembly, name: str) -> Batches:
     """The training batches of a stage: encoders fitted, expensive ones cached; processes share out the work."""
     spec, recipe, state = assembly.recipe.stages[name], assembly.recipe, processes()
-    wanted = [assembly.generates(name), *(variable for variable, _ in assembly.links(name))]
+    wanted = assembly.variables_of(name)
     encoders: dict[str, Encoder] = {}
     caches: dict[str, Features] = {}
     queue = [v.name for v in wanted]

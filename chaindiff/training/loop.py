@@ -7,7 +7,6 @@ with the weights of one, to rounding; but a network's dropout draws for a whole 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from chaindiff.edm.ema import Average, averages
 from chaindiff.edm.random import Draws, seed
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.files import UNWRITABLE, write_whole
 from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint, snapshots
@@ -89,33 +87,6 @@ def restore(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class Metrics:
-    """metrics.jsonl and TensorBoard of one stage; lines after the point of resumption are dropped."""
-
-    def __init__(self, folder: Path, images: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["images"] <= images]
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images)
-
-    def write(self, images: int, **values: float) -> None:
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"images": images, **values}) + "\n")
-        except OSError as error:  # which does not name the file when the disk is full
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}", hint=UNWRITABLE) from error
-        for name, value in values.items():
-            self.board.add_scalar(name, value, images)
-
-    def close(self) -> None:
-        self.board.close()
-
-
 def train(
     stage: Stage,
     batches: Batches,
@@ -165,6 +136,8 @@ def train(
     model, optimizer = accelerator.prepare(stage, optimizer)
     metrics = None
     if accelerator.is_main_process:
+        from chaindiff.training.metrics import Metrics  # imports TensorBoard, which only training needs
+
         metrics = Metrics(folder, images)
         checkpoint.remove_leftovers(folder)
         snapshots.remove_after(folder, images if state_path.exists() else 0)
@@ -219,8 +192,6 @@ def train(
         if saves:
             save_state()
         yield Progress(images, total, speed, mean, ema.model if crossed[1] else None)
-    if metrics:
-        metrics.close()
     if accelerator.is_main_process:
         checkpoint.save(folder / "weights.safetensors", ema.model.state_dict(), {**metadata, "images": str(images)})
     accelerator.wait_for_everyone()

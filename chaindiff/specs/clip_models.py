@@ -1,0 +1,32 @@
+"""Names of image-text models, known without importing open_clip, which imports torch."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parents[1] / "assets"
+CONFIG = "open_clip_config.json"
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder that a recipe's `model` means, whether it is there or not; None for a name of open_clip's."""
+    if (EMBEDDED / model / CONFIG).is_file():
+        return EMBEDDED / model
+    folder = Path(model).expanduser()
+    return folder if "/" in model or folder.is_dir() else None
+
+
+def open_clip_models() -> list[str]:
+    """Names of the configurations that open_clip has, those that a program registered included."""
+    if (loaded := sys.modules.get("open_clip")) is not None:
+        return loaded.list_models()
+    found = find_spec("open_clip")
+    assert found is not None and found.origin is not None  # chaindiff depends on it
+    return sorted(path.stem for path in (Path(found.origin).parent / "model_configs").glob("*.json"))
+
+
+def known_models() -> list[str]:
+    """All that a recipe can name: embedded models first."""
+    return [*sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG}")), *open_clip_models()]
