@@ -16,7 +16,7 @@ from chaindiff.execution import sampler_settings
 from chaindiff.networks.joint import Joint
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import JointSpec, LinkSpec, SamplerSpec
+from chaindiff.specs.stage import JointNetworkSpec, JointSpec, LinkSpec, SamplerSpec
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
 
@@ -203,6 +203,49 @@ def test_given_labels_reach_both_streams_and_dropped_ones_do_not() -> None:
     x = {"clip": torch.randn(1, 5), "image": torch.randn(1, 3, 8, 8)}
     outs = [stage.bind({"group": torch.tensor([k])})(x, {"clip": 1.0, "image": 2.0}).x0 for k in (0, 1)]
     assert all((outs[0][name] - outs[1][name]).abs().max() > 1e-6 for name in x)
+
+
+@pytest.mark.slow
+def test_one_network_learns_each_variable_given_the_other() -> None:
+    """A vector, and an image that is as bright as its first entry: each tells the other, and both agree together."""
+    torch.manual_seed(0)
+    vector, image = Variable.vector("vector", 2), Variable.image("image", 3, 8)
+    network = JointNetworkSpec(
+        kind="joint",
+        image={"kind": "unet", "channels": 16, "mult": [1, 1], "blocks": 1, "attention": [], "label_init": "zeros"},
+        vector={"kind": "prior", "width": 64, "depth": 2, "heads": 2},
+    )
+    stage = Stage([vector, image], network=network, sampler=SamplerSpec(steps=12, offset=0.25), name="both")
+    optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=500)
+
+    def data(count: int) -> dict[str, Tensor]:
+        value = 0.5 * torch.randn(count, 2)
+        return {"vector": value, "image": value[:, :1, None, None] + 0.1 * torch.randn(count, 3, 8, 8)}
+
+    for step in range(500):
+        loss = stage.loss(data(64), Draws(range(step * 64, (step + 1) * 64), 0, "both")).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    chain, known = cd.Chain([stage.eval()]), data(200)
+
+    def brightness(images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    both = chain.sample(200)
+    bright = chain.sample(200, given={"vector": known["vector"]})["image"]
+    told = chain.sample(200, given={"image": known["image"]})["vector"]
+    pairs = [
+        (brightness(both["image"]), both["vector"][:, 0]),
+        (brightness(bright), known["vector"][:, 0]),
+        (told[:, 0], known["vector"][:, 0]),
+    ]
+    for left, right in pairs:
+        assert float(torch.corrcoef(torch.stack([left, right]))[0, 1]) > 0.9
+        assert float((left - right).abs().mean()) < 0.2
+    assert abs(float(torch.corrcoef(torch.stack([told[:, 1], known["vector"][:, 1]]))[0, 1])) < 0.3  # nothing tells it
 
 
 # ------------------------------------------------------------ recipes

@@ -15,7 +15,6 @@ JUDGES = ("judge_conv", "judge_vit")
 KEPT = (0, 4, 8, 16, 32, 64, 128)  # principal components that the any-subset network is given
 STEPS = (4, 6, 9, 12, 18)  # Heun steps of the image stage: 2 n - 1 evaluations
 NOISES = (0.0, 0.1, 0.2, 0.3)  # on the link from clip, whose deviation is 0.5
-OFFSETS = (0.0, 0.3, 1.0)  # of the image behind the embedding in the joint model: together to one after the other
 SEEDS = (0, 1, 2)
 BEST_KEPT = 16  # of `KEPT`, by the sweep at 1,000 samples: for the headline rows
 
@@ -29,10 +28,6 @@ def subset(keep: int, group: bool, noise: float = 0.0) -> dict[str, Any]:
             "image16": {"given": {"0": {"sample_absent": not group}, "1": clip}},
         }
     }
-
-
-def offset(value: float) -> dict[str, Any]:
-    return {"stages": {"both": {"sample": {"offset": value}}}}
 
 
 def steps(count: int) -> dict[str, Any]:
@@ -49,19 +44,17 @@ class Experiment:
 
     def __post_init__(self) -> None:
         settings = {"sample": {"precision": "bf16", "execution": "eager" if self.quick else "compile"}}
-        names = ("edm_emoji16", "vcdm_emoji16", "vcdm_emoji_class", "joint_emoji16", "edm_emoji", "vcdm_emoji")
-        loaded = (load_recipe(name).override(settings) for name in names)
-        self.edm, self.vcdm, self.any, self.joint, self.edm32, self.vcdm32 = loaded
+        names = ("edm_emoji16", "vcdm_emoji16", "vcdm_emoji_class", "edm_emoji", "vcdm_emoji")
+        self.edm, self.vcdm, self.any, self.edm32, self.vcdm32 = (load_recipe(n).override(settings) for n in names)
         self.compiled: dict[str, Any] = {}
         self.headline = self._headline()
         self.subsets, self.subsets_oracle = self._subsets((), 1000), self._subsets(("clip",), 1000)
         self.nfe = {name: self._nfe(name, recipe) for name, recipe in (("EDM", self.edm), ("VCDM", self.vcdm))}
-        self.noise, self.offsets = self._noise(), self._offsets()
+        self.noise = self._noise()
         self.large = self._large()
         self.links = link_rows(self._rows(self.vcdm32, "image", 1000, SEEDS[:1]), self._assembly(self.vcdm32))
         self.groups = [
-            self.headline, self.links, self.large, self.subsets, self.subsets_oracle, self.noise, self.offsets,
-            *self.nfe.values(),
+            self.headline, self.links, self.large, self.subsets, self.subsets_oracle, self.noise, *self.nfe.values(),
         ]  # fmt: skip
 
     def _rows(self, recipe: Loaded, of: str, count: int, seeds: Iterable[int]) -> Rows:
@@ -86,11 +79,10 @@ class Experiment:
         rows = [
             self._row("EDM: unconditional", self.edm, 5000, SEEDS),
             self._row("VCDM: clip (PCA-32), then the image", self.vcdm, 5000, SEEDS),
-            self._row("VCDM, oracle: clip from the data", self.vcdm, 5000, SEEDS, ("clip",)),
+            self._row("VCDM, oracle: clip from the data", self.vcdm, 5000, SEEDS[:1], ("clip",)),
             self._row("any-subset network: EDM-class", self.any, 5000, SEEDS, changes=subset(0, True)),
             self._row(f"any-subset network: VCDM, {told}", self.any, 5000, SEEDS, changes=best),
-            self._row(f"any-subset network, oracle: {told}", self.any, 5000, SEEDS, ("clip",), best),
-            self._row("joint: clip and image by one network", self.joint, 5000, SEEDS[:1]),
+            self._row(f"any-subset network, oracle: {told}", self.any, 5000, SEEDS[:1], ("clip",), best),
         ]
         return Group("Headline", "main", rows)
 
@@ -117,12 +109,6 @@ class Experiment:
             for n in NOISES
         ]
         return Group("Noise on the link from clip to image", "sweep", rows, list(NOISES))
-
-    def _offsets(self) -> Group:
-        rows = [
-            self._row(f"joint, offset {x:g}", self.joint, 1000, SEEDS[:1], changes=offset(x)) for x in OFFSETS
-        ]  # fmt: skip
-        return Group("One model for both: how much the embedding leads", "sweep", rows, list(OFFSETS))
 
     def _large(self) -> Group:
         """32x32 through the shared super-resolution stage."""
