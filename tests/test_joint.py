@@ -16,7 +16,7 @@ from chaindiff.execution import sampler_settings
 from chaindiff.networks.joint import Joint
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import JointNetworkSpec, JointSpec, LinkSpec, SamplerSpec
+from chaindiff.specs.stage import JointNetworkSpec, JointSpec, LinkSpec, NoiseSpec, SamplerSpec
 from chaindiff.stage import Stage
 from chaindiff.variables import Variable
 
@@ -215,15 +215,16 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
         image={"kind": "unet", "channels": 16, "mult": [1, 1], "blocks": 1, "attention": [], "label_init": "zeros"},
         vector={"kind": "prior", "width": 64, "depth": 2, "heads": 2},
     )
-    stage = Stage([vector, image], network=network, sampler=SamplerSpec(steps=12, offset=0.25), name="both")
-    optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=500)
+    noise, sampler = NoiseSpec(mean=-0.4, std=1.4), SamplerSpec(steps=12, offset=0.25)
+    stage = Stage([vector, image], network=network, noise=noise, sampler=sampler, name="both")
+    optimizer = torch.optim.Adam(stage.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=800)
 
     def data(count: int) -> dict[str, Tensor]:
         value = 0.5 * torch.randn(count, 2)
         return {"vector": value, "image": value[:, :1, None, None] + 0.1 * torch.randn(count, 3, 8, 8)}
 
-    for step in range(500):
+    for step in range(800):
         loss = stage.loss(data(64), Draws(range(step * 64, (step + 1) * 64), 0, "both")).mean()
         optimizer.zero_grad()
         loss.backward()
