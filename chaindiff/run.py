@@ -250,7 +250,7 @@ def explain_missing_data(assembly: Assembly) -> None:
     try:
         len(assembly.data)
     except UserError as error:
-        image_stages = [n for n in recipe.stages if assembly.generates(n)[-1].kind == "image"]
+        image_stages = [n for n in recipe.stages if [v.kind for v in assembly.generates(n)] == ["image"]]
         begin = f"--set stages.{image_stages[-1]}.init=WEIGHTS.safetensors" if image_stages else ""
         raise UserError(
             error.message,
