@@ -103,7 +103,8 @@ def test_list_of_one_group(command):
         0,
         "networks:\n"
         "  unet   A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks.\n"
-        "  prior  A DALL-E 2 style decoder-only transformer for vectors.\n",
+        "  prior  A DALL-E 2 style decoder-only transformer for vectors.\n"
+        "  joint  One network for an image and vectors: a U-Net and priors that are told what the other sees.\n",
         "",
     )
     status, out, err = command("list", "wieghts")
