@@ -45,9 +45,9 @@ def build(
             context_length=length,
             augment_dim=augment_dim,
         )
-    if len(shapes) > 1:
+    shape, *others = shapes
+    if others:
         raise UserError(f"a {spec.kind} generates one variable, not {len(shapes)}; several need a joint network")
-    shape = shapes[0]
     settings = spec.model_dump(exclude={"kind"})
     if isinstance(spec, UNetSpec):
         if len(shape) != 3 or shape[1] != shape[2]:
