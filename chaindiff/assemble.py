@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from chaindiff.assets import registry
-from chaindiff.chain import Chain, Source
+from chaindiff.chain import Chain, Source, Stages, Value
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
@@ -26,6 +26,7 @@ from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
+from chaindiff.diffusion import Diffusion
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.variables import Variable, digest
@@ -33,7 +34,7 @@ from chaindiff.variables import Variable, digest
 # What changes how a run is observed, not what it learns, is no part of a stage's identity.
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
 TRAINED = {"network", "precondition", "noise", "joint", "augment", "init"}
-NOT_TRAINED = {"variable", "sample_noise", "sample_keep", "sample_absent"}
+NOT_TRAINED = {"variable"}
 UNLEARNED: dict[str, Any] = dict.fromkeys(
     ("checkpoint_every", "preview_every", "log_every", "execution", "accumulate"), True
 )
@@ -140,13 +141,13 @@ class Assembly:
             }
         )
 
-    def build(self, name: str) -> Stage:
+    def build(self, name: str) -> Diffusion:
         """A stage with its initial weights, a function of its training seed."""
         spec: StageSpec = self.recipe.stages[name]
         variables = self.generates(name)
         with self.located(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed(spec.train.seed, *(variable.name for variable in variables), "init"))
-            return Stage(
+            return Diffusion(
                 variables,
                 given=self.links(name),
                 network=spec.network,
@@ -214,7 +215,7 @@ class Assembly:
         written = checkpoint.metadata(weights).get("images") if weights.exists() else None
         return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
 
-    def load(self, name: str, path: Path) -> Stage:
+    def load(self, name: str, path: Path) -> Diffusion:
         """A stage with these weights. Raises UserError if their names or shapes are others."""
         with torch.device("meta"):
             stage = self.build(name)
@@ -263,13 +264,10 @@ class Assembly:
     def encoded(self) -> list[str]:
         return [name for name, spec in self.recipe.variables.items() if spec.encoder is not None]
 
-    def source(self, name: str, meta: bool) -> Source:
-        variable, kind = self.variables[name], self.recipe.variables[name].source
-        (size,) = variable.shape
-        weights = [1.0] * size
-        if kind == "empirical" and not meta:
-            weights = self.counts(name).tolist()
-        return Source(variable, weights)
+    def frequencies(self, name: str) -> list[float]:
+        """The weights of a label's classes where it is drawn: those of the data, or equal ones."""
+        (size,) = self.variables[name].shape
+        return self.counts(name).tolist() if self.recipe.variables[name].source == "empirical" else [1.0] * size
 
     def counts(self, name: str) -> Tensor:
         """Rows of the training data in each class of a label, [classes]; of clusters, as they were fitted."""
@@ -283,49 +281,45 @@ class Assembly:
 
     # ------------------------------------------------------------ chains
 
-    def _chain(self, stages: list[Stage], weights: dict[str, Path], meta: bool) -> Chain:
+    def chain(self, needed: Iterable[str] = ()) -> Chain:
+        """The chain. Until a stage is used it lies on the meta device, where a plan needs no weights, data or memory.
+
+        Raises UserError for a `needed` stage without weights, and as `weights` does when another is first used.
+        """
+        with torch.device("meta"):
+            outlines = [self.build(name) for name in self.recipe.stages]
+        weights: dict[str, Path] = {}
+
+        def load(name: str) -> Stage:
+            weights[name] = self.weights(name)
+            self._check_fitted(weights)
+            return self.load(name, weights[name])
+
         encoders = [
             LazyEncoder(name, self.recipe.variables[name].encoder.of, lambda name=name: self.encoder(name))  # type: ignore[union-attr]
             for name in self.encoded
         ]
         drawn = [n for n, spec in self.recipe.variables.items() if spec.source in ("empirical", "uniform")]
-        return Chain(
-            stages,
-            encoders,
-            [self.source(name, meta) for name in drawn],
-            self.recipe.name,
-            dict(self.variables),
-            weights,
-        )
+        sources = [Source(self.variables[name], lambda name=name: self.frequencies(name)) for name in drawn]
+        stages = Stages(outlines, load)
+        chain = Chain(stages, encoders, sources, self.recipe.name, self.variables, read=self.read)
+        chain.weights = weights
+        for name in needed:
+            _ = chain.stages[name]
+        return chain
 
-    def skeleton(self) -> Chain:
-        """The chain on the meta device, to plan with: nothing is allocated, no weights or data are needed."""
-        with torch.device("meta"):
-            stages = [self.build(name) for name in self.recipe.stages]
-        return self._chain(stages, {}, meta=True)
+    def read(self, given: Mapping[str, Any]) -> Mapping[str, Value]:
+        """What a person gives, as values."""
+        from chaindiff.given import read_given
+
+        return read_given(self, given)
 
     @cached_property
     def request(self) -> ChainPlan:
         """The plan of what the recipe itself asks to sample."""
         asked = self.recipe.sample
         with self.located():
-            return self.skeleton().plan(asked.want or None, tuple(asked.given))
-
-    def chain(self, needed: set[str] | None = None) -> Chain:
-        """The chain with weights; stages outside `needed` stay on the meta device and cannot be sampled.
-
-        Raises UserError for a needed stage without weights.
-        """
-        stages, weights = [], {}
-        for name in self.recipe.stages:
-            if needed is not None and name not in needed:
-                with torch.device("meta"):
-                    stages.append(self.build(name))
-                continue
-            weights[name] = self.weights(name)
-            stages.append(self.load(name, weights[name]))
-        self._check_fitted(weights)
-        return self._chain(stages, weights, meta=False)
+            return self.chain().plan(asked.want or None, tuple(asked.given))
 
     def _check_fitted(self, weights: dict[str, Path]) -> None:
         """Two stages on one link must have been trained with the same fitted statistics."""

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from chaindiff.edm.random import generator, normal_batch
+from chaindiff.diffusion import Diffusion
+from chaindiff.edm.denoiser import State
+from chaindiff.edm.random import Draws, generator
 from chaindiff.graph import Plan, Producer, resolve
+from chaindiff.graph import Step as PlanStep
 from chaindiff.memory import noted
-from chaindiff.specs.errors import UserError
-from chaindiff.stage import Stage
-from chaindiff.variables import Variable
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.stage import Cost, Stage, evaluating
+from chaindiff.variables import Variable, difference
+
+if TYPE_CHECKING:
+    from chaindiff.planning import ChainPlan
 
 TILE = 16  # samples a call, always, when results must not depend on the batch size
+Value = Tensor | list[str]  # texts are lists
 Values = dict[str, Tensor]
+Given = Mapping[str, Any]
 
 
 class Encoder(Protocol):
@@ -29,83 +39,188 @@ class Encoder(Protocol):
     name: str
     of: str
 
-    def __call__(self, value: Tensor) -> Tensor: ...
+    def __call__(self, value: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """A label that nothing produces: `weights` are the classes' probabilities (empirical or uniform)."""
+    """A label that nothing produces: `weights` are in proportion to the classes' probabilities, or give them when
+    they are first needed."""
 
     variable: Variable
-    weights: Sequence[float]
+    weights: Sequence[float] | Callable[[], Sequence[float]]
+
+    @cached_property
+    def _edges(self) -> Tensor:
+        weights = self.weights() if callable(self.weights) else self.weights
+        edges = list(accumulate(weight / sum(weights) for weight in weights))
+        return torch.tensor([*edges[:-1], 1.0], dtype=torch.float64)
 
     def sample(self, samples: Sequence[int], seed: int) -> Tensor:
         """Labels [len(samples)], each a function of (seed, sample number, variable)."""
-        total, edge, edges = sum(self.weights), 0.0, []
-        for weight in self.weights:
-            edge += weight / total
-            edges.append(edge)
-        edges[-1] = 1.0
         uniform = [generator(seed, sample, "source", self.variable.name).random() for sample in samples]
-        return torch.searchsorted(torch.tensor(edges, dtype=torch.float64), torch.tensor(uniform), right=True)
+        return torch.searchsorted(self._edges, torch.tensor(uniform, dtype=torch.float64), right=True)
 
 
-@dataclass
+class Stages(Mapping[str, Stage]):
+    """Stages by name. One of a recipe reads its weights when it is first asked for; until then its outline serves."""
+
+    def __init__(self, stages: Iterable[Stage], load: Callable[[str], Stage] | None = None):
+        self.outlines = {stage.name: stage for stage in stages}
+        self.loaded: dict[str, Stage] = {} if load else dict(self.outlines)
+        self._load, self._device = load, None
+
+    def __getitem__(self, name: str) -> Stage:
+        if name not in self.outlines:
+            raise KeyError(f"there is no stage '{name}'{did_you_mean(name, self.outlines)}")
+        if name not in self.loaded:
+            assert self._load is not None
+            self.loaded[name] = _moved(self._load(name), self._device)
+        return self.loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outlines)
+
+    def __len__(self) -> int:
+        return len(self.outlines)
+
+    def to(self, device: str | torch.device) -> None:
+        """Move what is loaded, and what will be."""
+        self._device = device
+        for stage in self.loaded.values():
+            _moved(stage, device)
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{name}: {stage!r}' for name, stage in self.outlines.items())}}}"
+
+
+def _moved(stage: Stage, device: str | torch.device | None) -> Stage:
+    return stage.to(device) if isinstance(stage, nn.Module) and device is not None else stage
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A stage on its way: its variables after a step, the clean values that it predicts, and their levels.
+
+    A stage that is no diffusion model may say no more than its state. `done` is the share of the whole request.
+    """
+
+    stage: str
+    samples: Sequence[int]
+    x: State
+    x0: State
+    sigma: Mapping[str, float]
+    step: int
+    steps: int
+    done: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a chain; see `Chain.sample`."""
+
+    plan: Plan
+    given: Mapping[str, Value]
+    count: int
+    seed: int
+    batch: int
+    exact: bool
+    noise: Sequence[int]
+    settings: Mapping[str, Mapping[str, Any]]
+    placement: tuple[str | torch.device | None, torch.dtype | None]
+
+    @property
+    def size(self) -> int:
+        """Samples of one call."""
+        return TILE if self.exact else self.batch
+
+
 class Chain:
     """Stages, encoders and sources over shared variables: p(everything) = product of p(generated | given).
 
-    Raises UserError when stages form a cycle, or one variable is generated twice.
+    `read` turns what a person gives (names of classes, files) into values. Raises UserError when stages form a cycle,
+    or one variable is generated twice.
     """
 
-    stages: Sequence[Stage]
-    encoders: Sequence[Encoder] = ()
-    sources: Sequence[Source] = ()
-    name: str = "chain"
-    variables: dict[str, Variable] = field(default_factory=dict)
-    weights: dict[str, Path] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # spent in every stage so far
-
-    def __post_init__(self) -> None:
-        for stage in self.stages:
+    def __init__(
+        self,
+        stages: Iterable[Stage] | Stages,
+        encoders: Sequence[Encoder] = (),
+        sources: Sequence[Source] = (),
+        name: str = "chain",
+        variables: Mapping[str, Variable] | None = None,
+        *,
+        read: Callable[[Given], Mapping[str, Value]] | None = None,
+    ):
+        self.stages = stages if isinstance(stages, Stages) else Stages(stages)
+        self.name, self.variables, self.seconds = name, dict(variables or {}), dict[str, float]()
+        self.weights: dict[str, Path] = {}
+        for stage in self.stages.outlines.values():
             for variable in (*stage.generates.values(), *stage.given):
                 known = self.variables.setdefault(variable.name, variable)
                 if known.identity != variable.identity:
                     raise UserError(
-                        f"stage '{stage.name}' takes '{variable.name}' for {variable}, elsewhere it is {known}",
+                        f"stage '{stage.name}' has another '{variable.name}' than the rest of the chain: "
+                        f"{difference(variable, known)}",
                         hint="a link joins variables of one meaning: the same encoder, shape and scaling",
                     )
-        self._stages = {stage.name: stage for stage in self.stages}
-        self._encoders = {f"{e.name}": e for e in self.encoders}
-        self._sources = {s.variable.name: s for s in self.sources}
+        self.encoders = {e.name: e for e in encoders}
+        self.sources = {s.variable.name: s for s in sources}
+        self._read = read
 
     # ------------------------------------------------------------ planning
 
     @property
     def producers(self) -> list[Producer]:
         """What the resolver sees."""
-        found = [Producer(s.variable.name, "source", (s.variable.name,)) for s in self.sources]
+        found = [Producer(s, "source", (s,)) for s in self.sources]
         found += [
-            Producer(s.name, "stage", tuple(s.generates), tuple(v.name for v in s.given), s.conditionals)
-            for s in self.stages
+            Producer(name, "stage", tuple(s.generates), tuple(v.name for v in s.given), s.conditionals)
+            for name, s in self.stages.outlines.items()
         ]
-        return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders]
+        return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders.values()]
 
-    def resolve(self, want: Sequence[str] | None = None, given: Sequence[str] = ()) -> Plan:
+    def resolve(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> Plan:
         """Which steps a request runs; everything that stages generate is wanted unless told otherwise.
 
         Raises UserError for unknown names, and for requests that sampling would answer wrongly.
         """
+        given = tuple(given)
         return resolve(self.producers, want or self.generated(given), given)
 
     def generated(self, given: Sequence[str] = ()) -> list[str]:
         """The variables that stages generate, without the given ones."""
-        return [name for stage in self.stages for name in stage.generates if name not in given]
+        return [name for stage in self.stages.outlines.values() for name in stage.generates if name not in given]
 
-    def plan(self, want: Sequence[str] | None = None, given: Sequence[str] = ()) -> Any:
-        """The plan of a request with its costs, ready to print or draw."""
+    def plan(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> ChainPlan:
+        """The plan of a request with its costs, ready to print or draw; needs no weights."""
         from chaindiff.planning import ChainPlan
 
         return ChainPlan.of(self, self.resolve(want, given))
+
+    def cost(self, name: str, moving: Sequence[str] | None = None) -> Cost:
+        """What a sample of a stage's variables costs, of all of them unless told otherwise."""
+        stage = self.stages.outlines[name]
+        return stage.cost(tuple(stage.generates) if moving is None else moving)
+
+    def __repr__(self) -> str:
+        made = "; ".join(
+            f"{', '.join(stage.generates)}{' given ' * bool(given)}{', '.join(given)}"
+            for stage in self.stages.outlines.values()
+            for given in [[variable.name for variable in stage.given]]
+        )
+        return f"Chain({self.name}: {made})"
+
+    def _repr_svg_(self) -> str:
+        """The chain's picture, for notebooks."""
+        return self.plan(given=[n for n in self._roots() if n not in self.sources]).svg()
+
+    def _roots(self) -> list[str]:
+        """The variables that stages are given and nothing makes."""
+        made = {name for producer in self.producers for name in producer.outputs}
+        given = [v.name for stage in self.stages.outlines.values() for v in stage.given]
+        texts = [e.of for e in self.encoders.values() if e.name in given and e.name not in self.generated()]
+        return [name for name in dict.fromkeys([*given, *texts]) if name not in made]
 
     # ------------------------------------------------------------ sampling
 
@@ -113,106 +228,243 @@ class Chain:
         self,
         count: int,
         *,
+        given: Given | None = None,
+        want: Sequence[str] | None = None,
         seed: int = 0,
         batch: int = 64,
-        want: Sequence[str] | None = None,
-        given: Mapping[str, Tensor] | None = None,
         exact: bool = False,
+        noise: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        stages: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Values:
         """`count` samples of every wanted variable, on the CPU: name -> [count, *shape].
 
-        `given` holds known values, [count, *shape] or [1, *shape] for all. Sample i is the same whatever the batch
-        size, to rounding, and to the bit with `exact`. Raises UserError for requests that cannot be answered.
+        `given` holds known values, [count, *shape] or [1, *shape] for all; labels as numbers or names, texts as a str or
+        a list. Sample i is the same whatever the batch size, to rounding, and to the bit with `exact`. It takes the
+        noise of sample number `noise[i]`, by default i; one number for all rows shares its noise between them.
+
+        `steps`, `solver` and `guidance` are those of every diffusion stage for this call; `stages` has more by stage,
+        all that its `sample` takes: {"image16": {"sampler": {"eta": 1.0}, "wrap": my_guidance, "path": my_path}}.
+        `device` and `dtype` say where and in which precision networks compute, for this call.
+        Raises UserError for requests that cannot be answered.
         """
-        parts = list(self.stream(count, seed=seed, batch=batch, want=want, given=given, exact=exact))
+        options = {"given": given, "want": want, "seed": seed, "batch": batch, "exact": exact, "noise": noise}
+        options |= {"steps": steps, "solver": solver, "guidance": guidance, "device": device, "dtype": dtype}
+        parts = list(self.stream(count, **options, stages=stages))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def stream(
+    def stream(self, count: int, *, first: int = 0, **options: Any) -> Iterator[Values]:
+        """`sample` a batch at a time, samples `first` to `count`, holding no more than one batch."""
+        request = self.request(count, **options)
+        start = first - first % request.size if request.exact else first
+        for begin in range(start, count, request.size):
+            yield self.part(request, begin, max(first, begin))
+
+    def part(self, request: Request, begin: int, first: int | None = None) -> Values:
+        """The samples of one batch of a request, from number `begin` (those before `first` are cut off)."""
+        return _drained(self._batch(request, begin, begin if first is None else first))
+
+    def previews(self, count: int, **options: Any) -> Iterator[Preview]:
+        """`sample` step by step: every stage's variables, predictions and levels after each step, batch after batch.
+
+        The last preview of a stage holds its samples.
+        """
+        request = self.request(count, **options)
+        for begin in range(0, count, request.size):
+            yield from self._batch(request, begin, begin)
+
+    def request(
         self,
         count: int,
         *,
+        given: Given | None = None,
+        want: Sequence[str] | None = None,
         seed: int = 0,
         batch: int = 64,
-        want: Sequence[str] | None = None,
-        given: Mapping[str, Tensor] | None = None,
         exact: bool = False,
-        first: int = 0,
-    ) -> Iterator[Values]:
-        """`sample` a batch at a time, samples `first` to `count`, holding no more than one batch."""
-        given = {name: self._check(name, value, count) for name, value in (given or {}).items()}
-        plan = self.resolve(want, tuple(given))
-        size = TILE if exact else batch
-        for begin in range(first - first % size if exact else first, count, size):
-            samples = list(range(begin, begin + size if exact else min(begin + size, count)))
-            # Rows past the end repeat the last one: they fill the tile and are cut off again.
-            rows = [min(s, count - 1) for s in samples]
-            values = {n: v.expand(count, *v.shape[1:])[rows] if len(v) == 1 else v[rows] for n, v in given.items()}
-            made = self._run(plan, values, samples, seed)
-            keep = slice(max(first - begin, 0), count - begin)
-            yield {name: made[name][keep] for name in plan.want}
+        noise: int | Sequence[int] | None = None,
+        stages: Mapping[str, Mapping[str, Any]] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **sampler: Any,
+    ) -> Request:
+        """A request, read, checked and planned; see `sample`."""
+        values = self._read(given or {}) if self._read is not None else self._plain(given or {})
+        values = {name: self._checked(name, value, count) for name, value in values.items()}
+        numbers = list(range(count)) if noise is None else [noise] * count if isinstance(noise, int) else list(noise)
+        if len(numbers) != count:
+            raise UserError(f"noise has {len(numbers)} numbers for {count} samples")
+        settings = {name: dict(more) for name, more in (stages or {}).items()}
+        if strange := [name for name in settings if name not in self.stages]:
+            raise UserError(f"there is no stage '{strange[0]}'{did_you_mean(strange[0], self.stages)}")
+        if said := {key: value for key, value in sampler.items() if value is not None}:
+            for name, stage in self.stages.outlines.items():
+                if isinstance(stage, Diffusion):
+                    own = settings.setdefault(name, {})
+                    own["sampler"] = stage.tuned({**_said_of(stage, said), **(own.get("sampler") or {})})
+        plan = self.resolve(want, tuple(values))
+        return Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype))
 
-    def _run(self, plan: Plan, values: Values, samples: list[int], seed: int) -> Values:
-        values = dict(values)
-        for step in plan.steps:
-            name = step.producer.name
-            if step.producer.kind == "stage":
-                stage, began = self._stages[name], time.perf_counter()
-                with noted(f"while sampling stage '{name}', {len(samples)} at a time"):
-                    values |= run_stage(stage, values, samples, seed, step.outputs)
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            elif step.producer.kind == "encoder":
-                encoder = self._encoders[name]
-                values[name] = encoder(values[encoder.of])
+    def _batch(self, request: Request, begin: int, first: int) -> Generator[Preview, None, Values]:
+        """One batch: yields previews, returns the wanted values."""
+        end = begin + request.size if request.exact else min(begin + request.size, request.count)
+        # Rows past the end repeat the last given values; they fill the tile and are cut off again.
+        rows = [min(s, request.count - 1) for s in range(begin, end)]
+        numbers = [request.noise[s] if s < request.count else s for s in range(begin, end)]
+        values: dict[str, Any] = {name: _rows(value, rows) for name, value in request.given.items()}
+        running = [step for step in request.plan.steps if step.producer.kind == "stage"]
+        with self._placed(request, [step.producer.name for step in running]):
+            for step in request.plan.steps:
+                name = step.producer.name
+                if step.producer.kind == "stage":
+                    place = (begin / request.count, (end - begin) / request.count, running.index(step) / len(running))
+                    values |= yield from self._stage(request, step, values, numbers, place)
+                elif step.producer.kind == "encoder":
+                    with torch.no_grad():
+                        values[name] = self.encoders[name](values[self.encoders[name].of])
+                else:
+                    values[name] = self.sources[name].sample(numbers, request.seed)
+                for gone in step.drop:
+                    del values[gone]
+        keep = slice(first - begin, request.count - begin)
+        return {name: values[name][keep].cpu() for name in request.plan.want}
+
+    def _stage(
+        self, request: Request, step: PlanStep, values: Values, numbers: Sequence[int], place: tuple[float, ...]
+    ) -> Generator[Preview, None, Values]:
+        """One stage at work. Noise is a function of (seed, sample, candidate, stage, variable, role, number)."""
+        name, stage = step.producer.name, self.stages[step.producer.name]
+        own = [v for v in stage.generates if v not in step.outputs]
+        given = {v: values[v] for v in (*(variable.name for variable in stage.given), *own)}
+        draws = Draws(numbers, request.seed, 0, name, dtype=torch.float64)
+        batches, share, before = place
+        stages = sum(s.producer.kind == "stage" for s in request.plan.steps)
+        began, state = time.perf_counter(), None
+        with evaluating(stage), noted(f"while sampling stage '{name}', {len(numbers)} at a time"):
+            states = stage.sample(given, draws, **request.settings.get(name, {}))
+            for count, state in enumerate(_without_gradients(states), 1):
+                at, of = getattr(state, "number", count), getattr(state, "total", count)
+                done = min(batches + share * (before + at / of / stages), 1.0)
+                sigma, x0 = getattr(state, "sigma", {}), getattr(state, "x0", {})
+                yield Preview(name, numbers, dict(state), x0, sigma, at, of, done)
+        made = self._made(stage, step.outputs, state, len(numbers))
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return made
+
+    def _made(self, stage: Stage, outputs: Sequence[str], state: Mapping[str, Tensor] | None, count: int) -> Values:
+        """The last state of a stage as values. Raises UserError for a stage that does not give what it generates."""
+        made = {}
+        for name in outputs:
+            variable, value = self.variables[name], (state or {}).get(name)
+            if value is None or len(value) != count or tuple(value.shape[1:]) not in variable.value_shapes:
+                found = "nothing" if value is None else f"shape {list(value.shape)}"
+                raise UserError(
+                    f"stage '{stage.name}' should give {count} samples of {variable}, but its `sample` gave {found}"
+                )
+            made[name] = value.float() if value.is_floating_point() else value
+        return made
+
+    @contextmanager
+    def _placed(self, request: Request, running: Sequence[str]) -> Iterator[None]:
+        """Stages on the request's device and in its precision; as they were afterwards."""
+        device, dtype = request.placement
+        with ExitStack() as after:
+            for stage in (self.stages[name] for name in running):
+                if isinstance(stage, nn.Module) and device is not None:
+                    at = next((p.device for p in stage.parameters()), torch.device("cpu"))
+                    after.callback(stage.to, at)
+                    stage.to(device)
+                if isinstance(stage, Diffusion) and dtype is not None:
+                    after.callback(setattr, stage, "autocast", stage.autocast)
+                    stage.autocast = None if dtype == torch.float32 else dtype
+            yield
+
+    # ------------------------------------------------------------ what is given
+
+    def _plain(self, given: Given) -> dict[str, Value]:
+        """Values without a recipe behind them: tensors, numbers, texts, classes by number."""
+        found: dict[str, Value] = {}
+        for name, value in given.items():
+            variable = self.variables.get(name)
+            if isinstance(value, Tensor) or variable is None and not _texts(value):
+                found[name] = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            elif _texts(value):
+                if variable is not None and variable.kind != "text":
+                    raise UserError(f"given '{name}' is text, but {variable} takes numbers here")
+                found[name] = [value] if isinstance(value, str) else list(value)
             else:
-                values[name] = self._sources[name].sample(samples, seed)
-            for gone in step.drop:
-                del values[gone]
-        return {name: value.cpu() for name, value in values.items()}
+                tensor = torch.as_tensor(value)
+                found[name] = tensor[None] if tensor.ndim == 0 else tensor
+        return found
 
-    def _check(self, name: str, value: Tensor, count: int) -> Tensor:
+    def _checked(self, name: str, value: Value, count: int) -> Value:
         variable = self.variables.get(name)
+        if variable is None and not isinstance(value, Tensor):
+            return value  # a text that no stage takes by itself: an encoder does
         if variable is None:
             return value  # the resolver refuses it with the nearest name
-        shape = () if variable.kind == "label" and not value.is_floating_point() else variable.shape
-        if tuple(value.shape[1:]) != tuple(shape) or len(value) not in (1, count):
+        shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
+        if shape not in variable.value_shapes or len(value) not in (1, count):
+            said = list(value.shape) if isinstance(value, Tensor) else [len(value)]
+            expected = ", ".join(map(str, (count, *variable.value_shapes[0])))
             raise UserError(
-                f"given '{name}' has shape {list(value.shape)}; expected [{count}, {', '.join(map(str, shape))}]",
-                hint="or one row for all samples",
+                f"given '{name}' has shape {said}; expected [{expected}]", hint="or one row for all samples"
             )
         return value
 
+    # ------------------------------------------------------------ objects
+
+    def to(self, device: str | torch.device) -> Chain:
+        """Move the stages; those that are not loaded yet will follow. Returns the chain itself."""
+        self.stages.to(device)
+        return self
+
+
+def _said_of(stage: Diffusion, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a whole call that concern this stage: it takes the scales of its own given variables alone."""
+    guidance = said.get("guidance")
+    rest = {key: value for key, value in said.items() if key != "guidance"}
+    droppable = stage.droppable(stage.sampler)
+    if isinstance(guidance, Mapping):
+        return {**rest, "guidance": {name: scale for name, scale in guidance.items() if name in droppable} or 1.0}
+    return {**rest, "guidance": guidance} if guidance is not None and droppable else rest
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(part, str) for part in value)
+    )
+
+
+def _rows(value: Value, rows: Sequence[int]) -> Value:
+    if len(value) == 1:
+        return value.expand(len(rows), *value.shape[1:]) if isinstance(value, Tensor) else value * len(rows)
+    return value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
+
 
 @torch.no_grad()
-def run_stage(
-    stage: Stage, values: Values, samples: Sequence[int], seed: int, outputs: Sequence[str] | None = None
-) -> Values:
-    """The variables `outputs` of a stage, all unless told otherwise, for these samples, given others in `values`.
+def _without_gradients(states: Iterator[State]) -> Iterator[State]:
+    yield from states
 
-    Noise is a function of (seed, sample, candidate, stage, variable, role, number).
-    """
-    device = next(stage.parameters()).device
-    shapes = {name: v.shape for name, v in stage.generates.items() if outputs is None or name in outputs}
 
-    def draw(shape: Sequence[int], variable: str, role: str, number: int) -> Tensor:
-        return normal_batch(shape, samples, seed, 0, stage.name, variable, role, number).to(device)
-
-    link_noise = {
-        link.variable.name: draw(link.received, link.variable.name, "link", 0)
-        for link in stage.conditioner
-        if link.spec.sample_noise and link.spec.sampled
-    }
-    known = [*(v.name for v in stage.given), *(name for name in stage.generates if name not in shapes)]
-    given = {name: values[name].to(device) for name in known}
-    start = {name: draw(shape, name, "start", 0) for name, shape in shapes.items()}
-    states = stage.sample(start, given, lambda name, number: draw(shapes[name], name, "churn", number), link_noise)
-    return {name: value.float() for name, value in deque(states, maxlen=1).pop().items()}
+def _drained(states: Generator[Any, None, Values]) -> Values:
+    """What a generator returns when it is done."""
+    while True:
+        try:
+            next(states)
+        except StopIteration as done:
+            return done.value
 
 
 def load(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Chain:
-    """The chain of a recipe (a path or a bare name), with shipped or found weights.
+    """The chain of a recipe (a path or a bare name), of a run's directory, or of a folder that `save` wrote.
 
-    `set` and keyword overrides are those of the command line's `--set`. Raises UserError for mistakes in the recipe
-    and for stages that have no weights yet.
+    Weights are read when a stage is first used: a plan needs none. `set` and keyword overrides are those of the
+    command line's `--set`. Raises UserError for mistakes in the recipe.
     """
     from chaindiff.assemble import assemble
     from chaindiff.specs.load import load_recipe

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from chaindiff.stage import Stage
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Parameters, multiply-adds x 2 of one evaluation of one sample, and bytes: weights, and activations a sample."""
-
-    parameters: int
-    flops: int
-    nfe: int
-    weight_bytes: int
-    activation_bytes: int
-
-    @property
-    def total_flops(self) -> int:
-        """For one whole sample."""
-        return self.flops * self.nfe
+from chaindiff.networks.interface import Condition, Interface
+from chaindiff.stage import Cost
 
 
 class _Peak(TorchDispatchMode):
@@ -57,26 +41,31 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
-def measure(stage: Stage, moving: Iterable[str] | None = None) -> Cost:
-    """The cost of one sample of a stage whose parameters may be on any device, the meta device included.
-
-    `moving` are the variables that are sampled, all that the stage generates unless told otherwise.
-    """
-    network = stage.network
+def measure(
+    stage: nn.Module, network: nn.Module, interface: Interface, nfe: int, how: str, notes: Mapping[str, str]
+) -> Cost:
+    """The cost of one sample of a stage by `nfe` evaluations of its network, of which one is counted."""
     tensors = {k: v.to("meta") for k, v in [*network.named_parameters(), *network.named_buffers()]}
-    conditioner, values = stage.conditioner, []
-    for variable in stage.generates.values():
-        extra = conditioner.image_channels if variable.kind == "image" else 0
-        values.append(torch.empty(1, variable.shape[0] + extra, *variable.shape[1:], device="meta"))
-    labels_of_noise = [torch.empty(1, device="meta")] * len(values)
-    labels = torch.empty(1, conditioner.label_dim, device="meta") if conditioner.label_dim else None
-    augment = torch.empty(1, stage.augment_dim, device="meta") if stage.augment_dim else None
-    context = torch.empty(1, *conditioner.context, device="meta") if conditioner.context else None
-    noisy = (values, labels_of_noise) if len(values) > 1 else (values[0], labels_of_noise[0])
-    inputs = (*noisy, labels, augment, context)
+
+    def empty(*shape: int) -> Tensor | None:
+        return torch.empty(1, *shape, device="meta") if all(shape) else None
+
+    x = {name: torch.empty(1, *shape, device="meta") for name, shape in interface.variables.items()}
+    noise = {name: torch.empty(1, device="meta") for name in x}
+    size = next((shape[1:] for shape in interface.variables.values() if len(shape) == 3), ())
+    images = empty(interface.image_channels, *size) if size else None
+    context = empty(*interface.context) if interface.context else None
+    condition = Condition(empty(interface.label_dim), images, context, empty(interface.augment_dim))
     counter, peak = FlopCounterMode(display=False), _Peak(*tensors.values())
     with torch.no_grad(), counter, peak:
-        torch.func.functional_call(network, tensors, inputs)
-    parameters = sum(p.numel() for p in stage.parameters())
-    size = sum(p.numel() * p.element_size() for p in stage.parameters())
-    return Cost(parameters, counter.get_total_flops(), stage.nfe(moving), size, peak.peak)
+        torch.func.functional_call(network, tensors, (x, noise, condition))
+    parameters = list(stage.parameters())
+    return Cost(
+        parameters=sum(p.numel() for p in parameters),
+        flops=counter.get_total_flops(),
+        nfe=nfe,
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        activation_bytes=peak.peak,
+        how=how,
+        notes=notes,
+    )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.chain import Chain
+from chaindiff.chain import Chain, Value
+from chaindiff.diffusion import Diffusion
 from chaindiff.planning import ChainPlan
 from chaindiff.specs.stage import StageSpec
 from chaindiff.variables import digest
@@ -23,8 +24,8 @@ COMPILE_PAYS = 3e13  # floating-point operations of a whole run; below, compilin
 
 def prepare(chain: Chain, execution: str, precision: str) -> None:
     """Compile the networks of a chain that can run, and have them compute in bf16, as the request says."""
-    for stage in chain.stages:
-        if not next(stage.parameters()).is_meta:
+    for stage in chain.stages.loaded.values():
+        if isinstance(stage, Diffusion):
             stage.autocast = torch.bfloat16 if precision == "bf16" else None
             if execution == "compile" and stage.network._compiled_call_impl is None:
                 stage.network.compile()
@@ -40,7 +41,7 @@ def chosen_execution(assembly: Assembly, found: ChainPlan) -> str:
 
 
 def depends_on(
-    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Tensor]
+    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Value]
 ) -> dict[str, Any]:
     """All that samples depend on, but for the way of execution, as plain data."""
     recipe = assembly.recipe
@@ -48,9 +49,13 @@ def depends_on(
         "weights": {name: file_digest(path) for name, path in weights.items()},
         "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.links(n)] for n in found.running},
-        "given": {n: hashlib.sha256(v.numpy().tobytes()).hexdigest() for n, v in values.items()},
+        "given": {n: value_digest(v) for n, v in values.items()},
         "sample": recipe.sample.model_dump(exclude={"execution", "given"}),
     }
+
+
+def value_digest(value: Value) -> str:
+    return hashlib.sha256(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()).hexdigest()
 
 
 def sampler_settings(stage: StageSpec) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def sampler_settings(stage: StageSpec) -> dict[str, Any]:
 
 
 def lock_of(
-    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Tensor]
+    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Value]
 ) -> dict[str, Any]:
     """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on."""
     depends = {**depends_on(assembly, found, weights, values), "execution": chosen_execution(assembly, found)}

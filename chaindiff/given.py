@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
+from chaindiff.chain import Value
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.sources import IMAGES, Folder
 from chaindiff.specs.errors import UserError, did_you_mean
@@ -19,18 +20,19 @@ from chaindiff.specs.recipe import DataSpec
 from chaindiff.variables import Variable
 
 
-def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Value]:
     """Values of given variables, [1, *shape] or [rows, *shape].
 
-    A label is a class's name or number, a text stands for its encodings. An image is a file or folder. Anything that
+    A label is a class's name or number, a text is itself. An image is a file or folder. Anything that
     an encoder makes of images (clusters too) can be given as an image, which is then encoded; or as numbers in a
     .safetensors or .npy file.
     Raises UserError for unknown variables, classes and files.
     """
-    values = {}
+    values: dict[str, Value] = {}
     for name, value in given.items():
         variable = _variable(assembly, name)
-        values |= _texts(assembly, name, value) if variable.kind == "text" else {name: _read(assembly, variable, value)}
+        text = variable.kind == "text"
+        values[name] = _texts(assembly, name, value) if text else _read(assembly, variable, value)
     return values
 
 
@@ -42,15 +44,14 @@ def check_given(assembly: Assembly, given: Mapping[str, Any]) -> None:
             _checked(assembly, variable, value)
 
 
-def _texts(assembly: Assembly, name: str, value: Any) -> dict[str, Tensor]:
-    """A text enters the chain as its encodings, those that some stage is given."""
+def _texts(assembly: Assembly, name: str, value: Any) -> list[str]:
+    """A text enters the chain by its encodings, one of which some stage must be given."""
     specs, texts = assembly.recipe.variables, value if isinstance(value, list) else [value]
     used = {variable.name for stage in assembly.recipe.stages for variable, _ in assembly.links(stage)}
     encodings = [n for n, spec in specs.items() if n in used and spec.encoder is not None and spec.encoder.of == name]
     if not encodings:
         raise UserError(f"--given {name}: no stage is given an encoding of this text")
-    with torch.no_grad():
-        return {n: assembly.encoder(n)([str(text) for text in texts]) for n in encodings}
+    return [str(text) for text in texts]
 
 
 def _variable(assembly: Assembly, name: str) -> Variable:

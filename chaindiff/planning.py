@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from chaindiff.cost import Cost, measure
 from chaindiff.drawing import Arrow, Box, chain_svg
 from chaindiff.graph import Plan
+from chaindiff.stage import Cost
 from chaindiff.variables import Variable
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ class ChainPlan:
     plan: Plan
     variables: dict[str, Variable]
     costs: dict[str, Cost]  # of every stage of the chain, those that do not run included
-    solvers: dict[str, str]
     chain: Chain
 
     @classmethod
@@ -32,8 +31,7 @@ class ChainPlan:
             chain.name,
             plan,
             chain.variables,
-            {stage.name: measure(stage, moving.get(stage.name)) for stage in chain.stages},
-            {stage.name: f"{stage.sampler.solver}, {stage.sampler.steps} steps" for stage in chain.stages},
+            {name: chain.cost(name, moving.get(name)) for name in chain.stages},
             chain,
         )
 
@@ -62,7 +60,7 @@ class ChainPlan:
             if kind == "stage":
                 cost = self.costs[name]
                 row |= {
-                    "sampler": self.solvers[name],
+                    "sampler": cost.how,
                     "parameters": f"{cost.parameters:,}",
                     "NFE": str(cost.nfe),
                     "FLOPs/NFE": amount(cost.flops),
@@ -87,7 +85,8 @@ class ChainPlan:
             }
             if step.producer.kind == "stage":
                 cost = self.costs[name]
-                facts |= {"sampler": self.solvers[name], **asdict(cost), "total_flops": cost.total_flops}
+                plain = asdict(cost)
+                facts |= {"sampler": plain.pop("how"), **plain, "total_flops": cost.total_flops}
                 facts["share"] = self.share(name)
             steps.append(facts)
         costs = [self.costs[name] for name in self.running]
@@ -168,11 +167,10 @@ class ChainPlan:
         return boxes, arrows
 
     def _links(self, name: str, box: str, on: bool) -> list[Arrow]:
-        stage = next(s for s in self.chain.stages if s.name == name)
-        arrows = []
-        for link in stage.conditioner:
-            noise = f"noise {link.spec.sample_noise:g}" if link.tells_level else ""
-            arrows.append(Arrow(link.variable.name, box, noise, ("noisy" if noise else "link") if on else "idle"))
+        notes, arrows = self.costs[name].notes, []
+        for reads in self.chain.reads(name):
+            note = notes.get(reads, "")
+            arrows.append(Arrow(reads, box, note, ("noisy" if note else "link") if on else "idle"))
         return arrows
 
     def svg(self) -> str:

@@ -50,7 +50,7 @@ def plan(
     asked = loaded.recipe.sample
     assembly = Assembly(loaded)
     with assembly.located():
-        found = assembly.skeleton().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
+        found = assembly.chain().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
     check_begin(assembly, loaded.recipe.stages)
     say(str(found))
     if picture is not None:
@@ -149,7 +149,7 @@ def sample_chain(assembly: Assembly) -> Sampled:
     """
     asked, out, state = assembly.recipe.sample, assembly.out, processes()
     found = assembly.request
-    chain = assembly.chain(set(found.running))
+    chain = assembly.chain(found.running)
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
     keep = list(dict.fromkeys([*made, *asked.want]))
     size = TILE if asked.exact else asked.batch  # as the chain streams them
@@ -171,14 +171,14 @@ def sample_chain(assembly: Assembly) -> Sampled:
     prepare(chain, lock["execution"], asked.precision)
     began, mine = time.perf_counter(), missing[state.process_index :: state.num_processes]
     done = asked.count - sum(map(len, missing))
-    settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact}
+    settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "want": keep, "given": values}
     less = f"lower sample.batch (--batch), now {size}"
     if asked.exact:
         less = f"sample.exact always takes {size} at a time; without it, lower sample.batch (--batch)"
     with noted(less), Bar("sample", done + sum(map(len, mine)), done) as bar:
+        request = chain.request(asked.count, **settings)
         for batch in mine:
-            part = next(chain.stream(asked.count, want=keep, given=values, first=batch.start, **settings))
-            samples.write(batch.start, part)
+            samples.write(batch.start, chain.part(request, batch.start))
             done += len(batch)
             bar.update(done)
     state.wait_for_everyone()

@@ -21,8 +21,8 @@ class Variable:
     """A named random quantity.
 
     A value is a tensor [batch, *shape]; a label's is an integer [batch] below `shape[0]`. Images lie in [-1, 1].
-    `meaning` says what the numbers are (for an encoder's output: which encoder, of what, how scaled); two variables may
-    be joined by a link only if their identities agree.
+    `meaning` says what the numbers are (for an encoder's output: which encoder, of what, how scaled), and unless said
+    they are what data holds under this name; two variables may be joined by a link only if their identities agree.
     """
 
     name: str
@@ -58,8 +58,19 @@ class Variable:
     @property
     def identity(self) -> str:
         """Equal for equal meaning, whatever the variable's name in a recipe."""
-        meaning = self.meaning or self.name
-        return digest({"kind": self.kind, "shape": self.shape, "sigma_data": self.sigma_data, "meaning": meaning})
+        said = {"kind": self.kind, "shape": self.shape, "sigma_data": self.sigma_data}
+        return digest({**said, "meaning": self.meaning or json.dumps(self._plain_meaning, sort_keys=True)})
+
+    @property
+    def _plain_meaning(self) -> dict[str, Any]:
+        """What the data itself holds under this name: for an image, what a recipe means by one without an encoder."""
+        own = {"image": {}, "label": {"field": self.name}, "text": {"field": self.name}}
+        return {"kind": self.kind, "shape": list(self.shape), **own.get(self.kind, {"name": self.name})}
+
+    @property
+    def value_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes that one row of a value may have: a label is a number, or a distribution over its classes."""
+        return [(), self.shape] if self.kind == "label" else [self.shape]
 
     def __str__(self) -> str:
         return f"{self.name} [{' x '.join(map(str, self.shape))}]"
@@ -75,3 +86,31 @@ def meaning(name: str, specs: Mapping[str, VariableSpec]) -> dict[str, Any]:
     elif spec.kind in ("label", "text"):
         plain["field"] = spec.of or name
     return plain
+
+
+def difference(one: Variable, other: Variable) -> str:
+    """What tells two variables apart, in words: "its shape is [4], not [8]"."""
+    mine, theirs = _facts(one), _facts(other)
+    different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    said = [f"its {key} is {mine.get(key, 'nothing')}, not {theirs.get(key, 'nothing')}" for key in different]
+    return "; ".join(said) or "nothing that is said"
+
+
+def _facts(variable: Variable) -> dict[str, str]:
+    """All that an identity depends on, flat, by names such as encoder.reduce.k."""
+    try:
+        said = json.loads(variable.meaning) if variable.meaning else {}
+    except ValueError:
+        said = variable.meaning
+    facts = {"kind": variable.kind, "shape": list(variable.shape), "sigma_data": variable.sigma_data, "meaning": said}
+    flat: dict[str, str] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                walk(below, f"{path}.{key}" if path else key)
+        else:
+            flat.setdefault(path.removeprefix("meaning."), json.dumps(value).strip('"'))
+
+    walk(facts, "")
+    return flat

@@ -21,11 +21,11 @@ BEST_KEPT = 16  # of `KEPT`, by the sweep at 1,000 samples: for the headline row
 
 def subset(keep: int, group: bool, noise: float = 0.0) -> dict[str, Any]:
     """Overrides of vcdm_emoji_class: what its image network is told."""
-    clip = {"sample_keep": keep, "sample_noise": noise}
+    told = {"group": {"absent": not group}}
     return {
         "stages": {
-            "clip": {"given": {"0": {"sample_absent": not group}}},
-            "image16": {"given": {"0": {"sample_absent": not group}, "1": clip}},
+            "clip": {"sample": {"links": told}},
+            "image16": {"sample": {"links": {**told, "clip": {"keep": keep, "noise": noise}}}},
         }
     }
 

@@ -16,37 +16,29 @@ Levels = Mapping[str, float | Tensor]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says: the expected clean value of every moving variable, and its learned log-variance if any."""
+    """What a denoiser says: the expected clean value of every moving variable.
+
+    `variance`: what a network that learns variances says of them, as it says it (Nichol & Dhariwal 2021, eq. 15: where
+    the log-variance of a step lies between its two bounds).
+    """
 
     x0: State
-    log_var: State | None = None
+    variance: State | None = None
 
 
 @runtime_checkable
 class Denoiser(Protocol):
     """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditions are bound beforehand.
 
-    It knows levels from sigma_min to sigma_max, and every variable may rest at 0.
+    Guidance, thresholding and known values wrap one denoiser in another. None of them switches gradients off: that is
+    the solver's business, so a wrapper may differentiate through what it wraps.
     """
-
-    @property
-    def sigma_min(self) -> float: ...
-    @property
-    def sigma_max(self) -> float: ...
 
     def __call__(self, x: State, sigma: Levels) -> Prediction: ...
 
-
-@runtime_checkable
-class Rounding(Protocol):
-    """What a denoiser may offer besides: the nearest level that it knows, where it was trained on discrete ones."""
-
-    def round(self, sigma: float) -> float: ...
-
-
-def round_level(denoiser: Denoiser, sigma: float) -> float:
-    """The level that a denoiser knows nearest to this one; most know all."""
-    return denoiser.round(sigma) if isinstance(denoiser, Rounding) else sigma
+    def evaluations(self, sigma: Levels) -> int:
+        """Evaluations of a network that a call at these levels costs."""
+        ...
 
 
 def expand(value: float | Tensor, like: Tensor) -> float | Tensor:

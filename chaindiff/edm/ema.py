@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from chaindiff.edm.power_ema import gamma_of, power_decay
-from chaindiff.specs.stage import EmaSpec, PowerEmaSpec
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,10 +62,3 @@ class PowerEma(Average[Module]):
 
     def keep(self, batch: int, images: float) -> float:
         return power_decay(batch, images, self.gamma)
-
-
-def averages(spec: EmaSpec | PowerEmaSpec, source: Module) -> dict[str, Average[Module]]:
-    """The averages that a recipe asks for, by the name that they have in a training state; weights are the first's."""
-    if isinstance(spec, PowerEmaSpec):
-        return {f"ema{sigma_rel}": PowerEma(source, sigma_rel) for sigma_rel in spec.tracks}
-    return {"ema": Ema(source, spec.half_life, spec.rampup)}

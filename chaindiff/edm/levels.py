@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float64
 
 from chaindiff.edm.schedules import VP, Linear, Schedule, iddpm_levels
-from chaindiff.specs.errors import UserError
 
 Grid = Sequence[float] | np.ndarray  # levels of one variable, largest first
 
@@ -43,12 +42,12 @@ def even_sigmas(steps: int, sigma_min: float, sigma_max: float, schedule: Schedu
 def iddpm_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Float64[np.ndarray, " steps1"]:
     """Even steps over iDDPM's discrete levels within the range (EDM, table 1, as its general sampler selects them).
 
-    Raises UserError if there are fewer such levels than steps.
+    Raises ValueError if there are fewer such levels than steps.
     """
     levels = iddpm_levels()
     levels = levels[(levels >= sigma_min) & (levels <= sigma_max)]
     if len(levels) < steps:
-        raise UserError(f"{steps} steps, but iDDPM has {len(levels)} levels from {sigma_min:g} to {sigma_max:g}")
+        raise ValueError(f"{steps} steps, but iDDPM has {len(levels)} levels from {sigma_min:g} to {sigma_max:g}")
     index = np.round((len(levels) - 1) / max(steps - 1, 1) * np.arange(steps)).astype(int)
     return np.append(levels[index], 0.0)
 
@@ -118,16 +117,6 @@ class Path:
     def moves(self, step: int) -> list[str]:
         """The variables whose level changes from this grid point to the next."""
         return [v for v, times in self.times.items() if times[step + 1] != times[step]]
-
-    def corrects(self, step: int) -> list[str]:
-        """The moving variables that a second-order step can correct: those that neither land on 0 nor leave it."""
-        here, there = self.sigma(step), self.sigma(step + 1)
-        return [v for v in self.moves(step) if here[v] > 0 and there[v] > 0]
-
-    def evaluations(self, second_order: bool) -> int:
-        """NFE of one pass: one a step that moves anything, and one more where a second-order step corrects."""
-        steps = [i for i in range(self.steps) if self.moves(i)]
-        return len(steps) + sum(second_order and bool(self.corrects(i)) for i in steps)
 
     def reversed(self) -> Path:
         """The same levels the other way round, for inversion."""

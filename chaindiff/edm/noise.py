@@ -12,16 +12,6 @@ from torch import Tensor
 
 from chaindiff.edm.random import Draws
 from chaindiff.edm.schedules import VP, Cosine, Flow, iddpm_levels
-from chaindiff.specs.stage import (
-    CosineNoiseSpec,
-    IddpmSpec,
-    LogitNormalSpec,
-    NoiseLevels,
-    NoiseSpec,
-    UniformTimeSpec,
-    VeSpec,
-    VpSpec,
-)
 
 LARGEST_LOG_SNR = 20.0  # Salimans & Ho 2022 clip log-SNR to [-20, 20]
 
@@ -73,7 +63,7 @@ class DiscreteLevels:
     levels: int = 1000
 
     def __call__(self, draws: Draws) -> Float[Tensor, " batch"]:
-        return torch.tensor(iddpm_levels(self.levels), dtype=torch.float32)[draws.integers("sigma", self.levels)]
+        return torch.tensor(iddpm_levels(self.levels), dtype=torch.float32)[draws.integers("sigma", below=self.levels)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +98,7 @@ def some_known(
     """
     if len(levels) < 2:
         return dict(levels)
-    which = draws.integers("which", 2 ** len(levels) - 2) + 1
+    which = draws.integers("which", below=2 ** len(levels) - 2) + 1
     how = draws.uniform("how")
     found = {}
     for place, (name, level) in enumerate(levels.items()):
@@ -116,20 +106,3 @@ def some_known(
         level = level.masked_fill(chosen & (how < exact), 0.0)
         found[name] = level.masked_fill(chosen & (how >= exact) & (how < exact + pure), largest)
     return found
-
-
-def training_noise(spec: NoiseLevels) -> TrainingNoise:
-    """The distribution that a recipe names."""
-    match spec:
-        case NoiseSpec() | LogitNormalSpec():
-            return LogNormal(spec.mean, spec.std)
-        case VpSpec():
-            return VPTime(VP(spec.beta_d, spec.beta_min), spec.eps)
-        case VeSpec():
-            return LogUniform(spec.sigma_min, spec.sigma_max)
-        case IddpmSpec():
-            return DiscreteLevels(spec.levels)
-        case CosineNoiseSpec():
-            return CosineTime()
-        case UniformTimeSpec():
-            return FlowTime(spec.min, spec.max)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from chaindiff.edm.schedules import VP as VPSchedule
 from chaindiff.edm.schedules import Cosine, Flow, iddpm_levels
-from chaindiff.specs.stage import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
 
 # c_noise = ln(sigma) / 4 grows without bound as sigma -> 0; below this level a denoiser is told this one.
 SMALLEST_SIGMA = 1e-5
@@ -224,7 +223,7 @@ def _levels_on(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 class IDDPM:
     """The network predicts the noise of a discrete process, and is told the number of the nearest level (EDM, table 1).
 
-    A network with learned variances gives them in further channels, which `Stage` leaves out.
+    A network that learns variances gives them in further channels, which are no part of the prediction.
     """
 
     levels: int = 1000
@@ -255,22 +254,3 @@ class IDDPM:
 
     def weight(self, sigma: Tensor) -> Tensor:
         return 1 / sigma**2
-
-
-def preconditioning(spec: Precondition, sigma_data: float) -> Preconditioning:
-    """The preconditioning that a recipe names; `sigma_data` is the deviation of the variable that it generates."""
-    match spec:
-        case VpSpec():
-            return VP(spec.beta_d, spec.beta_min, spec.eps)
-        case VeSpec():
-            return VE(spec.sigma_min, spec.sigma_max)
-        case IddpmSpec():
-            return IDDPM(spec.levels)
-        case PreconditionSpec(kind="edm"):
-            return EDM(sigma_data)
-        case PreconditionSpec(kind="x0"):
-            return Direct(sigma_data)
-        case PreconditionSpec(kind="v"):
-            return V()
-        case _:
-            return Velocity()

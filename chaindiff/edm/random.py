@@ -43,27 +43,32 @@ def normal_batch(shape: Iterable[int], samples: Iterable[int], seed: int, *key: 
 
 
 class Draws:
-    """Randomness for a batch of training samples, each a pure function of (seed, stage, sample number, role).
+    """Randomness for a batch of samples, each a pure function of (seed, sample number, key, role).
 
-    Sample numbers count the images seen, so that a step's draws do not depend on ranks or micro-batches.
+    `key` says whose draws they are: a stage's, and below it (`of`) those of one of its variables. In training, sample
+    numbers count the images seen, so that a step's draws do not depend on ranks or micro-batches; in sampling they
+    are the samples' own. Noise is drawn in float64 and given as `dtype`.
     """
 
-    def __init__(self, samples: Iterable[int], seed: int, stage: str):
-        self.samples, self.seed, self.stage = list(samples), seed, stage
+    def __init__(self, samples: Iterable[int], seed: int, *key: Key, dtype: torch.dtype = torch.float32):
+        self.samples, self.seed, self.key, self.dtype = list(samples), seed, key, dtype
 
-    def of(self, variable: str) -> Draws:
-        """The draws of one of several variables that a stage generates."""
-        return Draws(self.samples, self.seed, f"{self.stage}/{variable}")
+    def __len__(self) -> int:
+        return len(self.samples)
 
-    def normal(self, role: str, shape: Iterable[int] = ()) -> Tensor:
-        """Standard normal, [batch, *shape], float32."""
-        return normal_batch(shape, self.samples, self.seed, self.stage, role).float()
+    def of(self, *key: Key) -> Draws:
+        """The draws of a part: a stage of a chain, a variable of a stage."""
+        return Draws(self.samples, self.seed, *self.key, *key, dtype=self.dtype)
 
-    def uniform(self, role: str) -> Tensor:
+    def normal(self, *role: Key, shape: Iterable[int] = ()) -> Tensor:
+        """Standard normal, [batch, *shape]."""
+        return normal_batch(shape, self.samples, self.seed, *self.key, *role).to(self.dtype)
+
+    def uniform(self, *role: Key) -> Tensor:
         """Uniform in [0, 1), [batch], float32."""
-        values = [generator(self.seed, sample, self.stage, role).random() for sample in self.samples]
+        values = [generator(self.seed, sample, *self.key, *role).random() for sample in self.samples]
         return torch.tensor(values, dtype=torch.float32)
 
-    def integers(self, role: str, below: int) -> Tensor:
+    def integers(self, *role: Key, below: int) -> Tensor:
         """Uniform whole numbers from 0 to `below` - 1, [batch]."""
-        return torch.tensor([int(generator(self.seed, s, self.stage, role).integers(below)) for s in self.samples])
+        return torch.tensor([int(generator(self.seed, s, *self.key, *role).integers(below)) for s in self.samples])

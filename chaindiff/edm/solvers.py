@@ -1,11 +1,18 @@
-"""Solvers of the probability-flow ODE and its stochastic relatives, as generators over steps.
+"""Solvers of the probability-flow ODE and its stochastic relatives: tables of affine updates, and one loop.
 
-They know no networks, chains or files: a denoiser, a state and a path go in, states come out. A yielded state is valid
-until the next step. One step moves every variable whose level moves, by
+A state x holds for every variable the clean value plus sigma times unit noise; the scale s of a schedule is no part of
+it. Every solver on every path is then a table, made on the host in float64 before anything is sampled, whose rows say
 
-    dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x / s; sigma)        (EDM, eq. 81 and algorithm 1)
+    x' = a x + k x_kept + b D + c D_before + d noise
 
-which for s = 1 and sigma = t is d = (x - D) / sigma.
+for each variable that moves. `D` is the denoiser at the row's levels, `D_before` its value at the evaluation before,
+`x_kept` the state that the row before began with. The network evaluations of a sample are the rows that have levels.
+
+The coefficients follow from the equation of s x (EDM, eq. 81 and algorithm 1),
+
+    d(s x)/dt = (sigma'/sigma + s'/s) s x - (sigma' s / sigma) D(x; sigma)
+
+which for s = 1 and sigma = t is dx/dt = (x - D) / sigma.
 
 At level 0 the slope is not defined. A variable that lands there takes one Euler step from the level before, for itself
 alone. A variable that leaves 0, which happens in inversion, takes that step backwards: an Euler step with the slope at
@@ -16,13 +23,13 @@ in the size of that step, so that inversion and then sampling return the data on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from chaindiff.edm.denoiser import Denoiser, State, round_level
+from chaindiff.edm.denoiser import Denoiser, State
 from chaindiff.edm.levels import Path
 
 # noise(variable, number) -> unit noise of the variable's shape; the number is the step that uses it.
@@ -43,6 +50,235 @@ class Churn:
         return min(self.amount / steps, math.sqrt(2) - 1) if self.min <= sigma <= self.max else 0.0
 
 
+@dataclass(frozen=True)
+class Row:
+    """The coefficients of one variable: x' = x x + kept x_kept + clean D + before D_before + noise z."""
+
+    x: float = 0.0
+    kept: float = 0.0
+    clean: float = 0.0
+    before: float = 0.0
+    noise: float = 0.0
+
+    def __call__(self, x: Tensor, kept: Tensor, clean: Tensor, before: Tensor, noise: Tensor) -> Tensor:
+        terms = ((self.x, x), (self.kept, kept), (self.clean, clean), (self.before, before), (self.noise, noise))
+        total: Tensor | None = None
+        for weight, value in terms:
+            if weight:
+                part = value.to(x.dtype)
+                total = part * weight if total is None else total.add(part, alpha=weight)
+        return torch.zeros_like(x) if total is None else total
+
+
+@dataclass(frozen=True)
+class Update:
+    """One row of a solver's table; variables without coefficients rest.
+
+    `sigma`: the levels at which the denoiser is evaluated first; None: it is not. `step`: the step of the path that it
+    belongs to, by whose number its noise is drawn. `ends`: the step is done, and the state lies at `level`.
+    """
+
+    rows: Mapping[str, Row]
+    step: int
+    sigma: Mapping[str, float] | None = None
+    ends: bool = False
+    level: Mapping[str, float] = field(default_factory=dict)
+
+
+class Step(dict[str, Tensor]):
+    """The state after a step, `number` of `total`: its levels, and the last prediction of the clean values."""
+
+    def __init__(self, x: State, sigma: Mapping[str, float], x0: State, number: int, total: int):
+        super().__init__(x)
+        self.sigma, self.x0, self.number, self.total = sigma, x0, number, total
+
+
+@torch.no_grad()
+def integrate(
+    denoiser: Denoiser, x: State, table: Sequence[Update], noise: Noise | None = None
+) -> Iterator[Step]:
+    """Follow a solver's table from the state `x`; yields after every step, without waiting for the device."""
+    kept = clean = before = x  # until there are such values, no coefficient takes them
+    for row in table:
+        if row.sigma is not None:
+            before, clean = clean, denoiser(x, row.sigma).x0
+        moved = {}
+        for v, take in row.rows.items():
+            fresh = noise(v, row.step) if noise is not None and take.noise else x[v]
+            moved[v] = take(x[v], kept[v], clean[v], before[v], fresh)
+        kept, x = x, {**x, **moved}
+        if row.ends:
+            yield Step(x, row.level, clean, row.step + 1, table[-1].step + 1)
+
+
+def evaluations(table: Sequence[Update], denoiser: Denoiser | None = None) -> int:
+    """NFE of a table: evaluations of the denoiser, times what each costs (guidance counts every term)."""
+    levels = [row.sigma for row in table if row.sigma is not None]
+    return len(levels) if denoiser is None else sum(denoiser.evaluations(sigma) for sigma in levels)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def updates(
+    path: Path,
+    solver: str = "heun",
+    *,
+    churn: Churn | None = None,
+    eta: float = 0.0,
+    round: Callable[[float], float] = lambda sigma: sigma,
+) -> list[Update]:
+    """The table of a solver on a path. `round` gives the level nearest to one that the denoiser knows, for churn.
+
+    eta 0 is deterministic, eta 1 is ancestral sampling (ddim) and DPM-Solver++(2M) SDE (dpmpp_2m).
+    Raises ValueError for combinations without meaning.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"no solver is called '{solver}'; known: {', '.join(SOLVERS)}")
+    churn = churn or Churn()
+    if (eta or churn.amount) and path.rising:
+        raise ValueError("a path upwards is followed deterministically: it takes neither churn nor eta")
+    if eta and churn.amount:
+        raise ValueError("churn and eta both add noise to a step; choose one")
+    if eta and solver in ("euler", "heun"):
+        raise ValueError(f"eta is for ddim and dpmpp_2m; {solver} takes its noise from churn")
+    table: list[Update] = []
+    history: dict[str, float] = {}
+    moved: list[str] = []
+    for number in range(path.steps):
+        moves = path.moves(number)
+        if moves != moved:  # a kink of the path: predictions on its other side say nothing of this one
+            history, moved = {}, moves
+        rows: list[Update] = []
+        if moves:
+            raised, at = _raised(path, number, churn, round)
+            rows = [Update(raised, number)] if raised else []
+            rows += SOLVERS[solver](_Span(path, number, moves, at, eta, history))
+        rows = rows or [Update({}, number)]
+        table += [*rows[:-1], Update(rows[-1].rows, number, rows[-1].sigma, True, path.sigma(number + 1))]
+    return table
+
+
+def _raised(
+    path: Path, number: int, churn: Churn, round: Callable[[float], float]
+) -> tuple[dict[str, Row], Times]:
+    """Fresh noise that raises every moving variable from sigma to (1 + gamma) sigma, and the times that follow."""
+    rows, times = {}, path.time(number)
+    for v in path.moves(number):
+        sigma = path.schedules[v].sigma(times[v])
+        if gamma := churn.gamma(sigma, path.steps):
+            level = round(sigma * (1 + gamma))
+            rows[v] = Row(x=1.0, noise=math.sqrt(max(level**2 - sigma**2, 0)) * churn.noise)
+            times[v] = path.schedules[v].time(level)
+    return rows, times
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One step of a path: the variables that move from their times `at`, which churn may have raised."""
+
+    path: Path
+    number: int
+    moves: list[str]
+    at: Times
+    eta: float
+    history: dict[str, float]  # each variable's last step in ln sigma, while its past is of use
+
+    @property
+    def after(self) -> Times:
+        return self.path.time(self.number + 1)
+
+    def sigma(self, v: str, t: float) -> float:
+        return self.path.schedules[v].sigma(t)
+
+    def scale(self, v: str, t: float) -> float:
+        return self.path.schedules[v].scale(t)
+
+    @property
+    def seen(self) -> Times:
+        """Where the denoiser looks: a variable that leaves level 0 is seen at the level that it goes to."""
+        leaving = {v: self.after[v] for v in self.moves if self.sigma(v, self.at[v]) == 0}
+        return {**self.at, **leaving}
+
+    def levels(self, times: Times) -> dict[str, float]:
+        return {v: self.sigma(v, t) for v, t in times.items()}
+
+    def slope(self, v: str, t: float) -> tuple[float, float]:
+        """(p, q) of d(s x)/dt = p (s x) - q D at time t."""
+        schedule = self.path.schedules[v]
+        sigma, scale = schedule.sigma(t), schedule.scale(t)
+        rate = schedule.dsigma(t) / sigma
+        return rate + schedule.dscale(t) / scale, rate * scale
+
+
+def _euler(span: _Span) -> list[Update]:
+    """Euler's method (EDM, algorithm 1 without its correction)."""
+    rows = {}
+    for v in span.moves:
+        seen, after = span.seen[v], span.after[v]
+        (p, q), h, scale = span.slope(v, seen), after - span.at[v], span.scale(v, after)
+        rows[v] = Row(x=(span.scale(v, span.at[v]) + h * p * span.scale(v, seen)) / scale, clean=-h * q / scale)
+    return [Update(rows, span.number, span.levels(span.seen))]
+
+
+def _heun(span: _Span) -> list[Update]:
+    """Heun's method (EDM, algorithms 1 and 2): variables that neither land on 0 nor leave it are corrected."""
+    first, rows, after = _euler(span), {}, span.after
+    for v in span.moves:
+        if span.sigma(v, after[v]) > 0 and span.path.sigma(span.number)[v] > 0:
+            (p, q), (p2, q2) = span.slope(v, span.at[v]), span.slope(v, after[v])
+            half, here, there = (after[v] - span.at[v]) / 2, span.scale(v, span.at[v]), span.scale(v, after[v])
+            kept = here * (1 + half * p) / there
+            rows[v] = Row(half * p2, kept=kept, clean=-half * q2 / there, before=-half * q / there)
+    return [*first, Update(rows, span.number, span.levels(after))] if rows else first
+
+
+def _ddim(span: _Span) -> list[Update]:
+    """DDIM with eta (Song et al. 2021a, eq. 12 and 16): exact in ln sigma where D is constant."""
+    return _exponential(span, multistep=False)
+
+
+def _dpmpp_2m(span: _Span) -> list[Update]:
+    """DPM-Solver++(2M) and its SDE (Lu et al. 2022b, algorithm 2): exact in ln sigma where D is linear."""
+    return _exponential(span, multistep=True)
+
+
+def _exponential(span: _Span, *, multistep: bool) -> list[Update]:
+    """With r = sigma' / sigma of a step, `keep` is the part of the new level that is old noise:
+
+    x' = r keep x + (1 - r keep) D + sigma' sqrt(1 - keep^2) noise
+    """
+    rows = {}
+    for v in span.moves:
+        sigma, target = span.sigma(v, span.at[v]), span.sigma(v, span.after[v])
+        if target == 0:
+            rows[v] = Row(clean=1.0)
+        elif sigma == 0:
+            rows[v] = Row(x=2.0, clean=-1.0)
+        else:
+            ratio, h, past = target / sigma, math.log(sigma / target), 0.0
+            if multistep:
+                if v in span.history and span.at[v] == span.path.time(span.number)[v]:  # a raised level has no past
+                    past = h / (2 * span.history[v])
+                span.history[v] = h
+            keep = ratio**span.eta if multistep else math.sqrt(1 - span.eta**2 * (1 - ratio**2))
+            share = 1 - ratio * keep
+            noise = target * math.sqrt(max(1 - keep**2, 0.0))
+            rows[v] = Row(ratio * keep, clean=share * (1 + past), before=-share * past, noise=noise)
+    return [Update(rows, span.number, span.levels(span.seen))]
+
+
+SOLVERS: dict[str, Callable[[_Span], list[Update]]] = {
+    "euler": _euler,
+    "heun": _heun,
+    "ddim": _ddim,
+    "dpmpp_2m": _dpmpp_2m,
+}
+
+
+# ---------------------------------------------------------------- in one go
+
+
 def solve(
     denoiser: Denoiser,
     x: State,
@@ -52,149 +288,20 @@ def solve(
     churn: Churn | None = None,
     eta: float = 0.0,
     noise: Noise | None = None,
-) -> Iterator[State]:
-    """Integrate along the path; yields the state s x after every step.
+) -> Iterator[Step]:
+    """`integrate` the table of a solver on a path; `x` holds each variable at the path's first level.
 
-    `x` holds each variable's value, scale included, at the path's first level. `noise` is needed only where `churn`, or
-    `eta` in ddim and dpmpp_2m, adds some: eta 0 is deterministic, eta 1 is ancestral sampling and DPM-Solver++(2M) SDE.
-    Raises ValueError for combinations without meaning.
+    Raises ValueError for combinations without meaning, and where `churn` or `eta` adds noise but none is given.
     """
-    stochastic = bool(eta or (churn and churn.amount))
-    if stochastic and noise is None:
+    table = updates(path, solver, churn=churn, eta=eta)
+    if noise is None and any(c.noise for row in table for c in row.rows.values()):
         raise ValueError(f"{'eta' if eta else 'churn'} needs a source of noise")
-    if stochastic and path.rising:
-        raise ValueError("a path upwards is followed deterministically: it takes neither churn nor eta")
-    if eta and churn and churn.amount:
-        raise ValueError("churn and eta both add noise to a step; choose one")
-    if eta and solver in ("euler", "heun"):
-        raise ValueError(f"eta is for ddim and dpmpp_2m; {solver} takes its noise from churn")
-    return SOLVERS[solver](denoiser, dict(x), path, churn or Churn(), eta, noise)
+    return integrate(denoiser, x, table, noise)
 
 
-def invert(denoiser: Denoiser, x: State, path: Path, *, solver: str = "heun") -> Iterator[State]:
-    """From data up to noise, on the path that `solve` goes down; yields the state after every step.
+def invert(denoiser: Denoiser, x: State, path: Path, *, solver: str = "heun") -> Iterator[Step]:
+    """From data up to noise, on the path that `solve` goes down; `x` holds values at the path's last level.
 
-    `x` holds values at the path's last level. `solve` from the last state returns them, to the solver's accuracy.
+    `solve` from the last state returns them, to the solver's accuracy.
     """
     return solve(denoiser, x, path.reversed(), solver=solver)
-
-
-# ---------------------------------------------------------------- parts of a step
-
-
-def _denoise(denoiser: Denoiser, x: State, t: Times, path: Path) -> State:
-    scale = {v: path.schedules[v].scale(t[v]) for v in x}
-    sigma = {v: path.schedules[v].sigma(t[v]) for v in x}
-    clean = denoiser({v: x[v] / scale[v] if scale[v] != 1 else x[v] for v in x}, sigma).x0
-    return {v: clean[v].to(x[v].dtype) for v in clean}
-
-
-def _slope(x: Tensor, clean: Tensor, v: str, t: float, path: Path) -> Tensor:
-    schedule = path.schedules[v]
-    sigma, scale = schedule.sigma(t), schedule.scale(t)
-    rate = schedule.dsigma(t) / sigma
-    return (rate + schedule.dscale(t) / scale) * x - rate * scale * clean
-
-
-def _churned(
-    denoiser: Denoiser, x: State, t: Times, path: Path, step: int, churn: Churn, noise: Noise | None
-) -> tuple[State, Times]:
-    """Raise the level of every moving variable from sigma to (1 + gamma) sigma by fresh noise."""
-    for v in path.moves(step):
-        schedule, sigma = path.schedules[v], path.schedules[v].sigma(t[v])
-        gamma = churn.gamma(sigma, path.steps)
-        if not gamma:
-            continue
-        assert noise is not None
-        level = round_level(denoiser, sigma * (1 + gamma))
-        raised = schedule.time(level)
-        added = math.sqrt(max(level**2 - sigma**2, 0)) * schedule.scale(raised) * churn.noise
-        ratio = schedule.scale(raised) / schedule.scale(t[v])
-        x, t = {**x, v: x[v] * ratio + added * noise(v, step)}, {**t, v: raised}
-    return x, t
-
-
-def _lifted(x: State, t: Times, path: Path, step: int) -> tuple[State, Times]:
-    """A variable about to leave level 0, where slopes are not defined, as if it were at the level that it goes to."""
-    for v in path.moves(step):
-        schedule, after = path.schedules[v], float(path.times[v][step + 1])
-        if schedule.sigma(t[v]) == 0:
-            x, t = {**x, v: x[v] * (schedule.scale(after) / schedule.scale(t[v]))}, {**t, v: after}
-    return x, t
-
-
-# ---------------------------------------------------------------- solvers
-
-
-def _runge_kutta(
-    denoiser: Denoiser, x: State, path: Path, churn: Churn, eta: float, noise: Noise | None, *, correct: bool
-) -> Iterator[State]:
-    """Euler's method, or Heun's (EDM, algorithms 1 and 2)."""
-    for step in range(path.steps):
-        after, moves = path.time(step + 1), path.moves(step)
-        if moves:
-            x, t = _churned(denoiser, x, path.time(step), path, step, churn, noise)
-            seen, at = _lifted(x, t, path, step)
-            clean = _denoise(denoiser, seen, at, path)
-            slope = {v: _slope(seen[v], clean[v], v, at[v], path) for v in moves}
-            there = {**x, **{v: x[v] + (after[v] - t[v]) * slope[v] for v in moves}}
-            corrected = path.corrects(step) if correct else []
-            if corrected:
-                clean = _denoise(denoiser, there, after, path)
-                for v in corrected:
-                    second = _slope(there[v], clean[v], v, after[v], path)
-                    there[v] = x[v] + (after[v] - t[v]) * (slope[v] + second) / 2
-            x = there
-        yield x
-
-
-def _exponential(
-    denoiser: Denoiser, x: State, path: Path, churn: Churn, eta: float, noise: Noise | None, *, multistep: bool
-) -> Iterator[State]:
-    """DDIM with eta (Song et al. 2021a, eq. 12 and 16), or DPM-Solver++(2M) and its SDE (Lu et al. 2022b, algorithm 2).
-
-    Both are exact in lambda = -ln sigma, on x / s, where D is constant (ddim) or linear (dpmpp_2m). With r = sigma' /
-    sigma of a step, `keep` is the part of the new level that is old noise:
-
-        x' = r keep x + (1 - r keep) D + sigma' sqrt(1 - keep^2) noise
-    """
-    history: dict[str, tuple[float, Tensor]] = {}  # last step length in lambda, and last prediction
-    moved: list[str] = []
-    for step in range(path.steps):
-        after, moves = path.time(step + 1), path.moves(step)
-        if moves != moved:  # a kink of the path: predictions on its other side say nothing of this one
-            history, moved = {}, moves
-        if moves:
-            x, t = _churned(denoiser, x, path.time(step), path, step, churn, noise)
-            seen, at = _lifted(x, t, path, step)
-            clean = _denoise(denoiser, seen, at, path)
-            x = dict(x)
-            for v in moves:
-                schedule = path.schedules[v]
-                sigma, target, scale = schedule.sigma(t[v]), schedule.sigma(after[v]), schedule.scale(after[v])
-                if target == 0:
-                    x[v] = clean[v] * scale
-                elif sigma == 0:
-                    x[v] = 2 * seen[v] - clean[v] * scale
-                else:
-                    ratio, h, guess = target / sigma, math.log(sigma / target), clean[v]
-                    if v in history and t[v] == path.times[v][step]:  # a level that was raised has no usable past
-                        last, before = history[v]
-                        guess = guess + (guess - before) * (h / (2 * last))
-                    keep = ratio**eta if multistep else math.sqrt(1 - eta**2 * (1 - ratio**2)) if eta else 1.0
-                    x[v] = scale * (ratio * keep / schedule.scale(t[v]) * x[v] + (1 - ratio * keep) * guess)
-                    if keep != 1:
-                        assert noise is not None
-                        x[v] = x[v] + scale * target * math.sqrt(1 - keep**2) * noise(v, step)
-                    if multistep:
-                        history[v] = (h, clean[v])
-        yield x
-
-
-SOLVERS: dict[str, Callable[..., Iterator[State]]] = {
-    "euler": partial(_runge_kutta, correct=False),
-    "heun": partial(_runge_kutta, correct=True),
-    "ddim": partial(_exponential, multistep=False),
-    "dpmpp_2m": partial(_exponential, multistep=True),
-}
-SECOND_ORDER = {name: name == "heun" for name in SOLVERS}  # whether a step evaluates the denoiser twice

@@ -85,7 +85,7 @@ class Rows:
 
 def measured_variable(assembly: Assembly, of: str | None) -> str:
     """The image variable that is measured: as asked, or the last image that the recipe wants."""
-    images = [n for n in assembly.skeleton().generated() if assembly.variables[n].kind == "image"]
+    images = [n for n in assembly.chain().generated() if assembly.variables[n].kind == "image"]
     wanted = [n for n in assembly.recipe.sample.want if n in images] or images
     if of is not None and of not in images:
         raise UserError(
@@ -132,7 +132,7 @@ def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
 def baseline_rows(make: Rows, recipe: str) -> list[Row]:
     """The same variable by another recipe."""
     other = load_recipe(recipe)
-    if make.of not in (makes := Assembly(other).skeleton().generated()):
+    if make.of not in (makes := Assembly(other).chain().generated()):
         raise UserError(f"--baseline {recipe}: that recipe generates no '{make.of}', but {', '.join(makes)}")
     return make(other.recipe.name, loaded=other)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from chaindiff.assemble import Assembly
+from chaindiff.diffusion import Diffusion
 from chaindiff.evaluation.oracle import DataValues, oracle, split_of
 from chaindiff.execution import chosen_execution, depends_on, prepare
 from chaindiff.pictures import to_uint8
@@ -58,8 +59,8 @@ class Row:
     @cached_property
     def plan(self) -> ChainPlan:
         """With any oracle, sources too come from the data: values of one image belong together."""
-        skeleton = self.assembly.skeleton()
-        sources = [source.variable.name for source in skeleton.sources] if self.oracle else []
+        skeleton = self.assembly.chain()
+        sources = [*skeleton.sources] if self.oracle else []
         given = [*self.oracle, *(name for name in sources if name not in self.oracle)]
         unused = skeleton.plan([self.of], given).plan.unused
         return skeleton.plan([self.of], [name for name in given if name not in unused])
@@ -101,10 +102,10 @@ class Row:
         if first >= self.count:
             return
         assembly = self.assembly
-        chain = assembly.chain(set(self.plan.running))
-        for stage in chain.stages:
-            if (path := chain.weights.get(stage.name)) is not None:
-                stage.network = self.compiled.setdefault(str(path), stage.network)
+        chain = assembly.chain(self.plan.running)
+        for name in self.plan.running:
+            if isinstance(stage := chain.stages[name], Diffusion):
+                stage.network = self.compiled.setdefault(str(chain.weights[name]), stage.network)
         prepare(chain, chosen_execution(assembly, self.plan), assembly.recipe.sample.precision)
         whole = -(-self.count // CHUNK) * CHUNK  # a last chunk that is whole serves larger counts too
         given: dict[str, Tensor] = {}

@@ -15,7 +15,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from chaindiff.networks.unet import ARCHS, UNet
+from chaindiff.networks.arch import ARCHS
+from chaindiff.networks.unet import UNet
 from chaindiff.specs.base import Spec
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.stage import IddpmSpec, Precondition, PreconditionSpec, UNetSpec, VeSpec, VpSpec
@@ -264,7 +265,7 @@ def _listing(problems: list[str]) -> str:
 
 
 def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNet:
-    """A published network with its weights, in float32: forward(x, noise_labels, class_labels, augment_labels).
+    """A published network with its weights, in float32.
 
     `class_name` and `kwargs` are a U-Net's (SongUNet, DhariwalUNet), or a preconditioner's around one (EDMPrecond,
     VPPrecond, VEPrecond, iDDPMPrecond), which is taken off: `published` says which it was. Raises UserError if an

@@ -1,76 +1,38 @@
-"""Networks with one signature: forward(x, noise_labels, class_labels, augment_labels, context).
-
-A joint network takes and gives a tuple where the others have one tensor: x, noise_labels, and what it returns.
-"""
+"""Networks with one signature: forward(x, noise, condition), everything by the names of variables."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from chaindiff.networks.interface import Condition, Interface, Network
 from chaindiff.networks.joint import Joint
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import JointNetworkSpec, PriorSpec, UNetSpec
 
+__all__ = ["Condition", "Interface", "Joint", "Network", "Prior", "UNet", "build"]
 
-def build(
-    spec: UNetSpec | PriorSpec | JointNetworkSpec,
-    *shapes: tuple[int, ...],
-    label_dim: int = 0,
-    augment_dim: int = 0,
-    image_channels: int = 0,
-    context: tuple[int, int] | None = None,
-    label_span: float = 1.0,
-) -> nn.Module:
-    """The network of a spec for variables of these shapes, one unless the network is a joint one.
 
-    `label_dim` is the width of all vector conditions together, `image_channels` that of image conditions,
-    `context` the (length, width) of token conditions, `label_span` the order of magnitude of the noise labels. Raises
-    UserError if the network does not fit the shapes.
-    """
-    length, width = context or (0, 0)
+def build(spec: UNetSpec | PriorSpec | JointNetworkSpec, interface: Interface) -> nn.Module:
+    """The network of a spec with this interface. Raises UserError if it does not fit the variables' shapes."""
+    shapes = [*interface.variables.values()]
     if isinstance(spec, JointNetworkSpec):
         if sorted(map(len, shapes))[-2:] != [1, 3] or {len(s) for s in shapes} != {1, 3}:
             raise UserError(f"a joint network generates one image and vectors, not shapes of {[*map(list, shapes)]}")
-        return Joint(
-            shapes,
-            image=spec.image.model_dump(exclude={"kind"}),
-            vector=spec.vector.model_dump(exclude={"kind"}),
-            seen=spec.seen,
-            label_dim=label_dim,
-            image_channels=image_channels,
-            label_span=label_span,
-            context_dim=width,
-            context_length=length,
-            augment_dim=augment_dim,
-        )
-    shape, *others = shapes
-    if others:
+        image, vector = (part.model_dump(exclude={"kind"}) for part in (spec.image, spec.vector))
+        return Joint(interface, image=image, vector=vector, seen=spec.seen)
+    if len(shapes) > 1:
         raise UserError(f"a {spec.kind} generates one variable, not {len(shapes)}; several need a joint network")
-    settings = spec.model_dump(exclude={"kind"})
+    shape, settings = interface.shape, spec.model_dump(exclude={"kind"})
+    length, width = interface.context or (0, 0)
+    told = {"label_dim": interface.label_dim, "augment_dim": interface.augment_dim, "context_dim": width}
     if isinstance(spec, UNetSpec):
         if len(shape) != 3 or shape[1] != shape[2]:
             raise UserError(f"a unet generates square images, not a shape of {list(shape)}")
-        return UNet(
-            shape[1],
-            shape[0] + image_channels,
-            shape[0],
-            label_dim=label_dim,
-            augment_dim=augment_dim,
-            context_dim=width,
-            **settings,
-        )
-    if len(shape) != 1 or image_channels:
+        return UNet(shape[1], shape[0] + interface.image_channels, shape[0], **told, **settings)
+    if len(shape) != 1 or interface.image_channels:
         raise UserError(
             f"a prior generates vectors and takes no images as conditions; its variable has shape {list(shape)}"
         )
-    return Prior(
-        shape[0],
-        label_dim=label_dim,
-        augment_dim=augment_dim,
-        context_dim=width,
-        context_length=length,
-        label_span=label_span,
-        **settings,
-    )
+    return Prior(shape[0], context_length=length, label_span=interface.label_span, **told, **settings)

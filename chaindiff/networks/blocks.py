@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Init = tuple[str, float]  # (distribution, gain)
+from chaindiff.networks.arch import Arch, Init
 
 
 def init_weight(shape: tuple[int, ...], init: Init) -> Tensor:
@@ -149,38 +149,31 @@ class Block(nn.Module):
         inputs: int,
         outputs: int,
         embedding: int,
+        arch: Arch,
         *,
-        init: Init,
-        init_zero: Init,
-        init_attention: Init,
-        bias_gain: float = 0.0,
         resample: str | None = None,
-        taps: tuple[int, ...] = (1, 1),
-        resample_projection: bool = False,
-        heads: int = 0,
+        attend: bool = False,
         context: int = 0,
         dropout: float = 0.0,
-        skip_scale: float = 1.0,
-        eps: float = 1e-5,
-        adaptive_scale: bool = False,
     ):
         super().__init__()
-        self.in_channels, self.out_channels, self.heads = inputs, outputs, heads
-        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
-        self.norm0 = GroupNorm(inputs, eps)
-        self.conv0 = Conv2d(inputs, outputs, 3, init, resample, taps, bias_gain=bias_gain)
-        self.affine = Linear(embedding, outputs * (2 if adaptive_scale else 1), init, bias_gain=bias_gain)
-        self.norm1 = GroupNorm(outputs, eps)
-        self.conv1 = Conv2d(outputs, outputs, 3, init_zero)
+        a, init = arch, {"init": arch.init, "bias_gain": arch.bias_gain}
+        self.in_channels, self.out_channels, self.heads = inputs, outputs, a.heads(outputs) if attend else 0
+        self.dropout, self.skip_scale, self.adaptive_scale = dropout, a.skip_scale, a.adaptive_scale
+        self.norm0 = GroupNorm(inputs, a.eps)
+        self.conv0 = Conv2d(inputs, outputs, 3, resample=resample, taps=a.taps, **init)
+        self.affine = Linear(embedding, outputs * (2 if a.adaptive_scale else 1), **init)
+        self.norm1 = GroupNorm(outputs, a.eps)
+        self.conv1 = Conv2d(outputs, outputs, 3, a.init_zero)
         self.skip = None
         if outputs != inputs or resample:
-            kernel = 1 if resample_projection or outputs != inputs else 0
-            self.skip = Conv2d(inputs, outputs, kernel, init, resample, taps, bias_gain=bias_gain)
-        if heads:
-            self.norm2 = GroupNorm(outputs, eps)
-            self.qkv = Conv2d(outputs, outputs * 3, 1, init_attention)
-            self.proj = Conv2d(outputs, outputs, 1, init_zero)
-            self.context_kv = Linear(context, outputs * 2, init_attention) if context else None
+            kernel = 1 if a.resample_projection or outputs != inputs else 0
+            self.skip = Conv2d(inputs, outputs, kernel, resample=resample, taps=a.taps, **init)
+        if attend:
+            self.norm2 = GroupNorm(outputs, a.eps)
+            self.qkv = Conv2d(outputs, outputs * 3, 1, a.init_attention)
+            self.proj = Conv2d(outputs, outputs, 1, a.init_zero)
+            self.context_kv = Linear(context, outputs * 2, a.init_attention) if context else None
 
     def forward(
         self,

@@ -17,20 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chaindiff.edm.precondition import noise_label
+from chaindiff.networks.interface import Condition
 from chaindiff.specs.stage import LinkSpec
 from chaindiff.variables import Variable
 
 LEVEL_FREQUENCIES = 8
 LEVEL_WIDTH = 2 * LEVEL_FREQUENCIES + 1
-
-
-@dataclass(frozen=True)
-class Condition:
-    """All that a network is told besides its noisy input, ready for its forward call."""
-
-    labels: Float[Tensor, "batch label_dim"] | None = None
-    images: Float[Tensor, "batch channels height width"] | None = None
-    context: Float[Tensor, "batch tokens width"] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chaindiff.edm.denoiser import State
 from chaindiff.networks.blocks import PositionalEmbedding
+from chaindiff.networks.interface import Condition
 
 
 class TransformerBlock(nn.Module):
@@ -29,10 +33,7 @@ class TransformerBlock(nn.Module):
 
 
 class Prior(nn.Module):
-    """Tokens [context ...][augment label][condition][noise level][noised vector][query]; the output is the query's.
-
-    The same signature as the U-Net's, with a vector for the image.
-    """
+    """Tokens [context ...][augment label][condition][noise level][noised vector][query]; the output is the query's."""
 
     def __init__(
         self,
@@ -63,25 +64,21 @@ class Prior(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch dim"],
-        noise_labels: Float[Tensor, " batch"],
-        class_labels: Float[Tensor, "batch label_dim"] | None = None,
-        augment_labels: Float[Tensor, "batch augment_dim"] | None = None,
-        context: Float[Tensor, "batch tokens context_dim"] | None = None,
-    ) -> Float[Tensor, "batch dim"]:
-        """The raw network F of the preconditioned denoiser; absent labels count as zeros."""
-        batch = x.shape[0]
+    def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
+        """The raw network F of the preconditioned denoiser, for one vector; absent labels count as zeros."""
+        ((name, vector),) = x.items()
+        batch = len(vector)
         # The noise label ln(sigma)/4 spans about 3 units; a thousandfold spreads it over the sinusoids' range. Labels
         # that are times up to 1000 have that range already.
-        noise = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise_labels * self.label_scale))))
-        tokens = [self.map_context(context)] if self.map_context is not None and context is not None else []
-        for layer, label in ((self.map_augment, augment_labels), (self.map_label, class_labels)):
+        level = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise[name] * self.label_scale))))
+        tokens = []
+        if self.map_context is not None and condition.context is not None:
+            tokens.append(self.map_context(condition.context))
+        for layer, label in ((self.map_augment, condition.augment), (self.map_label, condition.labels)):
             if layer is not None:
-                tokens.append(layer(x.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
-        tokens += [noise[:, None], self.map_input(x)[:, None], self.query.expand(batch, 1, -1)]
+                tokens.append(layer(vector.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
+        tokens += [level[:, None], self.map_input(vector)[:, None], self.query.expand(batch, 1, -1)]
         y = torch.cat(tokens, dim=1) + self.position
         for block in self.blocks:
             y = block(y)
-        return self.out(self.norm(y[:, -1]))
+        return {name: self.out(self.norm(y[:, -1]))}

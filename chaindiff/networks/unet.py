@@ -3,80 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chaindiff.networks.blocks import (
-    Block,
-    Conv2d,
-    FourierEmbedding,
-    GroupNorm,
-    Init,
-    Linear,
-    PositionalEmbedding,
-)
-
-
-@dataclass(frozen=True)
-class Arch:
-    """What distinguishes one published U-Net from another."""
-
-    init: Init
-    init_zero: Init
-    init_attention: Init
-    init_augment: Init
-    bias_gain: float = 0.0
-    eps: float = 1e-6
-    skip_scale: float = math.sqrt(0.5)
-    taps: tuple[int, ...] = (1, 1)
-    resample_projection: bool = True
-    head_channels: int | None = None  # None: one head
-    adaptive_scale: bool = False
-    attention_everywhere: bool = False  # every decoder block of an attention resolution, not the last alone
-    fourier: bool = False
-    noise_width: int = 1  # noise embedding, in units of `channels`
-    residual_input: bool = False  # the downsampled image is added to the encoder at every level
-    late_label: bool = False  # the label joins after the mapping layers
-
-
-XAVIER = ("xavier", 1.0)
-SONG = {
-    "init": XAVIER,
-    "init_zero": ("xavier", 1e-5),
-    "init_attention": ("xavier", math.sqrt(0.2)),
-    "init_augment": XAVIER,
-}
-KAIMING = ("kaiming", math.sqrt(1 / 3))
-ARCHS = {
-    "ddpmpp": Arch(**SONG),
-    "ncsnpp": Arch(**SONG, taps=(1, 3, 3, 1), fourier=True, noise_width=2, residual_input=True),
-    "adm": Arch(
-        init=KAIMING,
-        init_zero=("kaiming", 0.0),
-        init_attention=KAIMING,
-        init_augment=("kaiming", 0.0),
-        bias_gain=1.0,
-        eps=1e-5,
-        skip_scale=1.0,
-        resample_projection=False,
-        head_channels=64,
-        adaptive_scale=True,
-        attention_everywhere=True,
-        late_label=True,
-    ),
-}
+from chaindiff.edm.denoiser import State
+from chaindiff.networks.arch import ARCHS
+from chaindiff.networks.blocks import Block, Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding
+from chaindiff.networks.interface import Condition
 
 
 class UNet(nn.Module):
     """A U-Net of EDM's family.
 
-    Conditioning by kind: a vector joins the noise embedding (`class_labels`), images are extra input channels,
-    tokens are extra keys and values of the attention (`context`).
+    Conditioning by kind: vectors join the noise embedding, images are extra input channels, tokens are extra keys and
+    values of the attention.
     """
 
     def __init__(
@@ -95,17 +39,19 @@ class UNet(nn.Module):
         attention: Sequence[int] = (16,),
         dropout: float = 0.1,
         label_init: str = "published",
+        learns_variances: bool = False,
     ):
         super().__init__()
         a = self.arch = ARCHS[arch]
         embedding, noise = channels * 4, channels * a.noise_width
-        self.label_dim, self.context_dim = label_dim, context_dim
-        self.map_noise = FourierEmbedding(noise) if a.fourier else PositionalEmbedding(noise, not a.late_label)
+        self.label_dim, self.context_dim, self.learns_variances = label_dim, context_dim, learns_variances
+        self.map_noise = FourierEmbedding(noise) if a.fourier else PositionalEmbedding(noise, a.noise_endpoint)
         self.map_label = None
         if label_dim:
             # ADM draws label weights with variance 1 / label_dim; the others scale the label itself by its square root.
-            init = ("kaiming", math.sqrt(label_dim)) if a.late_label else a.init
-            self.map_label = Linear(label_dim, embedding if a.late_label else noise, init, bias=not a.late_label)
+            late = a.label_joins == "embedding"
+            init = ("kaiming", math.sqrt(label_dim)) if late else a.init
+            self.map_label = Linear(label_dim, embedding if late else noise, init, bias=not late)
             if label_init == "zeros":
                 nn.init.zeros_(self.map_label.weight)
         self.map_augment = Linear(augment_dim, noise, a.init_augment, bias=False) if augment_dim else None
@@ -113,28 +59,13 @@ class UNet(nn.Module):
         self.map_layer1 = Linear(embedding, embedding, a.init, bias_gain=a.bias_gain)
 
         def block(inputs: int, outputs: int, attend: bool, resample: str | None = None) -> Block:
-            heads = 0 if not attend else 1 if a.head_channels is None else outputs // a.head_channels
+            context = context_dim if attend else 0
             return Block(
-                inputs,
-                outputs,
-                embedding,
-                init=a.init,
-                init_zero=a.init_zero,
-                init_attention=a.init_attention,
-                bias_gain=a.bias_gain,
-                resample=resample,
-                taps=a.taps,
-                resample_projection=a.resample_projection,
-                heads=heads,
-                context=context_dim if attend else 0,
-                dropout=dropout,
-                skip_scale=a.skip_scale,
-                eps=a.eps,
-                adaptive_scale=a.adaptive_scale,
+                inputs, outputs, embedding, a, resample=resample, attend=attend, context=context, dropout=dropout
             )
 
         self.enc = nn.ModuleDict()
-        skips, width, image_width = [], channels * (mult[0] if a.late_label else 1), in_channels
+        skips, width, image_width = [], channels * (mult[0] if a.wide_input else 1), in_channels
         for level, factor in enumerate(mult):
             size = f"{resolution >> level}x{resolution >> level}"
             if level == 0:
@@ -164,42 +95,49 @@ class UNet(nn.Module):
                 attend = resolution >> level in attention and (index == blocks or a.attention_everywhere)
                 self.dec[f"{size}_block{index}"] = block(width + skips.pop(), channels * factor, attend)
                 width = channels * factor
-        norm, conv = GroupNorm(width, a.eps), Conv2d(width, out_channels, 3, a.init_zero)
-        if a.late_label:
+        outputs = out_channels * (1 + learns_variances)
+        norm, conv = GroupNorm(width, a.eps), Conv2d(width, outputs, 3, a.init_zero)
+        if a.output == "out":
             self.out_norm, self.out_conv = norm, conv
-        else:  # published names of the DDPM++ and NCSN++ output layers
+        else:
             size = f"{resolution}x{resolution}"
             self.dec[f"{size}_aux_norm"], self.dec[f"{size}_aux_conv"] = norm, conv
 
-    def embed(
-        self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
-    ) -> Float[Tensor, "batch emb"]:
-        emb = self.map_noise(noise_labels)
-        if not self.arch.late_label:
-            emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)  # published networks swap the halves
-            if self.map_label is not None and class_labels is not None:
-                emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        if not self.arch.late_label:
-            return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_label is not None and class_labels is not None:
-            emb = emb + self.map_label(class_labels)
-        return F.silu(emb)
+    def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
+        """The raw network F of the preconditioned denoiser, for one image; absent labels count as zeros."""
+        ((name, image),) = x.items()
+        if condition.images is not None:
+            image = torch.cat([image, condition.images.to(image.dtype)], dim=1)
+        image = image.contiguous(memory_format=torch.channels_last)
+        emb = self.embed(noise[name], condition.labels, condition.augment)
+        return {name: self.denoise(image, emb, condition.context)}
 
-    def forward(
+    def embed(
+        self, noise: Float[Tensor, " batch"], labels: Tensor | None, augment: Tensor | None
+    ) -> Float[Tensor, "batch emb"]:
+        """The embedding of noise level, labels and augmentation that every block is told."""
+        late = self.arch.label_joins == "embedding"
+        emb = self.map_noise(noise)
+        if self.arch.noise_swapped:
+            emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)
+        told: Tensor | float = 0.0
+        if self.map_label is not None:
+            labels = emb.new_zeros(len(emb), self.label_dim) if labels is None else labels
+            told = self.map_label(labels if late else labels * math.sqrt(self.label_dim))
+        if not late:
+            emb = emb + told
+        if self.map_augment is not None and augment is not None:
+            emb = emb + self.map_augment(augment)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        return F.silu(emb + told if late else emb)
+
+    def denoise(
         self,
         x: Float[Tensor, "batch in_channels height width"],
-        noise_labels: Float[Tensor, " batch"],
-        class_labels: Float[Tensor, "batch label_dim"] | None = None,
-        augment_labels: Float[Tensor, "batch augment_dim"] | None = None,
+        emb: Float[Tensor, "batch emb"],
         context: Float[Tensor, "batch tokens context_dim"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The raw network F of the preconditioned denoiser; absent labels count as zeros."""
-        if self.map_label is not None and class_labels is None:
-            class_labels = x.new_zeros(x.shape[0], self.label_dim)
-        emb = self.embed(noise_labels, class_labels, augment_labels)
+        """The U-Net itself."""
         skips, image = [], x
         for name, layer in self.enc.items():
             if "aux_residual" in name:
@@ -216,4 +154,4 @@ class UNet(nn.Module):
                 x = F.silu(layer(x))
             else:
                 x = layer(x)
-        return x if not self.arch.late_label else self.out_conv(F.silu(self.out_norm(x)))
+        return x if self.arch.output == "dec" else self.out_conv(F.silu(self.out_norm(x)))

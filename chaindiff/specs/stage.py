@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -59,12 +60,17 @@ class JointNetworkSpec(Spec):
 
 Network = Annotated[UNetSpec | PriorSpec | JointNetworkSpec, Field(discriminator="kind")]
 
+# For Python, where the name says the kind.
+UNet = partial(UNetSpec, kind="unet")
+Prior = partial(PriorSpec, kind="prior")
+JointNetwork = partial(JointNetworkSpec, kind="joint")
+
 
 # ---------------------------------------------------------------- stages
 
 
 class LinkSpec(Spec):
-    """How a stage receives one given variable."""
+    """How a stage receives one given variable, and what training does to it."""
 
     variable: Name
     dropout: Probability = Field(default=0.0, description="probability of absence in training")
@@ -80,21 +86,11 @@ class LinkSpec(Spec):
         default=[],
         description="train on the first k entries of a vector, k drawn from this list and told; none: always on all",
     )
-    sample_noise: NonNegativeFloat = Field(default=0.0, description="level of the noise on this link when sampling")
-    sample_keep: NonNegativeInt | None = Field(
-        default=None, description="entries of the vector that sampling gives; none: the most of `keep`"
-    )
-    sample_absent: bool = Field(default=False, description="sample as if the value were not known")
 
     @property
     def can_be_absent(self) -> bool:
         """Whether training teaches the stage to go without the value."""
         return self.dropout > 0 or 0 in self.keep
-
-    @property
-    def sampled(self) -> bool:
-        """Whether sampling looks at the value at all."""
-        return not self.sample_absent and self.sample_keep != 0
 
 
 Link = Annotated[
@@ -286,8 +282,23 @@ _LEVELS = {
 }
 
 
+class LinkSampling(Spec):
+    """What sampling does to one given variable."""
+
+    noise: NonNegativeFloat = Field(default=0.0, description="level of the noise that it gets, which is told")
+    keep: NonNegativeInt | None = Field(
+        default=None, description="entries of the vector that are given; none: the most that training gave"
+    )
+    absent: bool = Field(default=False, description="sample as if the value were not known")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether sampling looks at the value at all."""
+        return not self.absent and self.keep != 0
+
+
 class SamplerSpec(Spec):
-    """How to sample: EDM's independent choices of solver, steps, schedule and noise (section 3)."""
+    """How to sample: EDM's independent choices of solver, steps, schedule and noise (section 3), and guidance."""
 
     solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "heun"
     steps: PositiveInt = 18
@@ -310,7 +321,16 @@ class SamplerSpec(Spec):
         default=0.0,
         description="noise of every step of ddim (1: ancestral sampling) and dpmpp_2m (1: DPM-Solver++ SDE); 0: none",
     )
-    guidance: PositiveFloat = Field(default=1.0, description="classifier-free guidance scale; 1 is off")
+    guidance: PositiveFloat | dict[Name, PositiveFloat] = Field(
+        default=1.0,
+        description="classifier-free guidance scale, or one for each given variable that can be absent; 1 is off",
+    )
+    guidance_interval: tuple[NonNegativeFloat, PositiveFloat] | None = Field(
+        default=None, description="guide only where the level is above the first and at most the second; none: always"
+    )
+    links: dict[Name, LinkSampling] = Field(
+        default={}, description="what sampling does to given variables, by their names"
+    )
     offset: Probability = Field(
         default=0.0,
         description="how much of a pass each of several variables starts after the one before; 0: together, 1: one "
@@ -322,6 +342,10 @@ class SamplerSpec(Spec):
         """(sigma_min, sigma_max), as said or as published with the discretisation."""
         low, high = _LEVELS[self.discretisation]
         return self.sigma_min or low, self.sigma_max or high
+
+    def link(self, name: str) -> LinkSampling:
+        """What sampling does to a given variable."""
+        return self.links.get(name, LinkSampling())
 
 
 class JointSpec(Spec):

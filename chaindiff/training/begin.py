@@ -17,12 +17,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from chaindiff.edm.precondition import IDDPM, preconditioning
+from chaindiff.diffusion import Diffusion
+from chaindiff.edm.precondition import IDDPM
+from chaindiff.formulation import preconditioning
 from chaindiff.networks.condition import Link
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import LinkSpec, Precondition
-from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 
 LABEL, LABEL_BIAS, AUGMENT = (f"network.map_{part}" for part in ("label.weight", "label.bias", "augment.weight"))
@@ -40,7 +41,7 @@ class Begun:
     left: tuple[str, ...]
 
 
-def begin_from(stage: Stage, path: Path) -> Begun:
+def begin_from(stage: Diffusion, path: Path) -> Begun:
     """Initial weights from a file of another stage or of an imported network; on the meta device only their shapes.
 
     Raises UserError as `begin` does, and if the file is not there or is no safetensors file.
@@ -55,7 +56,7 @@ def begin_from(stage: Stage, path: Path) -> Begun:
     return begin(stage, tensors, kept, str(path))
 
 
-def begin(stage: Stage, tensors: Mapping[str, Tensor], kept: Mapping[str, str], where: str) -> Begun:
+def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, str], where: str) -> Begun:
     """Initial weights from tensors by name, so that the stage's output is at first the network's, whatever is given
     that the network did not know.
 
@@ -109,7 +110,7 @@ def begin(stage: Stage, tensors: Mapping[str, Tensor], kept: Mapping[str, str], 
     return Begun(tuple(new), tuple(left))
 
 
-def _preconditioning(stage: Stage, kept: Mapping[str, str]) -> list[str]:
+def _preconditioning(stage: Diffusion, kept: Mapping[str, str]) -> list[str]:
     """What the file says of its preconditioning, against the stage's; files of bare tensors say nothing."""
     said = _fields(kept, "precondition") or _fields(kept, "stage").get("precondition")
     if said is None:
@@ -131,7 +132,7 @@ def _fields(kept: Mapping[str, str], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _widens(stage: Stage, name: str, value: Tensor, given: Tensor) -> bool:
+def _widens(stage: Diffusion, name: str, value: Tensor, given: Tensor) -> bool:
     """Whether two projections differ only in how much they are told."""
     if given.ndim != value.ndim or (given.shape[0], *given.shape[2:]) != (value.shape[0], *value.shape[2:]):
         return False
@@ -139,7 +140,7 @@ def _widens(stage: Stage, name: str, value: Tensor, given: Tensor) -> bool:
     return name == AUGMENT or (INPUT.fullmatch(name) is not None and added == stage.conditioner.image_channels)
 
 
-def _learns_variances(stage: Stage, name: str, value: Tensor, given: Tensor) -> bool:
+def _learns_variances(stage: Diffusion, name: str, value: Tensor, given: Tensor) -> bool:
     doubled = given.shape == (2 * value.shape[0], *value.shape[1:])
     return isinstance(stage.precondition, IDDPM) and OUTPUT.fullmatch(name) is not None and doubled
 
@@ -164,7 +165,7 @@ def _width(place: slice) -> int:
     return place.stop - place.start
 
 
-def _label(stage: Stage, value: Tensor, given: Tensor, kept: Mapping[str, str]) -> tuple[Tensor, list[str], list[str]]:
+def _label(stage: Diffusion, value: Tensor, given: Tensor, kept: Mapping[str, str]) -> tuple[Tensor, list[str], list[str]]:
     """The label projection with the file's columns in their places: the tensor, what is new, what is wrong."""
     ours = columns(stage.conditioner)
     width, total = given.shape[1], value.shape[1]
@@ -189,7 +190,7 @@ def _label(stage: Stage, value: Tensor, given: Tensor, kept: Mapping[str, str]) 
         if wrong:
             return value, [], wrong
     # DDPM++ and NCSN++ multiply the label by the square root of its width, which grows.
-    scale = math.sqrt(width / total) if isinstance(stage.network, UNet) and not stage.network.arch.late_label else 1.0
+    scale = math.sqrt(width / total) if isinstance(stage.network, UNet) and stage.network.arch.label_joins == "noise" else 1.0
     weight = torch.zeros_like(value)
     for source, target in pairs:
         weight[:, target] = given[:, source].to(weight) * scale
@@ -199,12 +200,13 @@ def _label(stage: Stage, value: Tensor, given: Tensor, kept: Mapping[str, str]) 
     return weight, fresh, []
 
 
-def _trained_columns(stage: Stage, kept: Mapping[str, str], width: int) -> dict[str, slice] | None:
+def _trained_columns(stage: Diffusion, kept: Mapping[str, str], width: int) -> dict[str, slice] | None:
     """The columns of a stage's file, which names what the stage was given; None where that cannot be told."""
     identities = {name: entry["identity"] for name, entry in _fields(kept, "variables").items()}
     ours = {link.variable.name: link.variable for link in stage.conditioner}
     links = []
     for said in _fields(kept, "stage").get("given", []):
+        said = {key: value for key, value in said.items() if not key.startswith("sample_")}  # of earlier versions
         try:
             spec = LinkSpec(**said)
         except ValidationError:  # a file of another version

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.chain import run_stage
+from chaindiff.diffusion import Diffusion
+from chaindiff.edm.random import Draws
 from chaindiff.data.augment import active
 from chaindiff.distributed import processes
 from chaindiff.encoders import Encoder, build_encoder
@@ -21,7 +22,6 @@ from chaindiff.memory import noted
 from chaindiff.pictures import grid, save_png
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
-from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.training.batches import Batches, Features, TextFeatures
 from chaindiff.training.begin import begin_from
@@ -100,13 +100,15 @@ def check_begin(assembly: Assembly, names: Iterable[str], fresh: bool = False) -
             begin_from(stage, Path(init).expanduser())
 
 
-def preview(stage: Stage, batches: Batches, path: Path) -> None:
+def preview(stage: Diffusion, batches: Batches, path: Path) -> None:
     """A grid of samples of the averaged weights, given the data's own values."""
     name, kind = stage.target.name, stage.target.kind
     if kind != "image":
         return
     batch = batches(list(range(PREVIEWS)))
-    images = run_stage(stage, batch, range(PREVIEWS), 0)[name]
+    draws = Draws(range(PREVIEWS), 0, 0, stage.name, dtype=torch.float64)
+    *_, last = stage.sample({v.name: batch[v.name] for v in stage.given}, draws)
+    images = last[name].float().cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(grid(images, columns=math.isqrt(PREVIEWS)), path)
 

@@ -20,11 +20,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from chaindiff.edm.ema import Average, averages
+from chaindiff.diffusion import Diffusion
+from chaindiff.edm.ema import Average
 from chaindiff.edm.random import Draws, seed
+from chaindiff.formulation import averages
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
-from chaindiff.stage import Stage
 from chaindiff.training import checkpoint, snapshots
 
 Batches = Callable[[list[int]], dict[str, Tensor]]  # sample numbers -> variables and augment_labels
@@ -39,7 +40,7 @@ class Progress:
     total: int
     images_per_second: float
     loss: float | None = None
-    preview: Stage | None = None  # the averaged weights, when a preview is due
+    preview: nn.Module | None = None  # the averaged stage, when a preview is due
 
 
 def learning_rate(spec: OptimizerSpec, images: int, total: int) -> float:
@@ -87,8 +88,37 @@ def restore(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+class Loss(nn.Module):
+    """The loss of a stage as a module's call, which is what wrappers for distributed training expect."""
+
+    def __init__(self, stage: nn.Module, precision: torch.dtype | None):
+        super().__init__()
+        self.stage, self.precision = stage, precision
+
+    def forward(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, self.precision, enabled=self.precision is not None):
+            return self.stage.loss(batch, draws)
+
+
+def prepare(stage: nn.Module, spec: TrainSpec, images: int) -> Loss:
+    """A stage's loss, compiled and in the precision that the settings ask for. Raises UserError for what it cannot do.
+
+    A diffusion stage compiles its network and keeps everything else in float32; another is taken as a whole.
+    """
+    bf16 = torch.bfloat16 if spec.precision == "bf16" else None
+    if not isinstance(stage, Diffusion):
+        if spec.execution == "compile":
+            raise UserError("train.execution: only diffusion stages are compiled", hint="leave `execution` out")
+        return Loss(stage, bf16)
+    stage.autocast = bf16
+    if compiles(spec, images):
+        stage.network.compile()
+    return Loss(stage, None)
+
+
 def train(
-    stage: Stage,
+    stage: nn.Module,
     batches: Batches,
     spec: TrainSpec,
     folder: Path,
@@ -130,10 +160,8 @@ def train(
         restore(tensors, stage, emas, optimizer, str(state_path))
         images = int(kept["images"])
         del tensors
-    stage.autocast = torch.bfloat16 if spec.precision == "bf16" else None
-    if compiles(spec, total - images):
-        stage.network.compile()
-    model, optimizer = accelerator.prepare(stage, optimizer)
+    name = str(stage.name)
+    model, optimizer = accelerator.prepare(prepare(stage, spec, total - images), optimizer)
     metrics = None
     if accelerator.is_main_process:
         from chaindiff.training.metrics import Metrics  # imports TensorBoard, which only training needs
@@ -159,11 +187,11 @@ def train(
         for part in range(spec.accumulate):
             first = images + (part * ranks + rank) * micro
             samples = list(range(first, first + micro))
-            torch.manual_seed(seed(spec.seed, stage.name, "dropout", first))
+            torch.manual_seed(seed(spec.seed, name, "dropout", first))
             batch = {k: v.to(accelerator.device) for k, v in batches(samples).items()}
             last_part = part == spec.accumulate - 1
             with nullcontext() if last_part else accelerator.no_sync(model):  # gradients are averaged once a step
-                loss = model(batch, Draws(samples, spec.seed, stage.name)).mean() / spec.accumulate
+                loss = model(batch, Draws(samples, spec.seed, name)).mean() / spec.accumulate
                 accelerator.backward(loss)
             running += loss.detach()
         if spec.optimizer.clip:
@@ -178,7 +206,7 @@ def train(
         snaps = bool(snapshot_every) and (crossed[2] or images >= total)
         if logs or saves or snaps:
             everywhere = float(cast(Tensor, accelerator.reduce(running, "mean")))  # all processes raise, or none
-            refuse_divergence(stage, everywhere, images)
+            refuse_divergence(stage, name, everywhere, images)
         mean = None
         if logs:
             mean = everywhere / (steps % spec.log_every or spec.log_every)
@@ -197,13 +225,13 @@ def train(
     accelerator.wait_for_everyone()
 
 
-def refuse_divergence(stage: Stage, loss: float, images: int) -> None:
+def refuse_divergence(stage: nn.Module, name: str, loss: float, images: int) -> None:
     """Raises UserError if the loss is not finite, or the weights are not (infinite gradients of a finite loss)."""
-    found = f"loss of stage '{stage.name}' is {loss}"
+    found = f"loss of stage '{name}' is {loss}"
     if math.isfinite(loss):
         if all(bool(parameter.isfinite().all()) for parameter in stage.parameters()):
             return
-        found = f"weights of stage '{stage.name}' are not finite"
+        found = f"weights of stage '{name}' are not finite"
     raise UserError(
         f"the {found} after {images} images",
         hint="lower train.optimizer.lr or lengthen its warmup; the last checkpoint is kept",

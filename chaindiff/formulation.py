@@ -1,0 +1,67 @@
+"""Objects of the core from what a recipe says: preconditioning, training noise, averages of weights."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from chaindiff.edm import noise, precondition, schedules
+from chaindiff.edm.ema import Average, Ema, PowerEma
+from chaindiff.edm.noise import TrainingNoise
+from chaindiff.edm.precondition import Preconditioning
+from chaindiff.specs.stage import (
+    CosineNoiseSpec,
+    EmaSpec,
+    IddpmSpec,
+    LogitNormalSpec,
+    NoiseLevels,
+    NoiseSpec,
+    PowerEmaSpec,
+    Precondition,
+    PreconditionSpec,
+    UniformTimeSpec,
+    VeSpec,
+    VpSpec,
+)
+
+
+def preconditioning(spec: Precondition, sigma_data: float) -> Preconditioning:
+    """The preconditioning that a recipe names; `sigma_data` is the deviation of the variable that it generates."""
+    match spec:
+        case VpSpec():
+            return precondition.VP(spec.beta_d, spec.beta_min, spec.eps)
+        case VeSpec():
+            return precondition.VE(spec.sigma_min, spec.sigma_max)
+        case IddpmSpec():
+            return precondition.IDDPM(spec.levels)
+        case PreconditionSpec(kind="edm"):
+            return precondition.EDM(sigma_data)
+        case PreconditionSpec(kind="x0"):
+            return precondition.Direct(sigma_data)
+        case PreconditionSpec(kind="v"):
+            return precondition.V()
+        case _:
+            return precondition.Velocity()
+
+
+def training_noise(spec: NoiseLevels) -> TrainingNoise:
+    """The distribution of training levels that a recipe names."""
+    match spec:
+        case NoiseSpec() | LogitNormalSpec():
+            return noise.LogNormal(spec.mean, spec.std)
+        case VpSpec():
+            return noise.VPTime(schedules.VP(spec.beta_d, spec.beta_min), spec.eps)
+        case VeSpec():
+            return noise.LogUniform(spec.sigma_min, spec.sigma_max)
+        case IddpmSpec():
+            return noise.DiscreteLevels(spec.levels)
+        case CosineNoiseSpec():
+            return noise.CosineTime()
+        case UniformTimeSpec():
+            return noise.FlowTime(spec.min, spec.max)
+
+
+def averages(spec: EmaSpec | PowerEmaSpec, source: nn.Module) -> dict[str, Average]:
+    """The averages that a recipe asks for, by the name that they have in a training state; weights are the first's."""
+    if isinstance(spec, PowerEmaSpec):
+        return {f"ema{sigma_rel}": PowerEma(source, sigma_rel) for sigma_rel in spec.tracks}
+    return {"ema": Ema(source, spec.half_life, spec.rampup)}

@@ -1,0 +1,102 @@
+"""Weighted sums of denoisers: classifier-free guidance, autoguidance, and whatever else combines predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State
+
+Weight = float | Callable[[Levels], float]  # of a term: a number, or a function of the levels
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """The base of denoisers around another one, `inner`: a subclass says what `__call__` makes of its prediction."""
+
+    inner: Denoiser
+
+    def evaluations(self, sigma: Levels) -> int:
+        return self.inner.evaluations(sigma)
+
+    def __call__(self, x: State, sigma: Levels) -> Prediction:
+        return self.inner(x, sigma)
+
+
+@runtime_checkable
+class Batchable(Protocol):
+    """What a denoiser may offer besides: to be evaluated beside others of equal `kin`, as one batch of one network."""
+
+    @property
+    def kin(self) -> Hashable: ...
+    def batch(self, others: Sequence[Any], x: State, sigma: Levels) -> list[Prediction]: ...
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The weighted sum of predictions; see `guided`."""
+
+    terms: Sequence[tuple[Denoiser, Weight]]
+
+    def active(self, sigma: Levels) -> list[tuple[Denoiser, float]]:
+        """The terms whose weight is not 0 at these levels."""
+        weights = [weight(sigma) if callable(weight) else weight for _, weight in self.terms]
+        return [(term, weight) for (term, _), weight in zip(self.terms, weights, strict=True) if weight]
+
+    def evaluations(self, sigma: Levels) -> int:
+        return sum(term.evaluations(sigma) for term, _ in self.active(sigma))
+
+    def __call__(self, x: State, sigma: Levels) -> Prediction:
+        active = self.active(sigma)
+        if not active:
+            raise ValueError("every term of the guidance has weight 0 at this level")
+        found = _predictions([term for term, _ in active], x, sigma)
+        x0 = {v: _sum([(weight, p.x0[v]) for (_, weight), p in zip(active, found, strict=True)]) for v in found[0].x0}
+        return Prediction(x0, found[0].variance)
+
+
+def guided(terms: Sequence[tuple[Denoiser, Weight]]) -> Denoiser:
+    """D = sum of weight times D_i over the terms, whose weights should sum to 1; variances are those of the first.
+
+    Terms of one network are evaluated as one batch, and those whose weight is 0 at a level not at all. With weights
+    (w, 1 - w): classifier-free guidance (Ho & Salimans 2022) if the second is bound without conditions, autoguidance
+    (Karras et al. 2024) if it is a weaker network.
+    """
+    return Guided(list(terms))
+
+
+def interval(weight: float, low: float, high: float, *, outside: float = 0.0, variable: str | None = None) -> Weight:
+    """`weight` where low < sigma <= high, else `outside` (Kynkäänniemi et al. 2024).
+
+    The level is that of `variable`, or else the largest of all.
+    """
+
+    def at(sigma: Levels) -> float:
+        level = max(float(s) for s in sigma.values()) if variable is None else float(sigma[variable])
+        return weight if low < level <= high else outside
+
+    return at
+
+
+def _predictions(terms: Sequence[Denoiser], x: State, sigma: Levels) -> list[Prediction]:
+    """Each term's prediction; those of one network in one call."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, term in enumerate(terms):
+        groups.setdefault(term.kin if isinstance(term, Batchable) else (place,), []).append(place)
+    found: dict[int, Prediction] = {}
+    for places in groups.values():
+        first = terms[places[0]]
+        alike = first.batch([terms[p] for p in places], x, sigma) if isinstance(first, Batchable) else [first(x, sigma)]
+        found.update(zip(places, alike, strict=True))
+    return [found[place] for place in range(len(terms))]
+
+
+def _sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    (weight, total), *rest = parts
+    total = total if weight == 1 else total * weight
+    for weight, value in rest:
+        total = total.add(value, alpha=weight)
+    return total

@@ -1,0 +1,50 @@
+"""Classifier-free guidance, with a scale for each given variable that the network can go without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from chaindiff.edm.denoiser import Denoiser
+from chaindiff.guidance.algebra import Weight, guided, interval
+
+Terms = list[tuple[frozenset[str], Weight]]  # which given variables are absent, and the weight
+
+
+def classifier_free(
+    bind: Callable[[frozenset[str]], Denoiser],
+    scale: float | Mapping[str, float],
+    droppable: Sequence[str],
+    *,
+    within: tuple[float, float] | None = None,
+) -> Denoiser:
+    """w c + (1 - w) u (Ho & Salimans 2022): w = 1 is off, and no term is evaluated in vain.
+
+    `bind(absent)` gives the denoiser without these variables; `droppable` are those that it can go without, in the
+    order in which they are added to what it knows where scales differ; `within` is the guidance interval.
+    """
+    terms = [(bind(absent), weight) for absent, weight in guidance_terms(scale, droppable, within)]
+    return terms[0][0] if len(terms) == 1 else guided(terms)
+
+
+def guidance_terms(
+    scale: float | Mapping[str, float], droppable: Sequence[str], within: tuple[float, float] | None = None
+) -> Terms:
+    """D = D() + sum over i of w_i (D(1..i) - D(1..i-1)), where D(1..i) knows the first i droppable variables.
+
+    So for equal scales D = w D(all) + (1 - w) D(none); different ones are those of Brooks et al. 2023, eq. 3, for any
+    number of variables. A scale that is not said is 1. Raises ValueError for a variable that cannot be absent.
+    """
+    scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(droppable, scale)
+    if strange := [name for name in scales if name not in droppable]:
+        raise ValueError(f"'{strange[0]}' is never absent in training, so it has no guidance scale")
+    w = [1.0, *(scales.get(name, 1.0) for name in droppable), 0.0]
+    # D(1..i) has weight w_i - w_(i+1), the first of which, of D(), counts from w_0 = 1.
+    weights = {frozenset(droppable[i:]): w[i] - w[i + 1] for i in range(len(droppable))}
+    terms: Terms = [(frozenset(), _only(w[-2], 1.0, within))]
+    terms += [(absent, _only(weight, 0.0, within)) for absent, weight in reversed(weights.items()) if weight]
+    return terms
+
+
+def _only(weight: float, outside: float, within: tuple[float, float] | None) -> Weight:
+    """The weight within the interval; beyond it, guidance is off."""
+    return weight if within is None or weight == outside else interval(weight, *within, outside=outside)

@@ -1,0 +1,58 @@
+"""What a network is called with and gives back: one signature for all, by the names of variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from chaindiff.edm.denoiser import State
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that a network is told besides its noisy input and its level.
+
+    `labels`: given vectors and labels side by side, with what is told about every link. `images`: given images, as
+    channels at the resolution of what is generated. `context`: given tokens. `augment`: the augmentation's label.
+    """
+
+    labels: Float[Tensor, "batch label_dim"] | None = None
+    images: Float[Tensor, "batch channels height width"] | None = None
+    context: Float[Tensor, "batch tokens width"] | None = None
+    augment: Float[Tensor, "batch augment_dim"] | None = None
+
+
+@runtime_checkable
+class Network(Protocol):
+    """F of the preconditioned denoiser: `x` scaled by c_in, `noise` is c_noise [batch], each by variable.
+
+    A network with an attribute `learns_variances` that is true gives twice the channels of every variable: its
+    prediction, then what it says of the variance.
+    """
+
+    def __call__(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State: ...
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a network must fit: the shapes that it generates, and the sizes of all that a `Condition` holds.
+
+    `label_span` is the order of magnitude of the noise labels (1, or 1000 where they count time steps).
+    """
+
+    variables: Mapping[str, tuple[int, ...]]
+    label_dim: int = 0
+    image_channels: int = 0
+    context: tuple[int, int] | None = None
+    augment_dim: int = 0
+    label_span: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the one variable that is generated."""
+        (shape,) = self.variables.values()
+        return shape
