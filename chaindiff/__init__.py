@@ -9,24 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chaindiff.chain import Chain, load
-    from chaindiff.edm.denoiser import Denoiser
+    from chaindiff.chain import Chain, Preview, Source, load
+    from chaindiff.diffusion import Diffusion
+    from chaindiff.edm.denoiser import Denoiser, Prediction
+    from chaindiff.edm.levels import Path, karras_sigmas, staggered, together
+    from chaindiff.edm.random import Draws
+    from chaindiff.edm.solvers import Churn, Row, Step, Update, evaluations, integrate, invert, solve, updates
+    from chaindiff.guidance import Wrapper, classifier_free, guided, interval, known, thresholded
+    from chaindiff.networks.interface import Condition, Interface, Network
     from chaindiff.specs.errors import UserError
-    from chaindiff.stage import Stage
+    from chaindiff.specs.stage import JointNetwork, LinkSampling, LinkSpec as Link, Prior, SamplerSpec as Sampler, UNet
+    from chaindiff.stage import Cost, Stage
     from chaindiff.variables import Variable
 
     __version__: str
 
-__all__ = ["Chain", "Denoiser", "Stage", "UserError", "Variable", "__version__", "load"]
-
+# Where each public name lives, by the name that it has there.
 _HOMES = {
-    "Chain": "chaindiff.chain",
-    "Denoiser": "chaindiff.edm.denoiser",
-    "Stage": "chaindiff.stage",
-    "UserError": "chaindiff.specs.errors",
-    "Variable": "chaindiff.variables",
-    "load": "chaindiff.chain",
-}
+    "chaindiff.chain": ["Chain", "Preview", "Source", "load"],
+    "chaindiff.diffusion": ["Diffusion"],
+    "chaindiff.edm.denoiser": ["Denoiser", "Prediction"],
+    "chaindiff.edm.levels": ["Path", "karras_sigmas", "staggered", "together"],
+    "chaindiff.edm.random": ["Draws"],
+    "chaindiff.edm.solvers": [
+        "Churn", "Row", "Step", "Update", "evaluations", "integrate", "invert", "solve", "updates",
+    ],
+    "chaindiff.guidance": ["Wrapper", "classifier_free", "guided", "interval", "known", "thresholded"],
+    "chaindiff.networks.interface": ["Condition", "Interface", "Network"],
+    "chaindiff.specs.errors": ["UserError"],
+    "chaindiff.specs.stage": ["JointNetwork", "LinkSampling", "Prior", "UNet"],
+    "chaindiff.stage": ["Cost", "Stage"],
+    "chaindiff.variables": ["Variable"],
+}  # fmt: skip
+_NAMES = {name: (home, name) for home, names in _HOMES.items() for name in names}
+_NAMES |= {"Link": ("chaindiff.specs.stage", "LinkSpec"), "Sampler": ("chaindiff.specs.stage", "SamplerSpec")}
+
+__all__ = sorted([*_NAMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,9 +52,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("chain-diffusion-models")
-    if name not in _HOMES:
+    if name not in _NAMES:
         raise AttributeError(f"module 'chaindiff' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    home, there = _NAMES[name]
+    return getattr(import_module(home), there)
 
 
 def __dir__() -> list[str]:

@@ -162,16 +162,10 @@ class ChainPlan:
                 small += [f"NFE {self.costs[name].nfe}", f"{self.share(name):.1%} of the FLOPs"]
             boxes.append(Box(box, tuple(small), ("source" if kind == "source" else "stage") if on else "idle"))
             arrows += [Arrow(box, output, "", "link" if on else "idle") for output in outputs]
-            if kind == "stage":
-                arrows += self._links(name, box, on)
+            for reads in inputs:
+                note = self.costs[name].notes.get(reads, "")
+                arrows.append(Arrow(reads, box, note, ("noisy" if note else "link") if on else "idle"))
         return boxes, arrows
-
-    def _links(self, name: str, box: str, on: bool) -> list[Arrow]:
-        notes, arrows = self.costs[name].notes, []
-        for reads in self.chain.reads(name):
-            note = notes.get(reads, "")
-            arrows.append(Arrow(reads, box, note, ("noisy" if note else "link") if on else "idle"))
-        return arrows
 
     def svg(self) -> str:
         return chain_svg(*self.drawing())

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chaindiff.edm.denoiser import Levels, Prediction, State
 from chaindiff.edm.random import generator
+from chaindiff.networks.interface import Condition
 
 
-class Mixture:
+class OneVariable(nn.Module):
+    """A network of one variable, which a test writes as `one(x, noise_labels, labels)`."""
+
+    def forward(self, x, noise, condition):
+        ((name, value),) = x.items()
+        return {name: self.one(value, noise[name], condition.labels)}
+
+
+def call(network, x: Tensor, noise_labels: Tensor, labels=None, augment=None, context=None, images=None) -> Tensor:
+    """A network's output for one variable."""
+    return network({"x": x}, {"x": noise_labels}, Condition(labels, images, context, augment))["x"]
+
+
+class Exact:
+    """What all denoisers here share: each call costs one evaluation, and is counted."""
+
+    calls = 0
+
+    def evaluations(self, sigma: Levels) -> int:
+        return 1
+
+
+class Mixture(Exact):
     """The exact posterior mean under a mixture of isotropic Gaussians, of one variable called x."""
-
-    sigma_min, sigma_max = 0.0, math.inf
 
     def __init__(self, means: Tensor, std: Tensor | float, weights: Tensor):
         self.means, self.std, self.weights, self.calls = means, std, weights, 0
@@ -40,10 +60,8 @@ def two_modes() -> Mixture:
     return Mixture(means, 0.25, weights)
 
 
-class Gaussians:
+class Gaussians(Exact):
     """Exact denoiser of independent N(mean, std^2) variables; counts its calls."""
-
-    sigma_min, sigma_max = 0.0, math.inf
 
     def __init__(self, **stds: float):
         self.stds, self.calls = stds, 0
@@ -53,10 +71,8 @@ class Gaussians:
         return Prediction({v: x[v] * s**2 / (s**2 + sigma[v] ** 2) for v, s in self.stds.items()})
 
 
-class JointGaussian:
+class JointGaussian(Exact):
     """Exact denoiser of variables [batch, 1] that are jointly N(0, covariance), each with a noise level of its own."""
-
-    sigma_min, sigma_max = 0.0, math.inf
 
     def __init__(self, covariance: Tensor, *names: str):
         self.covariance, self.names, self.calls = covariance, names, 0

@@ -384,7 +384,7 @@ def no_memory(*arguments, **options):
 
 
 def test_a_full_memory_in_training_says_where_and_what_helps(refused, monkeypatch):
-    monkeypatch.setattr("chaindiff.stage.Stage.denoise", no_memory)
+    monkeypatch.setattr("chaindiff.diffusion.Diffusion.denoise", no_memory)
     assert refused("train", "--stage", "small") == (
         "error: the memory is full (1152921504606846976 bytes more were asked for)\n"
         "  while training stage 'small'\n"
@@ -413,7 +413,7 @@ def test_a_full_memory_in_sampling_says_where_and_what_helps(
     refused, finished, tmp_path, monkeypatch, command, options, expected
 ):
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
-    monkeypatch.setattr("chaindiff.stage.Stage.denoise", no_memory)
+    monkeypatch.setattr("chaindiff.diffusion.Diffusion.denoise", no_memory)
     asked = "(1152921504606846976 bytes more were asked for)"
     message = f"error: the memory is full {asked}\n  while sampling stage 'image', {expected}"
     assert refused(command, *options, out=out) == message

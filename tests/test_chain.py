@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import chaindiff as cd
+from exact import OneVariable
 from chaindiff.chain import Chain, Source
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.stage import ChurnSpec, LinkSpec, PriorSpec, SamplerSpec, UNetSpec
-from chaindiff.stage import Stage
+from chaindiff.specs.stage import ChurnSpec, LinkSampling, LinkSpec, PriorSpec, SamplerSpec, UNetSpec
+from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 # A chain of Gaussians a -> b -> c, with a -> c as well: x = W parents + N(0, variance).
@@ -27,7 +28,7 @@ WEIGHT = {
 VARIANCE = {"a": 0.25, "b": 0.16, "c": 0.09}
 
 
-class ExactNetwork(nn.Module):
+class ExactNetwork(OneVariable):
     """The network F for which EDM's preconditioning gives the exact denoiser of N(W given, variance)."""
 
     def __init__(self, name: str):
@@ -35,7 +36,7 @@ class ExactNetwork(nn.Module):
         self.weight = nn.Parameter(torch.from_numpy(WEIGHT[name]))
         self.variance = VARIANCE[name]
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:
+    def one(self, x, noise_labels, class_labels) -> Tensor:
         spread = 0.5
         sigma = (noise_labels * 4).exp()[:, None]
         noisy = x * (sigma**2 + spread**2).sqrt()
@@ -48,7 +49,7 @@ class ExactNetwork(nn.Module):
 def gaussian_chain(**sampler) -> Chain:
     settings = SamplerSpec(steps=40, **sampler)
     stages = [
-        Stage(v, given=[VARIABLES[p] for p in PARENTS[n]], network=ExactNetwork(n), sampler=settings).double()
+        Diffusion(v, given=[VARIABLES[p] for p in PARENTS[n]], network=ExactNetwork(n), sampler=settings).double()
         for n, v in VARIABLES.items()
     ]
     return Chain(stages)
@@ -122,10 +123,11 @@ def small_chain() -> Chain:
     prior = PriorSpec(kind="prior", width=16, depth=1, heads=2)
     unet = UNetSpec(kind="unet", channels=16, mult=[1, 2], blocks=1, attention=[4], dropout=0)
     churned = SamplerSpec(steps=4, churn=ChurnSpec(amount=2))
+    noisy = churned.model_copy(update={"links": {"clip": LinkSampling(noise=0.2)}})
     stages = [
-        Stage(clip, network=prior, sampler=churned, precondition="x0"),
-        Stage(
-            image, given=[(clip, LinkSpec(variable="clip", noise=0.5, sample_noise=0.2))], network=unet, sampler=churned
+        Diffusion(clip, network=prior, sampler=churned, precondition="x0"),
+        Diffusion(
+            image, given=[(clip, LinkSpec(variable="clip", noise=0.5))], network=unet, sampler=noisy
         ),
     ]
     for stage in stages:
@@ -158,7 +160,7 @@ def test_exact_samples_agree_with_the_others(whole: dict[str, Tensor]) -> None:
 def test_an_unrelated_stage_changes_nothing(whole: dict[str, Tensor]) -> None:
     """More steps in the image stage leave the embedding bit for bit as it was."""
     chain = small_chain()
-    chain.stages[1].sampler = SamplerSpec(steps=9)
+    chain.stages["image"].sampler = SamplerSpec(steps=9)
     assert torch.equal(chain.sample(64, seed=3, want=["clip"])["clip"], whole["clip"])
 
 
@@ -186,19 +188,14 @@ def test_guidance_is_the_weighted_sum_of_both_predictions() -> None:
     clip, image = Variable.vector("clip", 4), Variable.image("image", 3, 8)
     unet = UNetSpec(kind="unet", channels=16, mult=[1], blocks=1, attention=[], dropout=0)
     link = LinkSpec(variable="clip", dropout=0.1)
-    stage = Stage(image, given=[(clip, link)], network=unet, sampler=SamplerSpec(guidance=3.0)).eval()
+    stage = Diffusion(image, given=[(clip, link)], network=unet, sampler=SamplerSpec(guidance=3.0)).eval()
     for parameter in stage.parameters():
         nn.init.normal_(parameter, std=0.1)
     x, given = {"image": torch.randn(5, 3, 8, 8)}, {"clip": torch.randn(5, 4)}
-    guided = stage.bind(given)(x, {"image": 1.5}).x0["image"]
-    assert stage.nfe() == 70
-    stage.sampler = SamplerSpec()
+    guided = stage.denoiser(given)(x, {"image": 1.5}).x0["image"]
+    assert stage.cost(["image"]).nfe == 70
     conditional = stage.bind(given)(x, {"image": 1.5}).x0["image"]
-    from chaindiff.networks.condition import Given
-    from chaindiff.stage import BoundStage
-
-    null = stage.conditioner({"clip": Given(None)}, 5, x["image"])
-    unconditional = BoundStage(stage, null, [1.0])(x, {"image": 1.5}).x0["image"]
+    unconditional = stage.bind(given, absent=["clip"])(x, {"image": 1.5}).x0["image"]
     assert (conditional - unconditional).abs().max() > 1e-3
     assert torch.allclose(guided, 3 * conditional - 2 * unconditional, atol=1e-5)
 
@@ -206,9 +203,9 @@ def test_guidance_is_the_weighted_sum_of_both_predictions() -> None:
 def test_guidance_without_dropout_is_refused() -> None:
     clip, image = Variable.vector("clip", 4), Variable.image("image", 3, 8)
     unet = UNetSpec(kind="unet", channels=16, mult=[1], blocks=1, attention=[])
-    stage = Stage(image, given=[clip], network=unet, sampler=SamplerSpec(guidance=2.0))
+    stage = Diffusion(image, given=[clip], network=unet, sampler=SamplerSpec(guidance=2.0))
     with pytest.raises(UserError, match="trained without dropout on any link"):
-        stage.bind({"clip": torch.zeros(1, 4)})
+        stage.denoiser({"clip": torch.zeros(1, 4)})
 
 
 # ------------------------------------------------------------ Python, sources, refusals
@@ -217,7 +214,7 @@ def test_guidance_without_dropout_is_refused() -> None:
 def test_the_public_names() -> None:
     assert cd.Variable.image("image", 3, 32).shape == (3, 32, 32)
     assert cd.Chain is Chain
-    assert cd.Stage is Stage
+    assert cd.Diffusion is Diffusion and isinstance(Diffusion(cd.Variable.vector("x", 2), network=cd.Prior()), cd.Stage)
 
 
 def test_an_empirical_source_has_the_frequencies_of_the_data() -> None:
@@ -231,8 +228,8 @@ def test_links_of_different_meaning_are_refused() -> None:
     one = Variable("clip", "vector", (4,), meaning="encoder A")
     other = Variable("clip", "vector", (4,), meaning="encoder B")
     prior = PriorSpec(kind="prior", width=16, depth=1, heads=2)
-    with pytest.raises(UserError, match="a link joins variables of one meaning"):
-        Chain([Stage(one, network=prior), Stage(Variable.vector("y", 2), given=[other], network=prior)])
+    with pytest.raises(UserError, match="stage 'y' has another 'clip' than the rest of the chain: its meaning is encoder B, not encoder A"):
+        Chain([Diffusion(one, network=prior), Diffusion(Variable.vector("y", 2), given=[other], network=prior)])
 
 
 def test_given_of_the_wrong_shape_is_refused() -> None:

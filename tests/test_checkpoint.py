@@ -13,7 +13,7 @@ from chaindiff.edm.random import Draws
 from chaindiff.networks.condition import Given
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import LinkSpec, UNetSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import Begun, begin_from
 from chaindiff.variables import Variable
@@ -76,11 +76,11 @@ UNET = UNetSpec(kind="unet", channels=16, mult=[1, 2], blocks=1, attention=[], d
 IMAGE, VECTOR = Variable.image("image", 3, 16), Variable.vector("c", 5)
 
 
-def image_stage(seed: int, **settings) -> Stage:
+def image_stage(seed: int, **settings) -> Diffusion:
     """A stage whose weights are none of them 0 or tiny, as after training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        stage = Stage(IMAGE, network=UNET, **settings)
+        stage = Diffusion(IMAGE, network=UNET, **settings)
         with torch.no_grad():
             for parameter in stage.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
@@ -125,7 +125,7 @@ def test_weights_that_cannot_begin_a_stage(tmp_path) -> None:
         "network.dec.8x8_in0.context_kv.weight is missing; network.dec.8x8_in0.context_kv.bias is missing; "
         "network.other is unexpected"
     )
-    wider = Stage(IMAGE, network=UNET.model_copy(update={"channels": 32}))
+    wider = Diffusion(IMAGE, network=UNET.model_copy(update={"channels": 32}))
     message = r"network\.map_layer0\.weight has shape \[64, 16\], expected \[128, 32\]; .* more"
     with pytest.raises(UserError, match=message):
         begin_from(wider, path)
@@ -140,7 +140,7 @@ def test_the_header_alone_tells_whether_a_file_can_begin_a_stage(tmp_path, width
     def outcome() -> Begun | str:
         network = UNET.model_copy(update={"channels": width})
         try:
-            return begin_from(Stage(IMAGE, network=network, given=[(VECTOR, LinkSpec(variable="c"))]), path)
+            return begin_from(Diffusion(IMAGE, network=network, given=[(VECTOR, LinkSpec(variable="c"))]), path)
         except UserError as error:
             return str(error)
 

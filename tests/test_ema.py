@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from chaindiff import cli
 from chaindiff.assemble import Assembly
-from chaindiff.edm.ema import Average, PowerEma, averages
+from chaindiff.edm.ema import Average, PowerEma
+from chaindiff.formulation import averages
 from chaindiff.edm.power_ema import coefficients, gamma_of, inner, power_decay, profile, sigma_rel_of
 from chaindiff.edm.random import normal
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import EmaSpec, PowerEmaSpec, PriorSpec, TrainSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint, snapshots
 from chaindiff.training.loop import train
 from chaindiff.training.snapshots import reconstruct, reconstruct_stage
@@ -219,7 +220,7 @@ def run_train(folder: Path, steps: int | None = None, identity: str = "i") -> No
     """Train, or be killed after so many steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        stage = Stage(Variable.vector("v", 4), network=PriorSpec(kind="prior", width=16, depth=1, heads=2))
+        stage = Diffusion(Variable.vector("v", 4), network=PriorSpec(kind="prior", width=16, depth=1, heads=2))
     for number, _ in enumerate(train(stage, vectors, settings(), folder, total=64, metadata={"identity": identity}), 1):
         if number == steps:
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fixture
+from exact import call
 from published import module, snapshot
 from torch import Tensor, nn
 
@@ -15,11 +16,12 @@ from chaindiff import cli
 from chaindiff.assemble import Assembly
 from chaindiff.data.augment import GEOMETRIC
 from chaindiff.interop import load_edm_network, published
-from chaindiff.networks.condition import Condition, Given
+from chaindiff.networks.condition import Given
+from chaindiff.networks.interface import Condition
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import LinkSpec, SamplerSpec, UNetSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import Begun, begin, begin_from, columns
 from chaindiff.variables import Variable
@@ -59,7 +61,7 @@ def test_published_networks_give_the_reference_outputs(arch) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     inputs = part(tensors, "in.")
     labels = inputs.get("class_labels"), inputs.get("augment_labels")
-    out = network.double()(inputs["x"], inputs["noise_labels"], *labels)
+    out = call(network.double(), inputs["x"], inputs["noise_labels"], *labels)
     assert off(out, tensors["out.y"]) < 1e-5
 
 
@@ -72,7 +74,7 @@ def test_a_preconditioner_is_taken_off(kind) -> None:
     assert described.precondition is not None
     assert (described.precondition.kind, described.class_name, described.sigma_data) == (kind, "SongUNet", 0.5)
     sampler = SamplerSpec(sigma_min=0.05, sigma_max=50)  # levels that all of them know
-    stage = Stage(IMAGE, network=network, precondition=described.precondition, sampler=sampler).double().eval()
+    stage = Diffusion(IMAGE, network=network, precondition=described.precondition, sampler=sampler).double().eval()
     with torch.no_grad():
         state, sigma = {"image": tensors["in.x"].double()}, {"image": tensors["in.sigma"].double().flatten()}
         denoised = stage.denoise(state, sigma, Condition())["image"]
@@ -322,13 +324,13 @@ def spec_of(arch: str) -> UNetSpec:
     return published(class_name, kwargs).network
 
 
-def both(arch: str, given: list, **settings) -> tuple[Stage, Stage, Begun]:
+def both(arch: str, given: list, **settings) -> tuple[Diffusion, Diffusion, Begun]:
     """A stage that is the published network, another that begins from it, and what that was told."""
     class_name, kwargs, state, _ = reference(arch)
     network = load_edm_network(class_name, kwargs, state)
     label = [Variable.label("label", 10)] if kwargs["label_dim"] else []
-    teacher = Stage(IMAGE, given=label, network=network).eval()
-    stage = Stage(IMAGE, given=given, network=spec_of(arch), **settings).eval()
+    teacher = Diffusion(IMAGE, given=label, network=network).eval()
+    stage = Diffusion(IMAGE, given=given, network=spec_of(arch), **settings).eval()
     begun = begin(stage, network.state_dict(), {}, arch)
     return teacher, stage, begun
 
@@ -347,7 +349,7 @@ VALUES = {
 }
 
 
-def denoised(stage: Stage, augment: Tensor | None = None) -> Tensor:
+def denoised(stage: Diffusion, augment: Tensor | None = None) -> Tensor:
     given = {link.variable.name: VALUES[link.variable.name] for link in stage.conditioner}
     with torch.no_grad():
         return stage.denoise({"image": X}, {"image": SIGMA}, stage.conditioner(given, 3, X), augment)["image"]
@@ -405,7 +407,7 @@ def test_labels_that_cannot_be_told_apart_are_refused() -> None:
 def test_a_stage_that_begins_from_a_stage_finds_its_variables_by_name() -> None:
     """The file of a stage says what it was given, so that columns move to where the variable is now."""
     first = [link(LABEL, dropout=0.2), link(CLIP, noise=0.3)]
-    old = Stage(IMAGE, given=first, network=spec_of("adm")).eval()
+    old = Diffusion(IMAGE, given=first, network=spec_of("adm")).eval()
     for parameter in old.parameters():
         nn.init.normal_(parameter, std=0.05)
     kept = {
@@ -413,14 +415,14 @@ def test_a_stage_that_begins_from_a_stage_finds_its_variables_by_name() -> None:
         "variables": json.dumps({v.name: {"identity": v.identity} for v, _ in first}),
     }
     extra = Variable.vector("extra", 4)
-    new = Stage(IMAGE, given=[link(extra), *reversed(first)], network=spec_of("adm")).eval()
+    new = Diffusion(IMAGE, given=[link(extra), *reversed(first)], network=spec_of("adm")).eval()
     begun = begin(new, old.state_dict(), kept, "old")
     assert begun.new == ("network.map_label.weight of extra",)
     places = columns(new.conditioner)
     weights = [stage.network.state_dict()["map_label.weight"] for stage in (old, new)]
     for name, place in columns(old.conditioner).items():
         assert torch.equal(weights[1][:, places[name]], weights[0][:, place])
-    changed = Stage(IMAGE, given=[link(LABEL, dropout=0.2), link(CLIP)], network=spec_of("adm"))
+    changed = Diffusion(IMAGE, given=[link(LABEL, dropout=0.2), link(CLIP)], network=spec_of("adm"))
     with pytest.raises(UserError, match=r"it is told 17 entries of what is told about clip, this stage 0"):
         begin(changed, old.state_dict(), kept, "old")
 
@@ -431,9 +433,9 @@ def test_variances_that_were_learned_are_left_out() -> None:
     network = described.build().to_empty(device="cpu")
     for value in network.state_dict().values():
         nn.init.normal_(value, std=0.1)
-    stage = Stage(IMAGE, network=described.network, precondition="iddpm", sampler=SamplerSpec(sigma_max=80))
+    stage = Diffusion(IMAGE, network=described.network, precondition="iddpm", sampler=SamplerSpec(sigma_max=80))
     begun = begin(stage, network.state_dict(), {}, "iddpm")
     assert begun.left == ("network.out_conv.weight of variances", "network.out_conv.bias of variances")
     x, level = torch.randn(2, 3, 16, 16), torch.zeros(2)
     with torch.no_grad():
-        assert torch.allclose(stage.eval().network(x, level), network.eval()(x, level)[:, :3], atol=1e-6)
+        assert torch.allclose(call(stage.eval().network, x, level), call(network.eval(), x, level)[:, :3], atol=1e-6)

@@ -7,16 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import Gaussians, JointGaussian, Mixture, distance, last, two_modes
+from exact import Gaussians, JointGaussian, Mixture, OneVariable, distance, last, two_modes
 from torch import Tensor, nn
 
 from chaindiff.edm.levels import karras_sigmas, staggered, together
-from chaindiff.edm.random import generator, normal_batch
+from chaindiff.edm.random import Draws, generator, normal_batch
 from chaindiff.edm.schedules import schedule
-from chaindiff.edm.solvers import SECOND_ORDER, SOLVERS, Churn, invert, solve
+from chaindiff.edm.solvers import SOLVERS, Churn, evaluations, invert, solve, updates
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import ChurnSpec, SamplerSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 
@@ -39,7 +39,7 @@ def test_sampling_returns_the_data_that_was_inverted(solver: str, kind: str, acc
     noise = last(invert(two_modes(), {"x": x}, path, solver=solver))
     back = last(solve(two_modes(), noise, path, solver=solver))
     assert (back["x"] - x).abs().max() < accuracy
-    unit = noise["x"] / (80 * chosen.scale(chosen.time(80)))
+    unit = noise["x"] / 80
     assert distance(unit, lambda u: torch.special.ndtr(u)) < 1.95 / math.sqrt(2000) + 0.01
 
 
@@ -75,7 +75,7 @@ def test_dependent_variables_are_inverted_along_every_path(solver: str, offset: 
     x = {"a": torch.tensor([[0.4], [-0.2]]).double(), "b": torch.tensor([[1.1], [0.3]]).double()}
     denoiser = JointGaussian(covariance, "a", "b")
     noise = last(invert(denoiser, x, path, solver=solver))
-    assert denoiser.calls == path.evaluations(SECOND_ORDER[solver])
+    assert denoiser.calls == evaluations(updates(path, solver))
     back = last(solve(denoiser, noise, path, solver=solver))
     for v in x:
         torch.testing.assert_close(back[v], x[v], rtol=0, atol=0.01)
@@ -93,14 +93,14 @@ def test_noise_on_the_way_up_is_refused() -> None:
             solve(Gaussians(x=1.0), {"x": torch.ones(1)}, path, noise=lambda v, n: torch.ones(1), **settings)
 
 
-class ExactNetwork(nn.Module):
+class ExactNetwork(OneVariable):
     """The network for which EDM's preconditioning is the exact denoiser of a mixture."""
 
     def __init__(self, mixture: Mixture):
         super().__init__()
         self.mixture, self.unused = mixture, nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:
+    def one(self, x, noise_labels, class_labels) -> Tensor:
         sigma, spread = float((4 * noise_labels[0]).exp()), 0.5
         total = math.sqrt(sigma**2 + spread**2)
         clean = self.mixture({"x": x * total}, {"x": sigma}).x0["x"]
@@ -110,16 +110,16 @@ class ExactNetwork(nn.Module):
 @pytest.mark.parametrize("kind", ["linear", "vp"])
 def test_a_stage_returns_what_it_inverted(kind: str) -> None:
     sampler = SamplerSpec(steps=100, schedule=kind)
-    stage = Stage(Variable.vector("x", 1), network=ExactNetwork(two_modes()).double(), sampler=sampler)
+    stage = Diffusion(Variable.vector("x", 1), network=ExactNetwork(two_modes()).double(), sampler=sampler)
     x = data(50)
     start = last(stage.invert({"x": x}, {}))
-    back = last(stage.sample(start, {}, lambda v, n: torch.zeros(50, 1)))
+    back = last(stage.sample({}, Draws(range(50), 0), start=start))
     assert (back["x"] - x).abs().max() < 0.01
     assert 0.6 < start["x"].std() < 1.4
 
 
 def test_a_stage_that_adds_noise_cannot_invert() -> None:
     sampler = SamplerSpec(churn=ChurnSpec(amount=3))
-    stage = Stage(Variable.vector("x", 1), network=ExactNetwork(two_modes()), sampler=sampler)
+    stage = Diffusion(Variable.vector("x", 1), network=ExactNetwork(two_modes()), sampler=sampler)
     with pytest.raises(UserError, match=r"stages\.x\.sample\.churn\.amount: no noise leads to a given value"):
         last(stage.invert({"x": normal_batch((1,), range(2), 0)}, {}))

@@ -12,12 +12,14 @@ import chaindiff as cd
 from chaindiff.assemble import Assembly
 from chaindiff.edm.noise import some_known
 from chaindiff.edm.random import Draws
+from chaindiff.edm.solvers import evaluations
 from chaindiff.execution import sampler_settings
+from chaindiff.networks.interface import Condition, Interface
 from chaindiff.networks.joint import Joint
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import JointNetworkSpec, JointSpec, LinkSpec, NoiseSpec, SamplerSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 A, B = Variable.vector("a", 1), Variable.vector("b", 2)
@@ -32,7 +34,8 @@ class ExactGaussian(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.levels: list[tuple[float, float]] = []
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> tuple[Tensor, ...]:
+    def forward(self, x, noise, condition) -> dict[str, Tensor]:
+        x, noise_labels = x.values(), noise.values()
         sigma = [float((4 * label[0]).exp()) for label in noise_labels]
         self.levels.append((sigma[0], sigma[1]))
         total = [(s**2 + 0.25) ** 0.5 for s in sigma]
@@ -40,16 +43,17 @@ class ExactGaussian(nn.Module):
         spread = torch.diag(torch.tensor([sigma[0] ** 2, sigma[1] ** 2, sigma[1] ** 2], dtype=torch.float64))
         clean = torch.cat(noisy, dim=1) @ torch.linalg.solve(COVARIANCE + spread, COVARIANCE)
         parts = (clean[:, :1], clean[:, 1:])
-        return tuple(
+        found = [
             (part - 0.25 / t**2 * value) * t / (s * 0.5)
             for part, value, s, t in zip(parts, noisy, sigma, total, strict=True)
-        )
+        ]
+        return dict(zip(noise, found, strict=True))
 
 
 def chain(offset: float = 0.0, exact: float = 0.2, steps: int = 40) -> cd.Chain:
     sampler = SamplerSpec(steps=steps, offset=offset)
     return cd.Chain(
-        [Stage([A, B], network=ExactGaussian(), joint=JointSpec(exact=exact), sampler=sampler, name="both")]
+        [Diffusion([A, B], network=ExactGaussian(), joint=JointSpec(exact=exact), sampler=sampler, name="both")]
     )
 
 
@@ -79,11 +83,11 @@ def test_each_variable_given_the_other_has_its_exact_conditional(given: str, wan
 
 def test_the_first_leads_by_the_offset_and_what_is_given_rests_at_zero() -> None:
     model = chain(offset=0.5, steps=4)
-    stage = model.stages[0]
+    stage = model.stages["both"]
     times = stage.path().times
     assert stage.path().steps == 6 and times["a"][-3:].tolist() == [0, 0, 0]
     assert times["b"][:3].tolist() == [80, 80, 80] and times["b"][2:].tolist() == times["a"][:5].tolist()
-    assert (stage.nfe(), stage.nfe(["b"])) == (11, 7)
+    assert [evaluations(stage.table(stage.path(moving))) for moving in (None, ["b"])] == [11, 7]
     network = stage.network
     assert isinstance(network, ExactGaussian)
     model.sample(1, given={"a": torch.zeros(1, 1)}, want=["b"])
@@ -91,7 +95,7 @@ def test_the_first_leads_by_the_offset_and_what_is_given_rests_at_zero() -> None
 
 
 def test_a_plan_counts_only_what_moves() -> None:
-    skeleton = Assembly(load_recipe("joint_emoji16", set=["stages.both.sample.offset=1"])).skeleton()
+    skeleton = Assembly(load_recipe("joint_emoji16", set=["stages.both.sample.offset=1"])).chain()
     assert skeleton.plan().costs["both"].nfe == 70
     assert skeleton.plan(["image16"], ["clip"]).costs["both"].nfe == 35
 
@@ -108,10 +112,10 @@ def test_samples_do_not_depend_on_the_batch() -> None:
 
 
 def test_inversion_returns_to_the_values() -> None:
-    stage = chain(0.3, steps=100).stages[0]
+    stage = chain(0.3, steps=100).stages["both"]
     values = {"a": torch.tensor([[0.3]]).double(), "b": torch.tensor([[-0.2, 0.5]]).double()}
     start = deque(stage.invert(values, {}), maxlen=1).pop()
-    back = deque(stage.sample(start, {}, lambda name, number: values[name]), maxlen=1).pop()
+    back = deque(stage.sample({}, Draws(range(1), 0), start=start), maxlen=1).pop()
     assert all((back[name] - values[name]).abs().max() < 5e-3 for name in values)
 
 
@@ -137,7 +141,7 @@ def test_one_variable_keeps_its_levels() -> None:
 
 def test_the_loss_of_the_exact_denoiser_is_what_no_denoiser_can_undercut() -> None:
     """The expected error is the trace of the posterior covariance; a variable known exactly adds none."""
-    stage = Stage([A, B], network=ExactGaussian(), joint=JointSpec(exact=1.0, pure=0.0), name="both")
+    stage = Diffusion([A, B], network=ExactGaussian(), joint=JointSpec(exact=1.0, pure=0.0), name="both")
     stage.noise = lambda draws: torch.full((len(draws.samples),), 0.5)  # the network takes one level for a batch
     root = torch.linalg.cholesky(COVARIANCE)
     values = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ root.T
@@ -166,7 +170,7 @@ SMALL = {
 
 def network(*shapes: tuple[int, ...], **options) -> Joint:
     torch.manual_seed(0)
-    made = Joint(shapes, seen=6, **SMALL, **options)
+    made = Joint(Interface(dict(zip("xyz", shapes, strict=False)), **options), seen=6, **SMALL)
     for parameter in made.parameters():  # the last layers begin at zero
         parameter.data += 0.05 * torch.randn(parameter.shape)
     return made.eval()
@@ -176,16 +180,16 @@ def network(*shapes: tuple[int, ...], **options) -> Joint:
 def test_every_output_depends_on_every_input_and_level(order: list[int]) -> None:
     variables = [[IMAGE, CLIP, TEXT][i] for i in order]
     model = network(*(v.shape for v in variables))
-    x = [torch.randn(2, *v.shape) for v in variables]
-    levels = [torch.tensor([-0.3, 0.2]) for _ in variables]
+    x = {name: torch.randn(2, *v.shape) for name, v in zip("xyz", variables, strict=True)}
+    levels = {name: torch.tensor([-0.3, 0.2]) for name in x}
     with torch.no_grad():
-        before = model(x, levels)
-        assert [out.shape for out in before] == [value.shape for value in x]
-        for changed in range(3):
-            other = [value + (i == changed) for i, value in enumerate(x)]
-            louder = [level + 0.4 * (i == changed) for i, level in enumerate(levels)]
-            for after in (model(other, levels), model(x, louder)):
-                assert all((a - b).abs().max() > 1e-6 for a, b in zip(after, before, strict=True))
+        before = model(x, levels, Condition())
+        assert {name: out.shape for name, out in before.items()} == {name: value.shape for name, value in x.items()}
+        for changed in x:
+            other = {name: value + (name == changed) for name, value in x.items()}
+            louder = {name: level + 0.4 * (name == changed) for name, level in levels.items()}
+            for after in (model(other, levels, Condition()), model(x, louder, Condition())):
+                assert all((after[name] - before[name]).abs().max() > 1e-6 for name in x)
 
 
 def test_given_labels_reach_both_streams_and_dropped_ones_do_not() -> None:
@@ -197,7 +201,7 @@ def test_given_labels_reach_both_streams_and_dropped_ones_do_not() -> None:
             "vector": recipe.network.vector.model_copy(update={"width": 16, "depth": 1, "heads": 2}),
         }
     )
-    stage = Stage([CLIP, IMAGE], given=links, network=spec, name="both").eval()
+    stage = Diffusion([CLIP, IMAGE], given=links, network=spec, name="both").eval()
     for parameter in stage.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     x = {"clip": torch.randn(1, 5), "image": torch.randn(1, 3, 8, 8)}
@@ -216,7 +220,7 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
         vector={"kind": "prior", "width": 64, "depth": 2, "heads": 2},
     )
     noise, sampler = NoiseSpec(mean=-0.4, std=1.4), SamplerSpec(steps=12, offset=0.25)
-    stage = Stage([vector, image], network=network, noise=noise, sampler=sampler, name="both")
+    stage = Diffusion([vector, image], network=network, noise=noise, sampler=sampler, name="both")
     optimizer = torch.optim.Adam(stage.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=800)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact import OneVariable
 from torch import nn
 
 from chaindiff.edm.random import Draws
@@ -11,28 +12,28 @@ from chaindiff.networks.condition import LEVEL_WIDTH, Given, Link
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import LinkSpec, SamplerSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 SCALE = 0.5 * 8**0.5  # of a vector of eight entries, each of deviation 0.5
 CLIP, GROUP, X = Variable.vector("clip", 8), Variable.label("group", 3), Variable.vector("x", 4)
 
 
-class Recorder(nn.Module):
+class Recorder(OneVariable):
     """Keeps the labels that it is called with."""
 
     def __init__(self):
         super().__init__()
         self.weight, self.seen = nn.Parameter(torch.zeros(())), []
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None):
+    def one(self, x, noise_labels, class_labels):
         self.seen.append(class_labels)
         return x * self.weight
 
 
-def stage(**options) -> Stage:
-    links = [(CLIP, LinkSpec(variable="clip", keep=[0, 2, 8], **options)), (GROUP, LinkSpec(variable="group"))]
-    return Stage(X, given=links, network=Recorder(), sampler=SamplerSpec(steps=2))
+def stage(**sampling) -> Diffusion:
+    links = [(CLIP, LinkSpec(variable="clip", keep=[0, 2, 8])), (GROUP, LinkSpec(variable="group"))]
+    return Diffusion(X, given=links, network=Recorder(), sampler={"steps": 2, "links": {"clip": sampling}})
 
 
 def test_only_the_first_entries_arrive_and_the_network_is_told_how_many():
@@ -82,7 +83,7 @@ def test_training_draws_every_count_and_depends_on_the_sample_alone():
         assert abs((counts == count).float().mean() - 1 / 3) < 0.08  # four standard deviations
 
 
-@pytest.mark.parametrize(("options", "count"), [({}, 8), ({"sample_keep": 2}, 2), ({"sample_keep": 0}, 0)])
+@pytest.mark.parametrize(("options", "count"), [({}, 8), ({"keep": 2}, 2), ({"keep": 0}, 0)])
 def test_sampling_gives_what_it_is_told_to(options, count):
     model = stage(**options)
     given = {"clip": torch.ones(1, 8), "group": torch.zeros(1, dtype=torch.long)}
@@ -93,9 +94,9 @@ def test_sampling_gives_what_it_is_told_to(options, count):
 
 
 def test_what_sampling_does_not_look_at_need_not_be_made():
-    assert [v.name for v in stage(sample_keep=0).given] == ["group"]
-    assert [v.name for v in stage(sample_absent=True).given] == ["group"]
-    recipe = load_recipe("vcdm_emoji_class", set=["stages.image16.given.1.sample_keep=0"])
+    assert [v.name for v in stage(keep=0).given] == ["group"]
+    assert [v.name for v in stage(absent=True).given] == ["group"]
+    recipe = load_recipe("vcdm_emoji_class", set=["stages.image16.sample.links.clip.keep=0"])
     from chaindiff.assemble import Assembly
 
     assert Assembly(recipe).request.running == ["image16", "image"]
@@ -104,12 +105,13 @@ def test_what_sampling_does_not_look_at_need_not_be_made():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("stages.image16.given.1.sample_keep=5", "5 was not trained: it should be in `keep`, one of [0, 0, 4, 8"),
+        ("stages.image16.sample.links.clip.keep=5", "5 was not trained: it should be in the link's `keep`, one of [0, 0"),
+        ("stages.image16.sample.links.clp.keep=4", "the stage is not given 'clp'; did you mean 'clip'?"),
         ("stages.image16.given.0.keep=[1]", "counts the entries of a vector, but 'group' is a label"),
         ("stages.image16.given.1.keep=[200]", "200 is more than the 128 entries of 'clip'"),
         ("stages.image16.given.1.keep=[0]", "0 alone never gives anything; leave the link out"),
-        ("stages.image.given.0.sample_absent=true", "the value is never absent in training: the link has no `dropout`"),
-        ("stages.image.given.0.sample_keep=4", "it should be in `keep`, which this link has not"),
+        ("stages.image.sample.links.image16.absent=true", "the value is never absent in training: the link has no `dropout`"),
+        ("stages.image.sample.links.image16.keep=4", "it should be in the link's `keep`, which this link has not"),
     ],
 )
 def test_mistakes_are_explained(change, expected):

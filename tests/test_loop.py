@@ -16,17 +16,17 @@ from chaindiff.chain import run_stage
 from chaindiff.edm.random import Draws, normal
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import EmaSpec, LinkSpec, OptimizerSpec, PriorSpec, SamplerSpec, TrainSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint
 from chaindiff.training.loop import compiles, learning_rate, train
 from chaindiff.variables import Variable
 
 
-def vector_stage(seed: int = 0, **settings) -> Stage:
+def vector_stage(seed: int = 0, **settings) -> Diffusion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = settings.pop("network", PriorSpec(kind="prior", width=16, depth=1, heads=2))
-        return Stage(Variable.vector("v", 4), network=network, **settings)
+        return Diffusion(Variable.vector("v", 4), network=network, **settings)
 
 
 def vectors(samples: list[int]) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def settings(**changes) -> TrainSpec:
     return TrainSpec(**{**plain, **changes})
 
 
-def run_train(folder: Path, stage: Stage, spec: TrainSpec, batches=vectors) -> dict[str, Tensor]:
+def run_train(folder: Path, stage: Diffusion, spec: TrainSpec, batches=vectors) -> dict[str, Tensor]:
     for _ in train(stage, batches, spec, folder, total=spec.images, metadata={"identity": "i"}):
         pass
     return checkpoint.load(folder / "weights.safetensors")[0]
@@ -100,14 +100,14 @@ def test_compiles(monkeypatch) -> None:
     assert not compiles(settings(execution="auto"), 1_000_000)
 
 
-class Infinite(nn.Module):
+class Infinite(OneVariable):
     """A network whose output is finite at the start, but not its gradient: the square root of a weight that is 0."""
 
     def __init__(self):
         super().__init__()
         self.scale, self.edge = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:
+    def one(self, x, noise_labels, class_labels) -> Tensor:
         return x * self.scale + self.edge.sqrt()
 
 
@@ -162,14 +162,14 @@ class Known(Draws):
         return self.values[role]
 
 
-class Affine(nn.Module):
+class Affine(OneVariable):
     """F(x, c_noise) = 0.7 x + 0.3 c_noise, which float64 can follow."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.7))
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:
+    def one(self, x, noise_labels, class_labels) -> Tensor:
         return self.weight * x + 0.3 * noise_labels[:, None]
 
 

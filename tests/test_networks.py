@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 from conftest import fixture
+from exact import call
 
 from chaindiff.edm.precondition import EDM, SMALLEST_SIGMA, Direct, noise_label
 from chaindiff.networks.condition import Given, Link, training_level
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.stage import LinkSpec, UNetSpec
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 
@@ -44,7 +45,8 @@ def test_network_equals_the_reference(arch: str) -> None:
     network, tensors = reference_unet(f"{arch}_tiny", arch)
     network.double().load_state_dict({k: v.double() for k, v in part(tensors, "state.").items()})
     inputs = part(tensors, "in.")
-    out = network.eval()(inputs["x"], inputs["noise_labels"], inputs.get("class_labels"), inputs.get("augment_labels"))
+    labels = inputs.get("class_labels"), inputs.get("augment_labels")
+    out = call(network.eval(), inputs["x"], inputs["noise_labels"], *labels)
     error = (out - tensors["out.y"]).norm() / tensors["out.y"].norm()
     assert error < 1e-5
 
@@ -59,7 +61,7 @@ def test_edm_preconditioning_equals_the_reference() -> None:
         blocks=kwargs["num_blocks"],
         attention=kwargs["attn_resolutions"],
     )
-    stage = Stage(Variable.image("image", 3, 16), network=spec).eval()
+    stage = Diffusion(Variable.image("image", 3, 16), network=spec).eval()
     state = {k.removeprefix("model."): v for k, v in part(tensors, "state.").items()}
     stage.network.load_state_dict({k: v.float() for k, v in state.items()})
     bound = stage.bind({})
@@ -125,7 +127,7 @@ def test_prior_sees_every_input() -> None:
     inputs = [torch.randn(2, 8), torch.randn(2), torch.randn(2, 3), torch.randn(2, 9), torch.randn(2, 2, 4)]
     for tensor in inputs:
         tensor.requires_grad_()
-    prior(*inputs).square().sum().backward()
+    call(prior, *inputs).square().sum().backward()
     assert all(t.grad is not None and t.grad.abs().max() > 0 for t in inputs)
 
 
@@ -134,7 +136,7 @@ def test_context_reaches_a_unet_through_its_attention() -> None:
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x, t = torch.randn(2, 3, 16, 16), torch.zeros(2)
-    one, other = (network(x, t, context=torch.randn(2, 5, 6)) for _ in range(2))
+    one, other = (call(network, x, t, context=torch.randn(2, 5, 6)) for _ in range(2))
     assert (one - other).abs().max() > 1e-4
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import fixture
-from exact import Mixture, distance, last
+from exact import Mixture, OneVariable, distance, last
 from recipe_text import changed, message, write
 from torch import Tensor, nn
 
-from chaindiff.edm.noise import training_noise
-from chaindiff.edm.precondition import preconditioning
+from chaindiff.formulation import preconditioning, training_noise
+from chaindiff.edm.denoiser import Prediction
 from chaindiff.edm.random import Draws, normal_batch
 from chaindiff.edm.schedules import VP, iddpm_levels
 from chaindiff.edm.solvers import solve
@@ -36,7 +36,7 @@ from chaindiff.specs.stage import (
     VpSpec,
     precondition_of,
 )
-from chaindiff.stage import Stage
+from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 KINDS = ["edm", "x0", "v", "flow", "vp", "ve", "iddpm"]
@@ -65,7 +65,8 @@ def test_preconditioned_networks_equal_the_reference(kind: str) -> None:
     network = UNet(
         16,
         3,
-        6 if kind == "iddpm" else 3,
+        3,
+        learns_variances=kind == "iddpm",
         channels=kwargs["model_channels"],
         mult=kwargs["channel_mult"],
         blocks=kwargs["num_blocks"],
@@ -73,7 +74,7 @@ def test_preconditioned_networks_equal_the_reference(kind: str) -> None:
     )
     prefix = "state.model."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    stage = Stage(Variable.image("image", 3, 16), network=network, precondition=kind).double().eval()
+    stage = Diffusion(Variable.image("image", 3, 16), network=network, precondition=kind).double().eval()
     x, sigma = tensors["in.x"].double(), tensors["in.sigma"].double().flatten()
     denoised = stage.bind({})({"image": x}, {"image": sigma}).x0["image"]
     error = (denoised - tensors["out.D"]).norm() / tensors["out.D"].norm()
@@ -123,19 +124,19 @@ def test_labels_span_what_a_network_expects(kind: str) -> None:
 SQUARE = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])  # clean and noise: unit, uncorrelated
 
 
-class Scaled(nn.Module):
+class Scaled(OneVariable):
     """F(x) = theta x: on Gaussian data the exact denoiser of one level is of this form, in every parametrisation."""
 
     def __init__(self, theta: float):
         super().__init__()
         self.theta = nn.Parameter(torch.tensor(theta))
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:
+    def one(self, x, noise_labels, class_labels) -> Tensor:
         return self.theta * x
 
 
 class Known(Draws):
-    def normal(self, role: str, shape=()) -> Tensor:
+    def normal(self, *role, shape=()) -> Tensor:
         return SQUARE[:, 1:]
 
 
@@ -148,7 +149,7 @@ def test_the_loss_is_least_at_the_exact_denoiser(kind: str, sigma: float) -> Non
     c, weight = parametrisation(level), parametrisation.weight(level).item()
     exact = spread**2 / (spread**2 + sigma**2)
     theta = ((exact - c.skip) / (c.out * c.input)).item()
-    stage = Stage(Variable.vector("v", 1), network=Scaled(theta), precondition=kind)
+    stage = Diffusion(Variable.vector("v", 1), network=Scaled(theta), precondition=kind)
     stage.noise = lambda draws: torch.full((4,), sigma)
     loss = stage.loss({"v": spread * SQUARE[:, :1]}, Known(range(4), 0, "v")).mean()
     loss.backward()
@@ -192,7 +193,7 @@ def test_discrete_levels_are_equally_likely() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_finite_at_the_published_levels(kind: str) -> None:
-    stage = Stage(Variable.vector("v", 4), network=Scaled(0.1), precondition=kind)
+    stage = Diffusion(Variable.vector("v", 4), network=Scaled(0.1), precondition=kind)
     loss = stage.loss({"v": normal_batch((4,), range(500), 0).float() / 2}, Draws(range(500), 0, "v"))
     assert loss.isfinite().all()
 
@@ -200,14 +201,14 @@ def test_losses_are_finite_at_the_published_levels(kind: str) -> None:
 # ------------------------------------------------------------ sampling
 
 
-class Exact(nn.Module):
+class ExactNetwork(OneVariable):
     """The network for which a parametrisation is the exact denoiser of a mixture."""
 
     def __init__(self, kind: str, mixture: Mixture):
         super().__init__()
         self.kind, self.mixture, self.unused = kind, mixture, nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, context=None) -> Tensor:
+    def one(self, x, noise_labels, class_labels) -> Tensor:
         sigma = LEVEL[self.kind](noise_labels)[:, None]
         c = built(self.kind)(sigma[:, 0])
         noisy = x / c.input[:, None]
@@ -227,34 +228,33 @@ def mixture() -> Mixture:
 def test_every_parametrisation_of_one_denoiser_gives_the_same_samples(kind: str, schedule: str) -> None:
     """On the same levels; a discrete model's grid is rounded to its own, and the reference runs on the rounded grid."""
     sampler = SamplerSpec(steps=9, sigma_min=0.05, sigma_max=50, schedule=schedule)
-    stage = Stage(Variable.vector("x", 3), network=Exact(kind, mixture()).double(), precondition=kind, sampler=sampler)
+    stage = Diffusion(Variable.vector("x", 3), network=ExactNetwork(kind, mixture()).double(), precondition=kind, sampler=sampler)
     start = normal_batch((3,), range(3), 0, "start")
-    found = last(stage.sample({"x": start}, {}, lambda v, n: start))["x"]
+    found = last(stage.sample({}, Draws(range(3), 0), start={"x": start}))["x"]
     path = stage.path()
-    state = {"x": start * path.sigma(0)["x"] * path.scale(0)["x"]}
+    state = {"x": start * path.sigma(0)["x"]}
     torch.testing.assert_close(found, last(solve(mixture(), state, path))["x"], rtol=1e-7, atol=1e-8)
 
 
 def test_a_discrete_model_samples_on_its_own_levels_alone() -> None:
     network = Scaled(0.1)
-    stage = Stage(Variable.vector("x", 3), network=network, precondition="iddpm", sampler=SamplerSpec(steps=12))
+    stage = Diffusion(Variable.vector("x", 3), network=network, precondition="iddpm", sampler=SamplerSpec(steps=12))
     levels = [stage.path().sigma(i)["x"] for i in range(13)]
     assert set(levels) <= set(iddpm_levels())
     assert levels[0] == pytest.approx(80, rel=0.1) and levels[-2] == iddpm_levels()[-2] and levels[-1] == 0
-    bound = stage.bind({})
-    assert (bound.sigma_min, bound.sigma_max) == (iddpm_levels()[-2], iddpm_levels()[0])
-    assert bound.round(70.0) == min(iddpm_levels(), key=lambda u: abs(u - 70))
-    churned = SamplerSpec(steps=12, churn={"amount": 10})
-    stage.sampler, seen = churned, []
-    stage.denoise = lambda x, sigma, *rest: seen.append(float(sigma["x"][0])) or {"x": x["x"] * 0}
-    last(stage.sample({"x": torch.ones(1, 3).double()}, {}, lambda v, n: torch.ones(1, 3).double()))
+    known = stage.precondition
+    assert (known.sigma_min, known.sigma_max) == (iddpm_levels()[-2], iddpm_levels()[0])
+    assert known.round(70.0) == min(iddpm_levels(), key=lambda u: abs(u - 70))
+    seen = []
+    stage.denoise = lambda x, sigma, *rest: seen.append(float(sigma["x"][0])) or Prediction({"x": x["x"] * 0})
+    last(stage.sample({}, Draws(range(1), 0, dtype=torch.float64), sampler={"churn": {"amount": 10}}))
     assert seen and all(np.abs(iddpm_levels() / s - 1).min() < 1e-6 for s in seen)
 
 
 def test_levels_that_nobody_said_are_kept_within_what_the_network_knows() -> None:
-    stage = Stage(Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(steps=4))
+    stage = Diffusion(Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(steps=4))
     assert stage.path().sigma(3)["x"] == pytest.approx(0.02)
-    stage = Stage(
+    stage = Diffusion(
         Variable.vector("x", 3),
         network=Scaled(0.1),
         precondition=VeSpec(kind="ve", sigma_max=50),
@@ -266,7 +266,7 @@ def test_levels_that_nobody_said_are_kept_within_what_the_network_knows() -> Non
 @pytest.mark.parametrize(("field", "level"), [("sigma_min", 0.002), ("sigma_max", 120.0)])
 def test_levels_outside_what_the_network_knows_are_refused(field: str, level: float) -> None:
     with pytest.raises(UserError) as error:
-        Stage(Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(**{field: level}))
+        Diffusion(Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(**{field: level}))
     assert str(error.value) == (
         f"stages.x.sample.{field}: {level:g} is none of the levels that a network of kind ve knows, from 0.02 to 100\n"
         "  leave it out: the sampler then takes what the network knows"
@@ -277,7 +277,7 @@ def test_a_prior_embeds_times_and_logarithms_alike() -> None:
     """Times up to 1000 enter its sinusoids as they are, logarithms a thousandfold."""
     spec = PriorSpec(kind="prior", width=8, depth=1, heads=2)
     for kind, scale in (("edm", 1000), ("x0", 1000), ("ve", 1000), ("v", 1), ("vp", 1), ("iddpm", 1)):
-        network = Stage(Variable.vector("x", 3), network=spec, precondition=kind).network
+        network = Diffusion(Variable.vector("x", 3), network=spec, precondition=kind).network
         assert isinstance(network, Prior) and network.label_scale == scale
 
 
@@ -297,7 +297,7 @@ def test_every_parametrisation_has_its_published_noise(kind: str, noise: str) ->
     assert spec.noise.kind == noise
     assert stage_of(precondition={"kind": kind}, noise={"kind": noise}) == spec
     assert StageSpec.model_validate(spec.model_dump(mode="json")) == spec
-    assert type(Stage(Variable.vector("x", 3), network=Scaled(0.1), precondition=kind).noise) is type(
+    assert type(Diffusion(Variable.vector("x", 3), network=Scaled(0.1), precondition=kind).noise) is type(
         training_noise(spec.noise)
     )
 
@@ -376,5 +376,5 @@ def test_levels_outside_are_found_when_a_recipe_is_planned(tmp_path, monkeypatch
     text = changed(PLACE, f"    precondition: {{kind: ve}}\n{PLACE}").replace("{steps: 18}", "{sigma_min: 0.01}")
     write(tmp_path, text)
     with pytest.raises(UserError) as error:
-        Assembly(load_recipe("r.yaml")).skeleton()
+        Assembly(load_recipe("r.yaml")).chain()
     assert str(error.value).startswith("r.yaml:25: stages.image.sample.sigma_min: 0.01 is none of the levels")

@@ -38,7 +38,7 @@ def test_size_and_settings_are_the_published_ones(name: str) -> None:
     stage, parameters, evaluations, settings = PUBLISHED[name]
     assembly = Assembly(load_recipe(name))
     spec, train = assembly.recipe.stages[stage], assembly.recipe.stages[stage].train
-    cost = assembly.skeleton().plan([stage]).costs[stage]
+    cost = assembly.chain().plan([stage]).costs[stage]
     assert (cost.parameters, cost.nfe) == (parameters, evaluations)
     dropout, half_life = spec.network.dropout, train.ema.half_life
     found = (train.batch, train.optimizer.lr, dropout, spec.augment.probability, train.images, half_life)
@@ -57,12 +57,12 @@ def test_samplers_are_the_published_ones(name: str) -> None:
 def test_class_conditional_vcdm_tells_both_stages_the_class() -> None:
     """p(clip | class) p(image | clip, class): a label of 1,512 entries, beside EDM's 1,000."""
     assembly, edm = Assembly(load_recipe("vcdm_imagenet64")), Assembly(load_recipe("edm_imagenet64"))
-    plan = assembly.skeleton().plan(["image"])
+    plan = assembly.chain().plan(["image"])
     assert [step.producer.name for step in plan.plan.steps] == ["label", "clip", "image"]
     assert set(plan.plan.steps[2].inputs) == {"label", "clip"}
     width = 4 * 192  # of the noise embedding, where ADM adds the label; the augmentation label enters before it
     more = 512 * width + 9 * 192
-    assert plan.costs["image"].parameters - edm.skeleton().plan(["image"]).costs["image"].parameters == more
+    assert plan.costs["image"].parameters - edm.chain().plan(["image"]).costs["image"].parameters == more
 
 
 @pytest.mark.parametrize("name", sorted(available("recipe")))

@@ -32,7 +32,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_plans(name: str) -> None:
     assembly = Assembly(load_recipe(name))
-    found = assembly.skeleton().plan(assembly.recipe.sample.want)
+    found = assembly.chain().plan(assembly.recipe.sample.want)
     assert found.running
     assert sum(found.share(stage) for stage in found.running) == pytest.approx(1)
     assert all(found.costs[stage].flops > 0 for stage in found.running)
@@ -44,7 +44,7 @@ def test_the_required_recipes_are_there() -> None:
 
 
 def test_vcdm_ffhq_has_the_published_size_and_budget() -> None:
-    found = Assembly(load_recipe("vcdm_ffhq")).skeleton().plan(["image"])
+    found = Assembly(load_recipe("vcdm_ffhq")).chain().plan(["image"])
     assert found.costs["image"].parameters == 61_871_235
     assert found.costs["image"].flops == pytest.approx(84e9, rel=0.02)
     assert found.costs["image"].nfe == 79
@@ -52,7 +52,7 @@ def test_vcdm_ffhq_has_the_published_size_and_budget() -> None:
 
 
 def test_the_prior_costs_at_most_five_percent_of_the_image_stages() -> None:
-    found = Assembly(load_recipe("vcdm_emoji")).skeleton().plan(["image"])
+    found = Assembly(load_recipe("vcdm_emoji")).chain().plan(["image"])
     images = found.costs["image16"].total_flops + found.costs["image"].total_flops
     assert found.costs["clip"].total_flops <= 0.05 * images
 

@@ -294,7 +294,7 @@ def solve(
     Raises ValueError for combinations without meaning, and where `churn` or `eta` adds noise but none is given.
     """
     table = updates(path, solver, churn=churn, eta=eta)
-    if noise is None and any(c.noise for row in table for c in row.rows.values()):
+    if noise is None and (eta or (churn is not None and churn.amount)):
         raise ValueError(f"{'eta' if eta else 'churn'} needs a source of noise")
     return integrate(denoiser, x, table, noise)
 

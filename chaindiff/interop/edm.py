@@ -112,11 +112,13 @@ class Published:
 
     def build(self) -> UNet:
         """The network on the meta device: names and shapes, no memory."""
+        learns = isinstance(self.precondition, IddpmSpec)  # which doubles what comes out
         with torch.device("meta"):
             return UNet(
                 self.resolution,
                 self.in_channels,
-                self.out_channels,
+                self.out_channels // (1 + learns),
+                learns_variances=learns,
                 label_dim=self.label_dim,
                 augment_dim=self.augment_dim,
                 **self.network.model_dump(exclude={"kind"}),

@@ -12,6 +12,8 @@ from chaindiff.specs.fields import child, kinds, model_of
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import Node, describe
 
+# What sampling does to a link stands under `sample.links`; it stood beside what training does to it.
+MOVED = {"sample_noise": "noise", "sample_keep": "keep", "sample_absent": "absent"}
 MOST = 10  # mistakes that one message lists
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -99,7 +101,11 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
     if code == "extra_forbidden":
         names = list(owner.model_fields) if owner else []
         names += ["use"] if owner is StageSpec else []
-        problem = at(path[:-1], f"unknown field '{path[-1]}'{did_you_mean(str(path[-1]), names)}")
+        tail = did_you_mean(str(path[-1]), names)
+        if path[-1] in MOVED:
+            link = tree.deepest(path[:-1]).get("variable")
+            tail = f"; it is said as sample.links.{link.value if link else 'NAME'}.{MOVED[str(path[-1])]} now"
+        problem = at(path[:-1], f"unknown field '{path[-1]}'{tail}")
         problem.where = tree.deepest(path).where
         return problem
     if code == "missing":
