@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from chaindiff.guidance import Wrapper, classifier_free, guided, interval, known, thresholded
     from chaindiff.networks.interface import Condition, Interface, Network
     from chaindiff.specs.errors import UserError
-    from chaindiff.specs.stage import JointNetwork, LinkSampling, LinkSpec as Link, Prior, SamplerSpec as Sampler, UNet
+    from chaindiff.specs.stage import JointNetwork, LinkSampling, Prior, UNet
+    from chaindiff.specs.stage import LinkSpec as Link
+    from chaindiff.specs.stage import SamplerSpec as Sampler
     from chaindiff.stage import Cost, Stage
     from chaindiff.variables import Variable
 

@@ -17,6 +17,7 @@ from chaindiff.assets import registry
 from chaindiff.chain import Chain, Source, Stages, Value
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
+from chaindiff.diffusion import Diffusion
 from chaindiff.edm.random import seed
 from chaindiff.encoders import Encoder, build_encoder
 from chaindiff.encoders.clip import OpenClip
@@ -26,7 +27,6 @@ from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
-from chaindiff.diffusion import Diffusion
 from chaindiff.stage import Stage
 from chaindiff.training import checkpoint
 from chaindiff.variables import Variable, digest

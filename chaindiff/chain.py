@@ -243,8 +243,8 @@ class Chain:
     ) -> Values:
         """`count` samples of every wanted variable, on the CPU: name -> [count, *shape].
 
-        `given` holds known values, [count, *shape] or [1, *shape] for all; labels as numbers or names, texts as a str or
-        a list. Sample i is the same whatever the batch size, to rounding, and to the bit with `exact`. It takes the
+        `given` holds known values, [count, *shape] or [1, *shape] for all; labels as numbers or names, texts as str
+        or lists. Sample i is the same whatever the batch size, to rounding, and to the bit with `exact`. It takes the
         noise of sample number `noise[i]`, by default i; one number for all rows shares its noise between them.
 
         `steps`, `solver` and `guidance` are those of every diffusion stage for this call; `stages` has more by stage,
@@ -390,7 +390,7 @@ class Chain:
         found: dict[str, Value] = {}
         for name, value in given.items():
             variable = self.variables.get(name)
-            if isinstance(value, Tensor) or variable is None and not _texts(value):
+            if isinstance(value, Tensor) or (variable is None and not _texts(value)):
                 found[name] = value if isinstance(value, Tensor) else torch.as_tensor(value)
             elif _texts(value):
                 if variable is not None and variable.kind != "text":

@@ -13,7 +13,18 @@ from jaxtyping import install_import_hook
 HOOK = install_import_hook(
     [
         f"chaindiff.{part}"
-        for part in ("edm", "guidance", "networks", "data", "pictures", "encoders", "stage", "diffusion", "training", "evaluation")
+        for part in (
+            "edm",
+            "guidance",
+            "networks",
+            "data",
+            "pictures",
+            "encoders",
+            "stage",
+            "diffusion",
+            "training",
+            "evaluation",
+        )
     ],
     "checker.check",
 )

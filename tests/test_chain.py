@@ -7,14 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from exact import OneVariable
 from torch import Tensor, nn
 
 import chaindiff as cd
-from exact import OneVariable
 from chaindiff.chain import Chain, Source
+from chaindiff.diffusion import Diffusion
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import ChurnSpec, LinkSampling, LinkSpec, PriorSpec, SamplerSpec, UNetSpec
-from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 # A chain of Gaussians a -> b -> c, with a -> c as well: x = W parents + N(0, variance).
@@ -126,9 +126,7 @@ def small_chain() -> Chain:
     noisy = churned.model_copy(update={"links": {"clip": LinkSampling(noise=0.2)}})
     stages = [
         Diffusion(clip, network=prior, sampler=churned, precondition="x0"),
-        Diffusion(
-            image, given=[(clip, LinkSpec(variable="clip", noise=0.5))], network=unet, sampler=noisy
-        ),
+        Diffusion(image, given=[(clip, LinkSpec(variable="clip", noise=0.5))], network=unet, sampler=noisy),
     ]
     for stage in stages:
         for parameter in stage.parameters():  # zero-initialised outputs would hide the conditions
@@ -228,7 +226,10 @@ def test_links_of_different_meaning_are_refused() -> None:
     one = Variable("clip", "vector", (4,), meaning="encoder A")
     other = Variable("clip", "vector", (4,), meaning="encoder B")
     prior = PriorSpec(kind="prior", width=16, depth=1, heads=2)
-    with pytest.raises(UserError, match="stage 'y' has another 'clip' than the rest of the chain: its meaning is encoder B, not encoder A"):
+    with pytest.raises(
+        UserError,
+        match="another 'clip' than the rest of the chain: its meaning is encoder B, not encoder A",
+    ):
         Chain([Diffusion(one, network=prior), Diffusion(Variable.vector("y", 2), given=[other], network=prior)])
 
 

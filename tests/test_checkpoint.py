@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from chaindiff.diffusion import Diffusion
 from chaindiff.edm.random import Draws
 from chaindiff.networks.condition import Given
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import LinkSpec, UNetSpec
-from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import Begun, begin_from
 from chaindiff.variables import Variable

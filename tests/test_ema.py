@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from chaindiff import cli
 from chaindiff.assemble import Assembly
+from chaindiff.diffusion import Diffusion
 from chaindiff.edm.ema import Average, PowerEma
-from chaindiff.formulation import averages
 from chaindiff.edm.power_ema import coefficients, gamma_of, inner, power_decay, profile, sigma_rel_of
 from chaindiff.edm.random import normal
+from chaindiff.formulation import averages
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import EmaSpec, PowerEmaSpec, PriorSpec, TrainSpec
-from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint, snapshots
 from chaindiff.training.loop import train
 from chaindiff.training.snapshots import reconstruct, reconstruct_stage

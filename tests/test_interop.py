@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from chaindiff import cli
 from chaindiff.assemble import Assembly
 from chaindiff.data.augment import GEOMETRIC
+from chaindiff.diffusion import Diffusion
 from chaindiff.interop import load_edm_network, published
 from chaindiff.networks.condition import Given
 from chaindiff.networks.interface import Condition
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import LinkSpec, SamplerSpec, UNetSpec
-from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import Begun, begin, begin_from, columns
 from chaindiff.variables import Variable
@@ -77,7 +78,7 @@ def test_a_preconditioner_is_taken_off(kind) -> None:
     stage = Diffusion(IMAGE, network=network, precondition=described.precondition, sampler=sampler).double().eval()
     with torch.no_grad():
         state, sigma = {"image": tensors["in.x"].double()}, {"image": tensors["in.sigma"].double().flatten()}
-        denoised = stage.denoise(state, sigma, Condition())["image"]
+        denoised = stage.denoise(state, sigma, Condition()).x0["image"]
     assert off(denoised, tensors["out.D"]) < 1e-5
 
 
@@ -352,7 +353,8 @@ VALUES = {
 def denoised(stage: Diffusion, augment: Tensor | None = None) -> Tensor:
     given = {link.variable.name: VALUES[link.variable.name] for link in stage.conditioner}
     with torch.no_grad():
-        return stage.denoise({"image": X}, {"image": SIGMA}, stage.conditioner(given, 3, X), augment)["image"]
+        condition = replace(stage.conditioner(given, 3, X), augment=augment)
+        return stage.denoise({"image": X}, {"image": SIGMA}, condition).x0["image"]
 
 
 @pytest.mark.parametrize("order", [[LABEL, CLIP], [CLIP, LABEL]])
@@ -368,7 +370,7 @@ def test_a_conditional_network_keeps_its_classes_and_ignores_the_embedding(arch,
     assert off(denoised(stage), expected) < 1e-6
     others = {**VALUES, "label": Given(torch.tensor([4, 1, 8]))}
     with torch.no_grad():
-        other = stage.denoise({"image": X}, {"image": SIGMA}, stage.conditioner(others, 3, X))["image"]
+        other = stage.denoise({"image": X}, {"image": SIGMA}, stage.conditioner(others, 3, X)).x0["image"]
     assert off(other, expected) > 1e-5, "the classes must matter"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import chaindiff as cd
 from chaindiff.assemble import Assembly
+from chaindiff.diffusion import Diffusion
 from chaindiff.edm.noise import some_known
 from chaindiff.edm.random import Draws
 from chaindiff.edm.solvers import evaluations
@@ -19,7 +20,6 @@ from chaindiff.networks.joint import Joint
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import JointNetworkSpec, JointSpec, LinkSpec, NoiseSpec, SamplerSpec
-from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 A, B = Variable.vector("a", 1), Variable.vector("b", 2)

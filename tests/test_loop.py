@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact import OneVariable
 from torch import Tensor, nn
 
-from chaindiff.chain import run_stage
+from chaindiff.chain import Chain
+from chaindiff.diffusion import Diffusion
 from chaindiff.edm.random import Draws, normal
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import EmaSpec, LinkSpec, OptimizerSpec, PriorSpec, SamplerSpec, TrainSpec
-from chaindiff.diffusion import Diffusion
 from chaindiff.training import checkpoint
 from chaindiff.training.loop import compiles, learning_rate, train
 from chaindiff.variables import Variable
@@ -143,7 +144,7 @@ def test_learns_a_constant(tmp_path) -> None:
     assert losses[-1] < losses[0] / 10
     trained = vector_stage(1, network=PriorSpec(kind="prior", width=32, depth=1, heads=2), sampler=sampler)
     checkpoint.fill(trained, weights, "the weights")
-    samples = run_stage(trained.eval(), {}, range(16), 0)["v"]
+    samples = Chain([trained]).sample(16)["v"]
     assert float((samples - value).abs().max()) < 0.05
 
 

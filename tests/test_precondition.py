@@ -15,11 +15,12 @@ from exact import Mixture, OneVariable, distance, last
 from recipe_text import changed, message, write
 from torch import Tensor, nn
 
-from chaindiff.formulation import preconditioning, training_noise
+from chaindiff.diffusion import Diffusion
 from chaindiff.edm.denoiser import Prediction
 from chaindiff.edm.random import Draws, normal_batch
 from chaindiff.edm.schedules import VP, iddpm_levels
 from chaindiff.edm.solvers import solve
+from chaindiff.formulation import preconditioning, training_noise
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.errors import UserError
@@ -36,7 +37,6 @@ from chaindiff.specs.stage import (
     VpSpec,
     precondition_of,
 )
-from chaindiff.diffusion import Diffusion
 from chaindiff.variables import Variable
 
 KINDS = ["edm", "x0", "v", "flow", "vp", "ve", "iddpm"]
@@ -228,7 +228,9 @@ def mixture() -> Mixture:
 def test_every_parametrisation_of_one_denoiser_gives_the_same_samples(kind: str, schedule: str) -> None:
     """On the same levels; a discrete model's grid is rounded to its own, and the reference runs on the rounded grid."""
     sampler = SamplerSpec(steps=9, sigma_min=0.05, sigma_max=50, schedule=schedule)
-    stage = Diffusion(Variable.vector("x", 3), network=ExactNetwork(kind, mixture()).double(), precondition=kind, sampler=sampler)
+    stage = Diffusion(
+        Variable.vector("x", 3), network=ExactNetwork(kind, mixture()).double(), precondition=kind, sampler=sampler
+    )
     start = normal_batch((3,), range(3), 0, "start")
     found = last(stage.sample({}, Draws(range(3), 0), start={"x": start}))["x"]
     path = stage.path()
@@ -266,7 +268,9 @@ def test_levels_that_nobody_said_are_kept_within_what_the_network_knows() -> Non
 @pytest.mark.parametrize(("field", "level"), [("sigma_min", 0.002), ("sigma_max", 120.0)])
 def test_levels_outside_what_the_network_knows_are_refused(field: str, level: float) -> None:
     with pytest.raises(UserError) as error:
-        Diffusion(Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(**{field: level}))
+        Diffusion(
+            Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(**{field: level})
+        )
     assert str(error.value) == (
         f"stages.x.sample.{field}: {level:g} is none of the levels that a network of kind ve knows, from 0.02 to 100\n"
         "  leave it out: the sampler then takes what the network knows"

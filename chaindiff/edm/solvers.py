@@ -94,9 +94,7 @@ class Step(dict[str, Tensor]):
 
 
 @torch.no_grad()
-def integrate(
-    denoiser: Denoiser, x: State, table: Sequence[Update], noise: Noise | None = None
-) -> Iterator[Step]:
+def integrate(denoiser: Denoiser, x: State, table: Sequence[Update], noise: Noise | None = None) -> Iterator[Step]:
     """Follow a solver's table from the state `x`; yields after every step, without waiting for the device."""
     kept = clean = before = x  # until there are such values, no coefficient takes them
     for row in table:
@@ -159,9 +157,7 @@ def updates(
     return table
 
 
-def _raised(
-    path: Path, number: int, churn: Churn, round: Callable[[float], float]
-) -> tuple[dict[str, Row], Times]:
+def _raised(path: Path, number: int, churn: Churn, round: Callable[[float], float]) -> tuple[dict[str, Row], Times]:
     """Fresh noise that raises every moving variable from sigma to (1 + gamma) sigma, and the times that follow."""
     rows, times = {}, path.time(number)
     for v in path.moves(number):

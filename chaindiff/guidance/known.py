@@ -25,7 +25,9 @@ class Known(Wrapper):
 
     def __call__(self, x: State, sigma: Levels) -> Prediction:
         found = self._corrected(x, sigma) if self.solves else self.inner(x, sigma)
-        x0 = {v: torch.where(self.mask[v], self.value[v].to(p), p) if v in self.mask else p for v, p in found.x0.items()}
+        x0 = {
+            v: torch.where(self.mask[v], self.value[v].to(p), p) if v in self.mask else p for v, p in found.x0.items()
+        }
         return Prediction(x0, found.variance)
 
     @torch.enable_grad()

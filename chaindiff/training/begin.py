@@ -165,7 +165,9 @@ def _width(place: slice) -> int:
     return place.stop - place.start
 
 
-def _label(stage: Diffusion, value: Tensor, given: Tensor, kept: Mapping[str, str]) -> tuple[Tensor, list[str], list[str]]:
+def _label(
+    stage: Diffusion, value: Tensor, given: Tensor, kept: Mapping[str, str]
+) -> tuple[Tensor, list[str], list[str]]:
     """The label projection with the file's columns in their places: the tensor, what is new, what is wrong."""
     ours = columns(stage.conditioner)
     width, total = given.shape[1], value.shape[1]
@@ -190,7 +192,11 @@ def _label(stage: Diffusion, value: Tensor, given: Tensor, kept: Mapping[str, st
         if wrong:
             return value, [], wrong
     # DDPM++ and NCSN++ multiply the label by the square root of its width, which grows.
-    scale = math.sqrt(width / total) if isinstance(stage.network, UNet) and stage.network.arch.label_joins == "noise" else 1.0
+    scale = (
+        math.sqrt(width / total)
+        if isinstance(stage.network, UNet) and stage.network.arch.label_joins == "noise"
+        else 1.0
+    )
     weight = torch.zeros_like(value)
     for source, target in pairs:
         weight[:, target] = given[:, source].to(weight) * scale

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.diffusion import Diffusion
-from chaindiff.edm.random import Draws
 from chaindiff.data.augment import active
+from chaindiff.diffusion import Diffusion
 from chaindiff.distributed import processes
+from chaindiff.edm.random import Draws
 from chaindiff.encoders import Encoder, build_encoder
 from chaindiff.encoders.clip import OpenClip
 from chaindiff.memory import noted
