@@ -346,7 +346,7 @@ class Chain:
         began, state = time.perf_counter(), None
         with evaluating(stage), noted(f"while sampling stage '{name}', {len(numbers)} at a time"):
             states = stage.sample(given, draws, **request.settings.get(name, {}))
-            for count, state in enumerate(_without_gradients(states), 1):
+            for count, state in enumerate(_without_gradients(iter(states)), 1):
                 at, of = getattr(state, "number", count), getattr(state, "total", count)
                 done = min(batches + share * (before + at / of / stages), 1.0)
                 sigma, x0 = getattr(state, "sigma", {}), getattr(state, "x0", {})
@@ -446,9 +446,14 @@ def _rows(value: Value, rows: Sequence[int]) -> Value:
     return value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
 
 
-@torch.no_grad()
 def _without_gradients(states: Iterator[State]) -> Iterator[State]:
-    yield from states
+    """What a stage yields; gradients are as they were while the caller has a state in hand."""
+    while True:
+        with torch.no_grad():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state
 
 
 def _drained(states: Generator[Any, None, Values]) -> Values:

@@ -93,18 +93,18 @@ class Step(dict[str, Tensor]):
         self.sigma, self.x0, self.number, self.total = sigma, x0, number, total
 
 
-@torch.no_grad()
 def integrate(denoiser: Denoiser, x: State, table: Sequence[Update], noise: Noise | None = None) -> Iterator[Step]:
     """Follow a solver's table from the state `x`; yields after every step, without waiting for the device."""
     kept = clean = before = x  # until there are such values, no coefficient takes them
     for row in table:
-        if row.sigma is not None:
-            before, clean = clean, denoiser(x, row.sigma).x0
-        moved = {}
-        for v, take in row.rows.items():
-            fresh = noise(v, row.step) if noise is not None and take.noise else x[v]
-            moved[v] = take(x[v], kept[v], clean[v], before[v], fresh)
-        kept, x = x, {**x, **moved}
+        with torch.no_grad():
+            if row.sigma is not None:
+                before, clean = clean, denoiser(x, row.sigma).x0
+            moved = {}
+            for v, take in row.rows.items():
+                fresh = noise(v, row.step) if noise is not None and take.noise else x[v]
+                moved[v] = take(x[v], kept[v], clean[v], before[v], fresh)
+            kept, x = x, {**x, **moved}
         if row.ends:
             yield Step(x, row.level, clean, row.step + 1, table[-1].step + 1)
 

@@ -136,6 +136,9 @@ class Conditioner(nn.Module):
         shapes = [link.received for link in self if link.variable.kind == "tokens"]
         return (sum(s[0] for s in shapes), max(s[1] for s in shapes)) if shapes else None
 
+    def __len__(self) -> int:
+        return len(self.links)
+
     def __iter__(self) -> Iterator[Link]:
         return iter(cast("Iterable[Link]", self.links.values()))
 
