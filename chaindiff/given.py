@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from chaindiff.variables import Variable
 def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Values of given variables, [1, *shape] or [rows, *shape].
 
-    A label is a class's name or number, a text stands for its encodings. An image is a file or folder. Anything that
-    an encoder makes of images (clusters too) can be given as an image, which is then encoded; or as numbers in a
-    .safetensors or .npy file.
-    Raises UserError for unknown variables, classes and files.
+    A label is a class's name or number, a text stands for its encodings, and of both there may be a list. An image is
+    a file or folder. Anything that an encoder makes of images (clusters too) can be given as an image, which is then
+    encoded; or as numbers in a .safetensors or .npy file.
+    Raises UserError for unknown variables, classes and files, and unless there is one row or one for each sample.
     """
     values = {}
     for name, value in given.items():
         variable = _variable(assembly, name)
-        values |= _texts(assembly, name, value) if variable.kind == "text" else {name: _read(assembly, variable, value)}
+        read = _texts(assembly, name, value) if variable.kind == "text" else {name: _read(assembly, variable, value)}
+        _check_rows(assembly, name, next(iter(read.values())))
+        values |= read
     return values
 
 
@@ -38,8 +40,17 @@ def check_given(assembly: Assembly, given: Mapping[str, Any]) -> None:
     """What can be told before the encoders are fitted: raises UserError for unknown variables, classes and files."""
     for name, value in given.items():
         variable = _variable(assembly, name)
-        if variable.kind != "text":  # any words will do
-            _checked(assembly, variable, value)
+        # Of a text, any words will do.
+        found = _checked(assembly, variable, value) if variable.kind != "text" else value
+        if isinstance(found, Tensor | list):
+            _check_rows(assembly, name, found)
+
+
+def _check_rows(assembly: Assembly, name: str, rows: Sized) -> None:
+    count = assembly.recipe.sample.count
+    if len(rows) not in (1, count):
+        hint = f"give one for all samples, or one for each: sample.count={len(rows)}"
+        raise UserError(f"{len(rows)} values for {count} samples", f"--given {name}", hint)
 
 
 def _texts(assembly: Assembly, name: str, value: Any) -> dict[str, Tensor]:
@@ -64,8 +75,11 @@ def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Pat
     where = f"--given {variable.name}"
     if isinstance(value, Tensor):
         return value
-    if variable.kind == "label" and (assembly.recipe.variables[variable.name].encoder is None or _is_number(value)):
-        return torch.tensor([_class(assembly, variable, value, where)])
+    classes = value if isinstance(value, list) else [value]
+    if variable.kind == "label" and (
+        assembly.recipe.variables[variable.name].encoder is None or all(map(_is_number, classes))
+    ):
+        return torch.tensor([_class(assembly, variable, one, where) for one in classes])
     path = Path(str(value)).expanduser()
     if not path.exists():
         raise UserError(

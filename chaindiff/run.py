@@ -37,6 +37,11 @@ def say(text: str) -> None:
     get_console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def asking(loaded: Loaded, **options: Any) -> Loaded:
+    """The recipe with what a command asks of its samples; None asks nothing."""
+    return loaded.override({"sample": {key: value for key, value in options.items() if value is not None}})
+
+
 # ------------------------------------------------------------ plan
 
 
@@ -47,10 +52,9 @@ def plan(
     picture: Path | None = None,
 ) -> ChainPlan:
     """Check a request, and print what it would run and what that costs; needs no weights, data or memory."""
-    asked = loaded.recipe.sample
+    loaded = asking(loaded, want=want, given=given)
     assembly = Assembly(loaded)
-    with assembly.located():
-        found = assembly.skeleton().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
+    found = assembly.request
     check_begin(assembly, loaded.recipe.stages)
     say(str(found))
     if picture is not None:
@@ -135,9 +139,8 @@ def sample(
     given: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """Sample with the weights that are there."""
-    options = {"count": count, "seed": seed, "batch": batch, "want": want, "given": given}
-    changes = {key: value for key, value in options.items() if value is not None}
-    sampled = sample_chain(Assembly(loaded.override({"sample": changes}), out))
+    loaded = asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given)
+    sampled = sample_chain(Assembly(loaded, out))
     say(f"{sampled.samples.count} samples in {sampled.samples.folder}")
     return sampled
 
@@ -149,6 +152,8 @@ def sample_chain(assembly: Assembly) -> Sampled:
     """
     asked, out, state = assembly.recipe.sample, assembly.out, processes()
     found = assembly.request
+    if all(step.producer.kind == "encoder" for step in found.plan.steps):
+        say(nothing_runs(assembly))
     chain = assembly.chain(set(found.running))
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
     keep = list(dict.fromkeys([*made, *asked.want]))
@@ -187,11 +192,47 @@ def sample_chain(assembly: Assembly) -> Sampled:
     return Sampled(samples, found, chain.weights, lock, time.perf_counter() - began, chain.seconds)
 
 
+def nothing_runs(assembly: Assembly) -> str:
+    """Why a request samples nothing, and what to give in place of it so that stages run."""
+    request, given, chain, told = assembly.request.plan, assembly.recipe.sample.given, assembly.skeleton(), []
+    read = {made: step.inputs[0] for step in request.steps for made in step.outputs}  # encoders read one variable each
+
+    def runs(want: str, given: Sequence[str]) -> bool:
+        try:
+            return bool(chain.plan([want], given).running)
+        except UserError:
+            return False
+
+    for want in request.want:
+        origin = want
+        while origin not in given:
+            origin = read[origin]
+        text = f"'{want}' is computed from the given '{origin}'" if origin != want else f"'{want}' is given"
+        others = [name for name in given if name != origin]
+        ways = (name for name in pictured(assembly, want) if name not in given and runs(want, [name, *others]))
+        if way := next(ways, None):
+            value = given[origin] if isinstance(given[origin], str) else "FILE"
+            text += f"; to sample variations of a picture give what its stage is given, such as --given {way}={value}"
+        told.append(text)
+    return f"no stage runs: {'; '.join(told)}"
+
+
+def pictured(assembly: Assembly, variable: str) -> list[str]:
+    """What the stage of a variable is given and a picture can stand for."""
+    specs = assembly.recipe.variables
+    stages = [n for n in assembly.recipe.stages if variable in {v.name for v in assembly.generates(n)}]
+    links = [link.name for stage in stages for link, _ in assembly.links(stage)]
+    return [name for name in links if specs[name].kind == "image" or specs[name].encoder is not None]
+
+
 # ------------------------------------------------------------ evaluate
 
 
-def evaluate(loaded: Loaded, out: Path | None = None, **options: Any) -> Report:
+def evaluate(
+    loaded: Loaded, out: Path | None = None, given: Mapping[str, Any] | None = None, **options: Any
+) -> Report:
     """Measure a chain, say what was found, and show it on the page of the run, which is made if there is none."""
+    loaded = asking(loaded, given=given)
     report, assembly = measure(loaded, out=out, **options), Assembly(loaded, out)
     sampled, page = sample_chain(assembly), assembly.out / "report.html"
     if not processes().is_main_process:
@@ -207,7 +248,13 @@ def evaluate(loaded: Loaded, out: Path | None = None, **options: Any) -> Report:
 
 
 def run(
-    loaded: Loaded, out: Path | None = None, smoke: bool = False, given: Mapping[str, Any] | None = None
+    loaded: Loaded,
+    out: Path | None = None,
+    smoke: bool = False,
+    count: int | None = None,
+    seed: int | None = None,
+    batch: int | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """All of a recipe: weights (shipped or found, else trained), samples, pictures and the page."""
     banner = ""
@@ -216,7 +263,7 @@ def run(
         out = out or default_out(loaded.recipe)
         banner = "SMOKE RUN: tiny networks, a few training steps, the embedded images. Not results."
         say(banner)
-    loaded = loaded.override({"sample": {"given": given or {}}})
+    loaded = asking(loaded, count=count, seed=seed, batch=batch, given=given)
     assembly, asked = Assembly(loaded, out), loaded.recipe.sample
     found = assembly.request
     untrained = [name for name in found.running if assembly.find_weights(name) is None]
