@@ -233,6 +233,21 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN...", show_default=False, autocompletion=completion.runs)
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show two or more runs side by side: the settings in which they differ, and their figures."""
+    from chaindiff.compare import compare
+
+    found = compare(runs)
+    _json(found.facts()) if as_json else print(found)
+
+
+@app.command()
 def plan(
     recipe: RecipeName,
     want: Want = [],  # noqa: B006
@@ -297,7 +312,7 @@ def list_(
         str | None,
         typer.Argument(
             metavar="[GROUP]",
-            help="One group: recipes, cards, encoders, reducers, networks, judges or weights.",
+            help="One group: recipes, cards, encoders, reducers, networks, judges, weights or runs.",
             show_default=False,
             autocompletion=completion.groups,
         ),
@@ -305,7 +320,7 @@ def list_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List recipes, stage cards, what else a recipe can name, and weights."""
+    """List recipes, stage cards, what else a recipe can name, weights and runs."""
     from chaindiff.catalogue import GROUPS, TITLES
     from chaindiff.specs.errors import did_you_mean
 

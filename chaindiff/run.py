@@ -228,9 +228,7 @@ def pictured(assembly: Assembly, variable: str) -> list[str]:
 # ------------------------------------------------------------ evaluate
 
 
-def evaluate(
-    loaded: Loaded, out: Path | None = None, given: Mapping[str, Any] | None = None, **options: Any
-) -> Report:
+def evaluate(loaded: Loaded, out: Path | None = None, given: Mapping[str, Any] | None = None, **options: Any) -> Report:
     """Measure a chain, say what was found, and show it on the page of the run, which is made if there is none."""
     loaded = asking(loaded, given=given)
     report, assembly = measure(loaded, out=out, **options), Assembly(loaded, out)
