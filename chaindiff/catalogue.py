@@ -81,7 +81,7 @@ def _run(path: Path) -> str:
         return f"(broken: {error.message if isinstance(error, UserError) else 'a file of samples is not complete'})"
     held = [f"{count} samples of {', '.join(names)}" for count, names in made.items()] or ["no samples"]
     held += ["evaluated" if (path / "metrics.json").exists() else "not evaluated"]
-    return "; ".join([*held, f"trained {', '.join(trained)}" if trained else "trained nothing"])
+    return "; ".join([*held, *([f"trained {', '.join(trained)}"] if trained else [])])
 
 
 def _counted(folder: Path, asked: int) -> str:

@@ -1,4 +1,4 @@
-"""What `chaindiff compare` shows: the settings in which runs differ, and their figures side by side. Imports no torch."""
+"""What `chaindiff compare` shows: the settings in which runs differ, and their figures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.loaded.recipe.model_dump(mode="json")
+        """Without those of the evaluation: the lock was written for the samples, and figures carry their own."""
+        return self.loaded.recipe.model_dump(mode="json", exclude={"name", "description", "evaluate"})
 
     @property
     def evaluate(self) -> str:
@@ -50,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`settings`: each field that differs, with its values. `figures`: what two or more runs measured, as plain data."""
+    """`settings`: each field that differs, with its value in every run. `figures`: what two or more runs measured."""
 
     runs: Sequence[Run]
     settings: dict[str, list[Any]]
@@ -74,10 +75,11 @@ class Comparison:
             table = [[path, *map(shown, values)] for path, values in self.settings.items()]
             parts = [plain([["setting", *names], *table])]
         if self.figures:
+            told = ["; ".join(unlike(line["unlike"])) for line in self.figures]
             table = [
-                [line["row"], title(line), *line["cells"], "; ".join(unlike(line["unlike"]))] for line in self.figures
+                [line["row"], title(line), *line["cells"], text] for line, text in zip(self.figures, told, strict=True)
             ]
-            parts.append(plain([["row", "figure", *names, "not measured alike"], *table]))
+            parts.append(plain([["row", "figure", *names, "not measured alike" if any(told) else ""], *table]))
         return "\n\n".join([*parts, *(["\n".join(self.notes)] if self.notes else [])])
 
 
@@ -98,7 +100,7 @@ def compare(names: Sequence[str]) -> Comparison:
 
 def differences(values: Sequence[Any], path: str = "") -> Iterator[tuple[str, list[Any]]]:
     """The fields, as deep down as they can be named, in which recipes differ, with the value in each."""
-    if all(value == values[0] for value in values) or path == "name" or path.split(".")[-1] == "description":
+    if all(value == values[0] for value in values) or path.endswith(".description"):
         return
     if all(isinstance(value, dict) for value in values):
         keys: dict[str, None] = {key: None for value in values for key in value}
@@ -127,6 +129,7 @@ def rows_of(path: Path) -> list[list[dict[str, Any]]] | None:
     rows: dict[str, list[dict[str, Any]]] = {}
     try:
         for figure in json.loads(path.read_text())["figures"]:
+            known(figure)
             rows.setdefault(figure["row"], []).append(figure)
     except FileNotFoundError:
         return None
@@ -174,8 +177,12 @@ def line(key: tuple[str, ...], seeds: Sequence[list[dict[str, Any]]], found: Seq
 
 def text(seeds: list[dict[str, Any]], metric: str, judge: str) -> str:
     """The mean over seeds and its interval, as an evaluation shows them."""
-    known = [[Figure(**{name: figure[name] for name in Figure.model_fields})] for figure in seeds]
-    return cell(Measured("", [], known), metric, judge)
+    return cell(Measured("", [], [[known(figure)] for figure in seeds]), metric, judge)
+
+
+def known(figure: Mapping[str, Any]) -> Figure:
+    """A figure without what stands beside it."""
+    return Figure(**{name: figure[name] for name in Figure.model_fields})
 
 
 def title(line: Mapping[str, Any]) -> str:

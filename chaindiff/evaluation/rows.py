@@ -73,14 +73,13 @@ class Row:
         skeleton = self.assembly.skeleton()
         sources = [source.variable.name for source in skeleton.sources] if self.oracle else []
         given = list(dict.fromkeys([*self.given, *self.oracle, *sources]))
-        unused = skeleton.plan([self.of], given).plan.unused
-        if needless := [name for name in unused if name in self.given]:
+        whole = skeleton.plan([self.of], given).plan
+        if not any(self.of in step.outputs for step in whole.steps if step.producer.kind == "stage"):
+            raise UserError(f"no stage samples '{self.of}', which is measured: it follows from what is given")
+        if needless := [name for name in whole.unused if name in self.given]:
             hint = f"leave it out: --set sample.given.{needless[0]}=null"
             raise UserError(f"the given '{needless[0]}' changes nothing of '{self.of}'", hint=hint)
-        found = skeleton.plan([self.of], [name for name in given if name not in unused])
-        if not any(self.of in step.outputs for step in found.plan.steps if step.producer.kind == "stage"):
-            raise UserError(f"no stage samples '{self.of}', which is measured: it follows from what is given")
-        return found
+        return skeleton.plan([self.of], [name for name in given if name not in whole.unused])
 
     @property
     def from_data(self) -> list[str]:
