@@ -29,6 +29,7 @@ from chaindiff.specs.errors import UserError
 from chaindiff.specs.files import write_whole
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.lock import write_lock
+from chaindiff.specs.yaml import wrap
 from chaindiff.training.job import check_begin, train_stage
 
 
@@ -38,8 +39,8 @@ def say(text: str) -> None:
 
 
 def asking(loaded: Loaded, **options: Any) -> Loaded:
-    """The recipe with what a command asks of its samples; None asks nothing."""
-    return loaded.override({"sample": {key: value for key, value in options.items() if value is not None}})
+    """The recipe with what a command's options ask of its samples; None asks nothing."""
+    return loaded.override({"sample": {n: wrap(v, f"--{n}") for n, v in options.items() if v is not None}})
 
 
 # ------------------------------------------------------------ plan
