@@ -73,19 +73,12 @@ def test_figures_are_means_over_seeds():
         ("steps 1", "kid", {"a": 0.5, "b": 0.4}, {}),
     ]
     assert found.figures[0]["seeds"] == {"a": [0, 1], "b": [0]}
-    assert (
-        str(found).splitlines()
-        == [
-            "no setting differs",
-            "",
-            "row        figure                     a            b",
-            "the chain  KID x1000 j of 'image16'  20.0 ± 19.6  40.0 ± 1.96".replace(
-                "j of 'image16'  ", "j of 'image16'  "
-            ),
-            "steps 1    KID x1000 j of 'image16'  500 ± 1.96   400 ± 1.96",
-        ]
-        or True
-    )
+    text = str(found).splitlines()
+    assert text[0] == "no setting differs"
+    assert [line.split() for line in text[3:]] == [
+        "the chain KID x1000 j of 'image16' 20.0 ± 19.6 40.0 ± 1.96".split(),
+        "steps 1 KID x1000 j of 'image16' 500 ± 1.96 400 ± 1.96".split(),
+    ]
 
 
 @pytest.mark.parametrize(
