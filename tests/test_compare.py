@@ -75,9 +75,9 @@ def test_figures_are_means_over_seeds():
     assert found.figures[0]["seeds"] == {"a": [0, 1], "b": [0]}
     text = str(found).splitlines()
     assert text[0] == "no setting differs"
-    assert [line.split() for line in text[3:]] == [
-        "the chain KID x1000 j of 'image16' 20.0 ± 19.6 40.0 ± 1.96".split(),
-        "steps 1 KID x1000 j of 'image16' 500 ± 1.96 400 ± 1.96".split(),
+    assert [" ".join(line.split()) for line in text[3:]] == [
+        "the chain KID x1000 j of 'image16' 20.0 ± 19.6 40.0 ± 1.96",
+        "steps 1 KID x1000 j of 'image16' 500 ± 1.96 400 ± 1.96",
     ]
 
 
