@@ -1,4 +1,4 @@
-"""What there is to build with: recipes, stage cards, encoders, networks and weights, a line each. Imports no torch."""
+"""What there is: recipes, stage cards, encoders, networks, weights and runs, a line each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from chaindiff.assets.registry import SHIPPED
+from chaindiff.specs.errors import UserError
 from chaindiff.specs.fields import models
-from chaindiff.specs.load import What, available, summary
+from chaindiff.specs.load import LOCK, What, available, load_recipe, summary
 from chaindiff.specs.recipe import Encoder, Reducer
 from chaindiff.specs.stage import Network
 
@@ -56,13 +57,45 @@ def _weights() -> list[Entry]:
     return shipped + [Entry(str(path), _trained(path), path) for path in runs]
 
 
+def _header(path: Path) -> dict[str, Any]:
+    """Of a safetensors file: its length in eight bytes, then JSON."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(min(length, HEADER)))
+
+
+def runs() -> dict[str, Path]:
+    """The runs in this directory by name: the folders of `runs` that have begun to sample."""
+    return {path.parent.name: path.parent for path in sorted(Path("runs").glob(f"*/{LOCK}"))}
+
+
+def _run(path: Path) -> str:
+    """What a run holds, or what is wrong with it."""
+    try:
+        asked = load_recipe(path).recipe.sample.count
+        made: dict[str, list[str]] = {}
+        for folder in sorted(path.glob("samples/*/")):
+            made.setdefault(_counted(folder, asked), []).append(folder.name)
+        trained = sorted(file.parent.name for file in path.glob("stages/*/weights.safetensors"))
+    except (UserError, OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        return f"(broken: {error.message if isinstance(error, UserError) else 'a file of samples is not complete'})"
+    held = [f"{count} samples of {', '.join(names)}" for count, names in made.items()] or ["no samples"]
+    held += ["evaluated" if (path / "metrics.json").exists() else "not evaluated"]
+    return "; ".join([*held, *([f"trained {', '.join(trained)}"] if trained else [])])
+
+
+def _counted(folder: Path, asked: int) -> str:
+    """The samples of one variable: an image a file, of others a batch a file, named after its first."""
+    count = sum(1 for file in folder.glob("*.png") if file.stem.isdecimal())
+    for file in folder.glob("*.safetensors"):
+        count += _header(file)[folder.name]["shape"][0]
+    return f"{count}" if count == asked else f"{count} of {asked}"
+
+
 def _trained(path: Path) -> str:
     """What a weights file says of itself, or what is wrong with it."""
     try:
-        # The format's header: its length in eight bytes, then JSON.
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            metadata = json.loads(file.read(min(length, HEADER)))["__metadata__"]
+        metadata = _header(path)["__metadata__"]
         size = f"{path.stat().st_size / 1e6:.2f} MB"
         if "stage" not in metadata:
             return f"statistics of an encoder, fitted on {int(metadata['rows']):,} rows; {size}"
@@ -82,5 +115,6 @@ GROUPS: dict[str, Callable[[], list[Entry]]] = {
     "networks": lambda: _kinds(Network),
     "judges": lambda: [Entry(name, description) for name, description in JUDGES.items()],
     "weights": _weights,
+    "runs": lambda: [Entry(name, _run(path), path) for name, path in runs().items()],
 }
-TITLES = {"cards": "stage cards"}
+TITLES = {"cards": "stage cards", "runs": "runs, in the folder runs"}

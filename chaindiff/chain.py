@@ -315,7 +315,7 @@ class Chain:
         # Rows past the end repeat the last given values; they fill the tile and are cut off again.
         rows = [min(s, request.count - 1) for s in range(begin, end)]
         numbers = [request.noise[s] if s < request.count else s for s in range(begin, end)]
-        values: dict[str, Any] = {name: _rows(value, rows) for name, value in request.given.items()}
+        values: dict[str, Any] = {name: rows_of(value, rows) for name, value in request.given.items()}
         running = [step for step in request.plan.steps if step.producer.kind == "stage"]
         with self._placed(request, [step.producer.name for step in running]):
             for step in request.plan.steps:
@@ -440,7 +440,8 @@ def _texts(value: Any) -> bool:
     )
 
 
-def _rows(value: Value, rows: Sequence[int]) -> Value:
+def rows_of(value: Value, rows: Sequence[int]) -> Value:
+    """These rows of a value; one row stands for all."""
     if len(value) == 1:
         return value.expand(len(rows), *value.shape[1:]) if isinstance(value, Tensor) else value * len(rows)
     return value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]

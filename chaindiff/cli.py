@@ -44,6 +44,9 @@ Want = Annotated[
     list[str],
     typer.Option("--want", metavar="NAME", help="A variable to sample.", autocompletion=completion.variables),
 ]
+Count = Annotated[int | None, typer.Option("--count", min=1, help="How many samples.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Other samples of the same chain.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="How many at a time.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout; messages to stderr.")]
@@ -137,9 +140,12 @@ def _options(
 @app.command()
 def run(
     recipe: RecipeName,
+    count: Count = None,
+    seed: Seed = None,
+    batch: Batch = None,
+    given: Given = [],  # noqa: B006 (Typer copies it)
     out: Out = None,
-    changes: Set = [],  # noqa: B006 (Typer copies it)
-    given: Given = [],  # noqa: B006
+    changes: Set = [],  # noqa: B006
     smoke: Annotated[bool, typer.Option("--smoke", help="Go through everything once, as small as possible.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -147,7 +153,8 @@ def run(
 ) -> None:
     """Do what is missing of a recipe: train, sample, evaluate, report."""
     loaded = _load(recipe, changes)
-    _facts(_work(quiet, as_json).run(loaded, out=out, smoke=smoke, given=_values(given)), as_json)
+    asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
+    _facts(_work(quiet, as_json).run(loaded, out=out, smoke=smoke, **asked), as_json)
 
 
 @app.command()
@@ -175,9 +182,9 @@ def train(
 @app.command()
 def sample(
     recipe: RecipeName,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="How many samples.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="How many at a time.")] = None,
+    count: Count = None,
+    seed: Seed = None,
+    batch: Batch = None,
     want: Want = [],  # noqa: B006
     given: Given = [],  # noqa: B006
     out: Out = None,
@@ -208,18 +215,36 @@ def evaluate(
     ] = [],  # noqa: B006
     baseline: Annotated[list[str], typer.Option("--baseline", metavar="RECIPE", help="Compare with it.")] = [],  # noqa: B006
     oracle: Annotated[list[str], typer.Option("--oracle", metavar="NAME", help="Take it from the data.")] = [],  # noqa: B006
+    given: Given = [],  # noqa: B006
     count: Annotated[int | None, typer.Option("--count", min=2, help="Samples of every row.")] = None,
     seed: Annotated[list[int], typer.Option("--seed", min=0, help="A sampling seed; several give intervals.")] = [],  # noqa: B006
     judge: Annotated[list[str], typer.Option("--judge", metavar="NAME", help="A feature extractor.")] = [],  # noqa: B006
     out: Out = None,
     changes: Set = [],  # noqa: B006
     quiet: Quiet = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure a chain: distances to the data, what each link costs, sweeps, memorisation."""
     asked = {"count": count, "seeds": seed, "judges": judge}
     loaded = _load(recipe, changes).override({"evaluate": {key: value for key, value in asked.items() if value}})
-    _work(quiet).evaluate(loaded, of=of, links=links, sweeps=sweep, baselines=baseline, oracle=oracle, out=out)
+    options = {"of": of, "links": links, "sweeps": sweep, "baselines": baseline, "oracle": oracle}
+    _facts(_work(quiet, as_json).evaluate(loaded, out=out, given=_values(given), **options), as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN...", show_default=False, autocompletion=completion.runs)
+    ],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show two or more runs side by side: the settings in which they differ, and their figures."""
+    from chaindiff.compare import compare
+
+    found = compare(runs)
+    _json(found.facts()) if as_json else print(found)
 
 
 @app.command()
@@ -287,7 +312,7 @@ def list_(
         str | None,
         typer.Argument(
             metavar="[GROUP]",
-            help="One group: recipes, cards, encoders, reducers, networks, judges or weights.",
+            help="One group: recipes, cards, encoders, reducers, networks, judges, weights or runs.",
             show_default=False,
             autocompletion=completion.groups,
         ),
@@ -295,7 +320,7 @@ def list_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List recipes, stage cards, what else a recipe can name, and weights."""
+    """List recipes, stage cards, what else a recipe can name, weights and runs."""
     from chaindiff.catalogue import GROUPS, TITLES
     from chaindiff.specs.errors import did_you_mean
 

@@ -16,13 +16,28 @@ Offers = list[tuple[str, str]]  # a word and its explanation
 
 def recipes(incomplete: str) -> Offers:
     """Bare names; once something is typed, files and folders on the way to them too."""
-    from chaindiff.specs.load import LOCK, available, summary
+    from chaindiff.specs.load import available, summary
 
     names = [(name, summary(path)) for name, path in available("recipe").items() if name.startswith(incomplete)]
+    return names + _paths(incomplete)
+
+
+def _paths(incomplete: str) -> Offers:
+    """Recipe files, runs and folders on the way to them, once something is typed."""
+    from chaindiff.specs.load import LOCK
+
     paths = [Path(path) for path in (sorted(glob(f"{escape(incomplete)}*")) if incomplete else [])]
     files = [(str(path), "") for path in paths if path.suffix in (".yaml", ".yml") or (path / LOCK).is_file()]
     folders = [(f"{path}/", "") for path in paths if path.is_dir() and not (path / LOCK).is_file()]
-    return names + files + folders
+    return files + folders
+
+
+def runs(incomplete: str) -> Offers:
+    """Names under `runs`, and paths of other runs."""
+    from chaindiff.catalogue import runs
+
+    names = [(name, str(path)) for name, path in runs().items() if name.startswith(incomplete)]
+    return names + [offer for offer in _paths(incomplete) if not offer[0].endswith((".yaml", ".yml"))]
 
 
 def groups(incomplete: str) -> Offers:

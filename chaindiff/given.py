@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,21 @@ from chaindiff.specs.recipe import DataSpec
 from chaindiff.variables import Variable
 
 
-def read_given(assembly: Assembly, given: Mapping[str, Any]) -> dict[str, Value]:
+def read_given(assembly: Assembly, given: Mapping[str, Any], count: int | None = None) -> dict[str, Value]:
     """Values of given variables, [1, *shape] or [rows, *shape].
 
-    A label is a class's name or number, a text is itself. An image is a file or folder. Anything that
-    an encoder makes of images (clusters too) can be given as an image, which is then encoded; or as numbers in a
-    .safetensors or .npy file.
-    Raises UserError for unknown variables, classes and files.
+    A label is a class's name or number, a text is itself, and of both there may be a list. An image is a file or
+    folder. Anything that an encoder makes of images (clusters too) can be given as an image, which is then encoded;
+    or as numbers in a .safetensors or .npy file.
+    Raises UserError for unknown variables, classes and files, and with a `count` unless there is one row or so many.
     """
     values: dict[str, Value] = {}
     for name, value in given.items():
         variable = _variable(assembly, name)
         text = variable.kind == "text"
         values[name] = _texts(assembly, name, value) if text else _read(assembly, variable, value)
+        if count is not None:
+            _check_rows(name, values[name], count)
     return values
 
 
@@ -40,8 +42,16 @@ def check_given(assembly: Assembly, given: Mapping[str, Any]) -> None:
     """What can be told before the encoders are fitted: raises UserError for unknown variables, classes and files."""
     for name, value in given.items():
         variable = _variable(assembly, name)
-        if variable.kind != "text":  # any words will do
-            _checked(assembly, variable, value)
+        # Of a text, any words will do.
+        found = _checked(assembly, variable, value) if variable.kind != "text" else value
+        if isinstance(found, Tensor | list):
+            _check_rows(name, found, assembly.recipe.sample.count)
+
+
+def _check_rows(name: str, rows: Sized, count: int) -> None:
+    if len(rows) not in (1, count):
+        hint = f"give one for all samples, or one for each: sample.count={len(rows)}"
+        raise UserError(f"{len(rows)} values for {count} samples", f"--given {name}", hint)
 
 
 def _texts(assembly: Assembly, name: str, value: Any) -> list[str]:
@@ -65,8 +75,11 @@ def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Pat
     where = f"--given {variable.name}"
     if isinstance(value, Tensor):
         return value
-    if variable.kind == "label" and (assembly.recipe.variables[variable.name].encoder is None or _is_number(value)):
-        return torch.tensor([_class(assembly, variable, value, where)])
+    classes = value if isinstance(value, list) else [value]
+    if variable.kind == "label" and (
+        assembly.recipe.variables[variable.name].encoder is None or all(map(_is_number, classes))
+    ):
+        return torch.tensor([_class(assembly, variable, one, where) for one in classes])
     path = Path(str(value)).expanduser()
     if not path.exists():
         raise UserError(

@@ -29,12 +29,18 @@ from chaindiff.specs.errors import UserError
 from chaindiff.specs.files import write_whole
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.lock import write_lock
+from chaindiff.specs.yaml import wrap
 from chaindiff.training.job import check_begin, train_stage
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal; nothing when quiet."""
     get_console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def asking(loaded: Loaded, **options: Any) -> Loaded:
+    """The recipe with what a command's options ask of its samples; None asks nothing."""
+    return loaded.override({"sample": {n: wrap(v, f"--{n}") for n, v in options.items() if v is not None}})
 
 
 # ------------------------------------------------------------ plan
@@ -47,10 +53,9 @@ def plan(
     picture: Path | None = None,
 ) -> ChainPlan:
     """Check a request, and print what it would run and what that costs; needs no weights, data or memory."""
-    asked = loaded.recipe.sample
+    loaded = asking(loaded, want=want, given=given)
     assembly = Assembly(loaded)
-    with assembly.located():
-        found = assembly.chain().plan(want or asked.want or None, tuple({**asked.given, **(given or {})}))
+    found = assembly.request
     check_begin(assembly, loaded.recipe.stages)
     say(str(found))
     if picture is not None:
@@ -135,9 +140,8 @@ def sample(
     given: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """Sample with the weights that are there."""
-    options = {"count": count, "seed": seed, "batch": batch, "want": want, "given": given}
-    changes = {key: value for key, value in options.items() if value is not None}
-    sampled = sample_chain(Assembly(loaded.override({"sample": changes}), out))
+    loaded = asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given)
+    sampled = sample_chain(Assembly(loaded, out))
     say(f"{sampled.samples.count} samples in {sampled.samples.folder}")
     return sampled
 
@@ -149,12 +153,14 @@ def sample_chain(assembly: Assembly) -> Sampled:
     """
     asked, out, state = assembly.recipe.sample, assembly.out, processes()
     found = assembly.request
+    if all(step.producer.kind == "encoder" for step in found.plan.steps):
+        say(nothing_runs(assembly))
     chain = assembly.chain(found.running)
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
     keep = list(dict.fromkeys([*made, *asked.want]))
     size = TILE if asked.exact else asked.batch  # as the chain streams them
     samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size)
-    values = read_given(assembly, asked.given)
+    values = read_given(assembly, asked.given, asked.count)
     lock = lock_of(assembly, found, chain.weights, values)
     with state.main_process_first():
         if (out / LOCK).exists() and load_recipe(out).lock.get("samples") != lock["samples"]:
@@ -187,11 +193,45 @@ def sample_chain(assembly: Assembly) -> Sampled:
     return Sampled(samples, found, chain.weights, lock, time.perf_counter() - began, chain.seconds)
 
 
+def nothing_runs(assembly: Assembly) -> str:
+    """Why a request samples nothing, and what to give in place of it so that stages run."""
+    request, given, chain, told = assembly.request.plan, assembly.recipe.sample.given, assembly.chain(), []
+    read = {made: step.inputs[0] for step in request.steps for made in step.outputs}  # encoders read one variable each
+
+    def runs(want: str, given: Sequence[str]) -> bool:
+        try:
+            return bool(chain.plan([want], given).running)
+        except UserError:
+            return False
+
+    for want in request.want:
+        origin = want
+        while origin not in given:
+            origin = read[origin]
+        text = f"'{want}' is computed from the given '{origin}'" if origin != want else f"'{want}' is given"
+        others = [name for name in given if name != origin]
+        ways = (name for name in pictured(assembly, want) if name not in given and runs(want, [name, *others]))
+        if way := next(ways, None):
+            value = given[origin] if isinstance(given[origin], str) else "FILE"
+            text += f"; to sample variations of a picture give what its stage is given, such as --given {way}={value}"
+        told.append(text)
+    return f"no stage runs: {'; '.join(told)}"
+
+
+def pictured(assembly: Assembly, variable: str) -> list[str]:
+    """What the stage of a variable is given and a picture can stand for."""
+    specs = assembly.recipe.variables
+    stages = [n for n in assembly.recipe.stages if variable in {v.name for v in assembly.generates(n)}]
+    links = [link.name for stage in stages for link, _ in assembly.links(stage)]
+    return [name for name in links if specs[name].kind == "image" or specs[name].encoder is not None]
+
+
 # ------------------------------------------------------------ evaluate
 
 
-def evaluate(loaded: Loaded, out: Path | None = None, **options: Any) -> Report:
+def evaluate(loaded: Loaded, out: Path | None = None, given: Mapping[str, Any] | None = None, **options: Any) -> Report:
     """Measure a chain, say what was found, and show it on the page of the run, which is made if there is none."""
+    loaded = asking(loaded, given=given)
     report, assembly = measure(loaded, out=out, **options), Assembly(loaded, out)
     sampled, page = sample_chain(assembly), assembly.out / "report.html"
     if not processes().is_main_process:
@@ -207,7 +247,13 @@ def evaluate(loaded: Loaded, out: Path | None = None, **options: Any) -> Report:
 
 
 def run(
-    loaded: Loaded, out: Path | None = None, smoke: bool = False, given: Mapping[str, Any] | None = None
+    loaded: Loaded,
+    out: Path | None = None,
+    smoke: bool = False,
+    count: int | None = None,
+    seed: int | None = None,
+    batch: int | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """All of a recipe: weights (shipped or found, else trained), samples, pictures and the page."""
     banner = ""
@@ -216,7 +262,7 @@ def run(
         out = out or default_out(loaded.recipe)
         banner = "SMOKE RUN: tiny networks, a few training steps, the embedded images. Not results."
         say(banner)
-    loaded = loaded.override({"sample": {"given": given or {}}})
+    loaded = asking(loaded, count=count, seed=seed, batch=batch, given=given)
     assembly, asked = Assembly(loaded, out), loaded.recipe.sample
     found = assembly.request
     untrained = [name for name in found.running if assembly.find_weights(name) is None]

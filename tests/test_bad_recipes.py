@@ -177,8 +177,6 @@ def test_very_many_encoders_in_a_row(here, refused):
             "r.yaml: nothing can produce 'category': no stage, encoder or source produces 'category'",
         ),
         ([], "r.yaml: nothing can produce 'image': stage 'image' needs 'clip'; stage 'clip' needs 'category'; "),
-        (["--want", "imag"], "r.yaml: want: no variable 'imag' in this chain; did you mean 'image'?"),
-        (["--given", "clpi=x.npy"], "r.yaml: given: no variable 'clpi' in this chain; did you mean 'clip'?"),
         (
             ["--set", "variables.category.source=uniform", "--given", "image16=x.png"],
             "r.yaml: source 'category' would sample 'category' without regard to 'image16', which is given and depends on it",
@@ -188,6 +186,20 @@ def test_very_many_encoders_in_a_row(here, refused):
 def test_requests_that_cannot_be_answered_name_the_recipe(here, refused, options, expected):
     write(here, LINES)
     assert expected in refused("plan", "r.yaml", *options)
+
+
+@pytest.mark.parametrize("command", ["plan", "sample"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--want", "imag"], "--want: sample.want: there is no variable 'imag'; did you mean 'image'?"),
+        (["--given", "clpi=x.npy"], "--given: sample.given: there is no variable 'clpi'; did you mean 'clip'?"),
+        (["--given", "category=9"], "--given: sample.given.category: 9 is not one of 9 classes, which count from 0"),
+    ],
+)
+def test_requests_of_unknown_things_name_the_option(here, refused, command, options, expected):
+    write(here, LINES)
+    assert expected in refused(command, "r.yaml", *options, file=options[0])
 
 
 # ---------------------------------------------------------------- messages
@@ -348,9 +360,11 @@ MORE = [
     (changed("want: [image]", "wnat: [image]"), "r.yaml:25: sample: unknown field 'wnat'; did you mean 'want'?"),
     (changed("want: [image]", "given: [clip]"), "r.yaml:25: sample.given: expected fields (a mapping), not a list"),
     (changed("want: [image]", "given: {category: -1}"), "r.yaml:25: sample.given.category: -1 is not one of 9 classes, which count from 0"),
-    (changed("want: [image]", "given: {category: true}"), "r.yaml:25: sample.given.category: expected a class's name or number, not true"),
-    (changed("want: [image]", "given: {category: [1, 2]}"), "r.yaml:25: sample.given.category: expected a class's name or number, not a list"),
-    (changed("want: [image]", "given: {category: }"), "r.yaml:25: sample.given.category: expected a class's name or number, not nothing"),
+    (changed("want: [image]", "given: {category: true}"), "r.yaml:25: sample.given.category: expected a class's name or number, or a list of them, not true"),
+    (changed("want: [image]", "given: {category: [1, [2]]}"), "r.yaml:25: sample.given.category: expected a class's name or number, or a list of them, not a list"),
+    (changed("want: [image]", "given: {category: [1, 9]}"), "r.yaml:25: sample.given.category: 9 is not one of 9 classes, which count from 0"),
+    (changed("want: [image]", "given: {category: []}"), "r.yaml:25: sample.given.category: expected a class's name or number, or a list of them, not a list"),
+    (changed("want: [image]", "given: {category: }"), "r.yaml:25: sample.given.category: expected a class's name or number, or a list of them, not nothing"),
     (changed("want: [image]", "given: {image: 3}"), "r.yaml:25: sample.given.image: expected a file or folder, not 3"),
     (changed("want: [image]", "given: {clip: [0.1, 0.2]}"), "r.yaml:25: sample.given.clip: expected a file or folder, not a list"),
     # the whole

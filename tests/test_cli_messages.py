@@ -55,10 +55,26 @@ def command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run"], ("run", {"out": None, "smoke": False, "given": None})),
+        (["run"], ("run", {"out": None, "smoke": False, "count": None, "seed": None, "batch": None, "given": None})),
         (
-            ["run", "--smoke", "--out", "there", "--given", "category=3"],
-            ("run", {"out": Path("there"), "smoke": True, "given": {"category": 3}}),
+            [
+                "run",
+                "--smoke",
+                "--out",
+                "there",
+                "--given",
+                "category=3",
+                "--count",
+                "5",
+                "--seed",
+                "2",
+                "--batch",
+                "1",
+            ],
+            (
+                "run",
+                {"out": Path("there"), "smoke": True, "count": 5, "seed": 2, "batch": 1, "given": {"category": 3}},
+            ),
         ),
         (
             ["train", "--stage", "clip", "--more", "100"],
@@ -155,6 +171,10 @@ def test_an_interrupt_is_one_line_and_status_130(command, work):
         (["run", RECIPE, "--given", "a=1", "--given", "a=2"], "error: --given a=2: 'a' is given twice"),
         (["train", RECIPE, "--stage", "clp"], "error: --stage clp: there is no stage 'clp'; did you mean 'clip'?"),
         (["show", RECIPE, "--set", "sample.cuont=1"], "sample: unknown field 'cuont'; did you mean 'count'?"),
+        (
+            ["compare", "nowhere", "else"],
+            "error: there is no run 'nowhere'\n  a run is a directory with recipe.lock.yaml",
+        ),
         (["schema", "--out", "/dev/null/schema.json"], "error: cannot write /dev/null/schema.json: a file lies where"),
     ],
 )
@@ -206,6 +226,7 @@ HEAVY = ("torch", "open_clip", "numpy", "PIL", "matplotlib", "networkx", "chaind
         (["--version"], f"chaindiff {chaindiff.__version__}"),
         (["list"], "recipes:"),
         (["schema"], "json-schema.org"),
+        (["compare", "nowhere", "else"], "there is no run 'nowhere'"),
         (["show", RECIPE], "name: vcdm_emoji"),
         (["show", RECIPE, "--set", "x=1"], "unknown field 'x'"),
         (["run", RECIPE, "--set", "x=1"], "unknown field 'x'"),

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chaindiff import cli
 from chaindiff.assemble import Assembly
+from chaindiff.chain import Chain
 from chaindiff.data import open_data
 from chaindiff.edm.random import Draws
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
@@ -225,6 +226,15 @@ def test_a_link_s_oracle_brings_the_label_of_the_same_image(recipe, run, tmp_pat
         (("--judge", "pixls"), "there is no feature extractor 'pixls'; did you mean 'pixels'?"),
         (("--baseline", "edm_emoji16"), "that recipe generates no 'image', but image16"),
         (("--oracle", "smal"), "no variable 'smal' in this chain"),
+        (("--given", "group=d"), "--given group: 'd' is no class of group; known: a, b, c"),
+        (("--given", "gruop=a"), "there is no variable 'gruop'; did you mean 'group'?"),
+        (("--given", "group=a", "--links"), "--links: the given 'group' and the data's values would be of different"),
+        (("--given", "group=a", "--oracle", "small"), "leave out --oracle small, or what is given: --set sample.given"),
+        (("--given", "photo=p.png"), "no stage samples 'image', which is measured: it follows from what is given"),
+        (
+            ("--given", "group=a", "--of", "small", "--given", "image=p.png"),
+            "no stage samples 'small', which is measured",
+        ),
     ],
 )
 def test_mistakes_are_explained(recipe, run, capsys, arguments, expected):
@@ -242,6 +252,60 @@ def test_sweeps_take_lists_and_single_values():
     assert Sweep.parse("a.b=[0.5, x]").values == (0.5, "x")
     assert Sweep.parse("a.b=3").values == (3,)
     assert list(Sweep.parse("a.b=1,2").overrides()) == [(1, {"a": {"b": 1}}), (2, {"a": {"b": 2}})]
+
+
+# ---------------------------------------------------------------- given values
+
+
+def given(recipe, run, folder, **values) -> Row:
+    loaded = load_recipe(recipe).override({"sample": {"given": values}})
+    (row,) = Rows(loaded, "image", folder, 6, [0], run)("tiny")
+    return row
+
+
+def test_rows_are_sampled_given_what_the_recipe_gives(recipe, run, tmp_path, monkeypatch):
+    free, one, other, several = (
+        given(recipe, run, tmp_path, **values)
+        for values in ({}, {"group": "b"}, {"group": "c"}, {"group": ["a", "b", "c", 0]})
+    )
+    assert one.label == "tiny, given group b" and one.given == {"group": "b"} and one.from_data == []
+    assert len({row.key for row in (free, one, other, several)}) == 4
+    assert given(recipe, run, tmp_path, group=1).key == one.key  # the same class
+    seen = []
+
+    def stream(chain, count, given, **settings):
+        seen.append(given["group"])
+        return iter(())
+
+    monkeypatch.setattr(Chain, "stream", stream)
+    for row in (one, several):
+        list(row.draw())
+    assert seen[0].tolist() == [1] and seen[1].tolist() == [0, 1, 2, 0] * (CHUNK // 4) + [0, 1]  # in turn
+
+
+def test_evaluate_given_as_json(recipe, run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run / "stages", out / "stages")
+    options = ["--given", "group=b", "--baseline", str(recipe), "--sweep", "stages.*.sample.steps=1,2"]
+    assert command("evaluate", str(recipe), "--count", "30", *options, "--out", str(out), "--json") == 0
+    said, messages = capsys.readouterr()
+    found = json.loads(said)
+    assert found["metrics"] == str(out / "metrics.json") and Path(found["page"]).is_file()
+    assert found["figures"] == json.loads((out / "metrics.json").read_text())["figures"]
+    assert {f["row"]: f["nfe"]["small"] for f in found["figures"]} == {
+        "tiny, given group b": 3,
+        "steps 1, given group b": 1,
+        "steps 2, given group b": 3,
+    }
+    assert all(figure["given"] == {"group": "b"} for figure in found["figures"])
+    assert "Quality of 'image'" in messages and load_recipe(out).recipe.sample.given == {"group": "b"}
+
+
+def test_a_given_value_that_changes_nothing_is_refused(recipe, run, tmp_path):
+    loaded = load_recipe(recipe, set=["stages.image.given=[small]", "sample.given.group=a", "sample.given.small=s.npy"])
+    with pytest.raises(UserError, match="the given 'group' changes nothing of 'image'") as error:
+        Rows(loaded, "image", tmp_path, 6, [0], run)("tiny")[0].plan  # noqa: B018
+    assert error.value.hint == "leave it out: --set sample.given.group=null"
 
 
 # ---------------------------------------------------------------- captions

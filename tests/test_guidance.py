@@ -45,7 +45,7 @@ def test_guidance_of_two_gaussians_is_the_flow_of_the_guided_mean() -> None:
     guided = flowed(cd.guided([(Normal(a), w), (Normal(b), 1 - w)]), start)
     torch.testing.assert_close(guided, flowed(Normal(mean), start))
     closed = mean + (start - mean) * 0.5 / math.sqrt(0.25 + 80**2)
-    torch.testing.assert_close(guided, closed, rtol=0, atol=2e-3)
+    torch.testing.assert_close(guided, closed, rtol=0, atol=5e-3)
 
 
 def test_autoguidance_by_a_wider_gaussian_narrows_as_its_closed_form_says() -> None:

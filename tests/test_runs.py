@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -191,6 +192,61 @@ def test_a_class_is_given_by_name_or_number(command: Command, again: Path) -> No
     assert not (again / "samples/group").exists()
     status, said, _ = command("run", "--given", "group=2", out=again)
     assert (status, "nothing to do" in said) == (0, True), "food is class 2"
+
+
+def test_run_takes_what_sample_takes(command: Command, again: Path) -> None:
+    status, _, _ = command("run", "--count", "3", "--seed", "1", "--batch", "3", out=again)
+    asked = load_recipe(again).recipe.sample
+    assert (status, asked.count, asked.seed, asked.batch) == (0, 3, 1, 3)
+    assert sorted(path.name for path in (again / "samples/image").iterdir()) == [
+        *(f"00000{n}.png" for n in range(3)),
+        "grid.png",
+    ]
+    assert "nothing to do" in command("run", "--set", "sample.count=3", "--seed", "1", "--batch", "3", out=again)[1]
+
+
+def test_each_sample_may_have_a_class_of_its_own(command: Command, again: Path) -> None:
+    assert command("sample", "--given", "group=[animals, 1, food, 0, 0]", out=again)[0] == 0
+    labels = np.array([0, 1, 2, 0, 0], dtype=np.int64)
+    assert load_recipe(again).lock["given"] == {"group": hashlib.sha256(labels.tobytes()).hexdigest()}
+
+
+def test_a_list_of_another_length_is_refused_and_leaves_the_samples(command: Command, again: Path) -> None:
+    before = times(again)
+    status, _, error = command("run", "--given", "group=[0, 1]", out=again)
+    assert (status, error) == (
+        2,
+        "error: --given group: 2 values for 5 samples\n  give one for all samples, or one for each: sample.count=2\n",
+    )
+    assert times(again) == before
+    assert command("run", "--given", "group=[0, xyz, 1, 1, 1]", out=again)[2] == (
+        "error: --given group: 'xyz' is no class of group; known: animals, flags, food\n"
+    )
+
+
+def test_what_the_recipe_gives_can_be_taken_away(command: Command, again: Path) -> None:
+    given = ["--set", "sample.given.group=food"]
+    assert command("run", *given, out=again)[0] == 0
+    for change in (("--given", "group=null"), ("--set", "sample.given={}"), ("--set", "sample.given.group=null")):
+        assert json.loads(command("plan", *given, *change, "--json")[1])["given"] == []
+    assert "group" in json.loads(command("plan", *given, "--json")[1])["given"]
+    assert command("run", *given, "--given", "group=null", out=again)[0] == 0
+    assert load_recipe(again).recipe.sample.given == {}
+    assert (again / "samples/group/000004.safetensors").exists()
+
+
+def test_a_request_that_runs_no_stage_says_so(command: Command, again: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    status, said, _ = command("sample", "--given", f"photo={picture}", out=again)
+    assert status == 0
+    assert (
+        "no stage runs: 'image' is computed from the given 'photo'; to sample variations of a picture give what its "
+        f"stage is given, such as --given small={picture}\n"
+    ) in said
+    said = command("sample", "--given", f"image={picture}", out=again)[1]
+    assert "no stage runs: 'image' is given; to sample variations of a picture give" in said
+    assert "no stage runs" not in command("sample", "--given", f"small={picture}", out=again)[1]
 
 
 def test_a_run_uses_the_weights_of_a_run_beside_it(command: Command, finished: Path) -> None:

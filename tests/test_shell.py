@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def offers(command, monkeypatch):
         (["plan", "vcdm_emoji", "--set", "stages.clip.sample.st"], ["stages.clip.sample.steps="]),
         (["plan", "vcdm_emoji", "--set", "name=x", "--set", "nam"], ["name="]),
         (["list", "w"], ["weights"]),
+        (["list", "ru"], ["runs"]),
         (["train", "no_such_recipe", "--stage", ""], []),
         (["train", "--stage", ""], []),
     ],
@@ -115,12 +117,22 @@ def test_list_as_json_names_all_that_there_is(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = command("list", "--json")
     found = json.loads(out)
-    assert status == 0 and list(found) == ["recipes", "cards", "encoders", "reducers", "networks", "judges", "weights"]
+    assert status == 0 and list(found) == [
+        "recipes",
+        "cards",
+        "encoders",
+        "reducers",
+        "networks",
+        "judges",
+        "weights",
+        "runs",
+    ]
     for group, folder in (("recipes", "recipe"), ("cards", "card")):
         assert [entry["name"] for entry in found[group]] == list(available(folder))
     assert {"open_clip", "resize"} <= {entry["name"] for entry in found["encoders"]}
     assert {entry["name"] for entry in found["reducers"]} == {"pca", "kmeans"}
     assert {entry["name"] for entry in found["judges"]} == set(BUILDERS)
+    assert found["runs"] == []
     assert all(entry["description"] for entries in found.values() for entry in entries)
     assert {Path(entry["path"]) for entry in found["weights"]} == set(SHIPPED.glob("*.safetensors"))
 
@@ -189,6 +201,34 @@ def test_sample_and_run_as_json(command, tmp_path, monkeypatch):
     assert again["seconds"] == 0 and Path(again["page"]).is_file()  # the samples were there
 
 
+def test_list_says_what_runs_hold(command, offers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*(word for change in QUICK for word in ("--set", change)), "--quiet"]
+    assert command("sample", "vcdm_emoji16", "--count", "3", "--batch", "2", *options, "--out", "runs/whole")[0] == 0
+    for name in ("part", "spoiled"):
+        shutil.copytree("runs/whole", f"runs/{name}")
+    Path("runs/part/samples/image16/000002.png").unlink()
+    Path("runs/part/metrics.json").write_text("{}")
+    Path("runs/part/stages/clip").mkdir(parents=True)
+    Path("runs/part/stages/clip/weights.safetensors").touch()
+    Path("runs/spoiled/samples/clip/000002.safetensors").write_bytes(b"half")
+    Path("runs/broken").mkdir()
+    Path("runs/broken/recipe.lock.yaml").write_text("name: [")
+    Path("runs/training").mkdir()  # has not begun to sample
+    status, out, _ = command("list", "runs")
+    assert status == 0
+    assert out.splitlines() == [
+        "runs, in the folder runs:",
+        "  broken   (broken: is not valid YAML: did not find expected node content; while parsing a flow node)",
+        "  part     3 samples of clip; 2 of 3 samples of image16; evaluated; trained clip",
+        "  spoiled  (broken: a file of samples is not complete)",
+        "  whole    3 samples of clip, image16; not evaluated",
+    ]
+    found = json.loads(command("list", "runs", "--json")[1])["runs"]
+    assert [entry["path"] for entry in found] == [f"runs/{name}" for name in ("broken", "part", "spoiled", "whole")]
+    assert offers("compare", "w") == ["whole"] and offers("compare", "whole", "runs/p") == ["runs/part"]
+
+
 def test_a_mistake_leaves_stdout_empty(command):
     status, out, err = command("plan", "vcdm_emoji", "--want", "imgae", "--json")
     assert (status, out) == (2, "") and "did you mean 'image" in err
@@ -209,7 +249,15 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["list"], ["list", "weights", "--json"], ["show", "vcdm_ffhq", "--json"], ["--help"], ["complete"]]
+    "arguments",
+    [
+        ["list"],
+        ["list", "weights", "--json"],
+        ["list", "runs"],
+        ["show", "vcdm_ffhq", "--json"],
+        ["--help"],
+        ["complete"],
+    ],
 )
 def test_what_imports_no_torch_answers_at_once(arguments, monkeypatch):
     """In processor time, which is what the program can answer for on a machine with other work."""

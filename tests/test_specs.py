@@ -285,3 +285,63 @@ def test_an_override_may_add_a_whole_stage(here):
 def test_assignments_keep_equals_signs_of_the_value():
     path, node = assignment("a.b=x=y")
     assert (path, node.plain()) == (["a", "b"], "x=y")
+
+
+# ---------------------------------------------------------------- every name, and none
+
+
+def test_a_star_stands_for_every_name_in_its_place(here):
+    """Stages of cards too; a later override of one stage goes over it, and an earlier one is gone over."""
+    changes = ["stages.image.sample.steps=3", "stages.*.sample.steps=9", "stages.clip.sample.steps=5"]
+    stages = load_recipe(RECIPE, set=changes).recipe.stages
+    assert {name: stage.sample.steps for name, stage in stages.items()} == {"clip": 5, "image16": 9, "image": 9}
+    assert load_recipe(RECIPE, set=["stages.*.use=ddpmpp_small"], stages={"clip": {"use": "clip_prior"}}).recipe.stages
+    by_keyword = load_recipe(RECIPE, stages={"*": {"sample": {"steps": 9}}, "clip": {"sample": {"steps": 5}}})
+    assert by_keyword.recipe.stages == load_recipe(RECIPE, set=changes[1:]).recipe.stages
+    again = load_recipe(RECIPE).override(
+        {"stages": {"*": {"train": {"images": 8}}}, "variables": {"*": {"sigma_data": 1}}}
+    )
+    assert {stage.train.images for stage in again.recipe.stages.values()} == {8}
+    assert {variable.sigma_data for variable in again.recipe.variables.values()} == {1}
+    write(here, changed("want: [image]", "given: {category: 1}"))
+    assert load_recipe("r.yaml", set=["sample.given.*=2"]).recipe.sample.given == {"category": 2}
+
+
+STANDS = "`*` stands for the names of stages, variables or given values: stages.*, variables.*, sample.given.*"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stages.*.sample.stps=9", "stages.image.sample: unknown field 'stps'; did you mean 'steps'?"),
+        ("stages.*.network.chanels=8", "stages.image16.network: unknown field 'chanels'; did you mean 'channels'?"),
+        ("sample.*=9", f"sample.*: {STANDS}"),
+        ("*=9", f"*: {STANDS}"),
+        ("stages.image.given.*.noise=1", f"stages.image.given.*: {STANDS}"),
+        ("sample.given.*=1", "sample.given.*: `*` matches nothing, since there is no entry"),
+    ],
+)
+def test_stars_that_mean_nothing(text, expected):
+    assert f"--set {text}: {expected}" in message(RECIPE, set=[text])
+
+
+def test_values_of_names_are_cleared_and_taken_away(here):
+    write(here, changed("path: emoji64}", "path: emoji64, where: {style: google}}").replace(
+        "want: [image]", "given: {category: 1, clip: x.npy}"))  # fmt: skip
+    assert set(load_recipe("r.yaml").recipe.sample.given) == {"category", "clip"}
+    for change, left in (
+        ("sample.given={}", {}),
+        ("sample.given.clip=null", {"category": 1}),
+        ("sample.given.*=null", {}),
+        ("sample={}", {"category": 1, "clip": "x.npy"}),  # of a model, nothing is said
+    ):
+        assert load_recipe("r.yaml", set=[change]).recipe.sample.given == left, change
+    cleared = load_recipe("r.yaml", set=["sample.given={}", "sample.given.category=2", "data.where={}"]).recipe
+    assert cleared.sample.given == {"category": 2} and cleared.data.where == {}
+    assert load_recipe("r.yaml").override({"sample": {"given": {"category": None}}}).recipe.sample.given == {
+        "clip": "x.npy"
+    }
+    assert "there is no variable 'catgory'; did you mean 'category'?" in message(
+        "r.yaml", set=["sample.given.catgory=null"]
+    )
+    assert len(load_recipe("r.yaml", set=["stages={}", "variables={}"]).recipe.stages) == 2

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from chaindiff.assemble import Assembly
 from chaindiff.distributed import processes
 from chaindiff.evaluation.report import Report
@@ -72,8 +74,10 @@ class Rows:
         count: int | None = None,
         split: str | None = None,
     ) -> list[Row]:
-        """One row for each seed."""
+        """One row for each seed; what the recipe gives stands in its label."""
         recipe = (loaded or self.loaded).override(changes) if changes else loaded or self.loaded
+        told = [f"{name} {'...' if isinstance(v, Tensor) else v}" for name, v in recipe.recipe.sample.given.items()]
+        label += f", given {', '.join(told)}" * bool(told)
         return [
             Row(
                 label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, self.out,
@@ -130,11 +134,15 @@ def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
 
 
 def baseline_rows(make: Rows, recipe: str) -> list[Row]:
-    """The same variable by another recipe."""
+    """The same variable by another recipe, given the same values as far as they change something of it."""
     other = load_recipe(recipe)
-    if make.of not in (makes := Assembly(other).chain().generated()):
+    chain = Assembly(other).chain()
+    if make.of not in (makes := chain.generated()):
         raise UserError(f"--baseline {recipe}: that recipe generates no '{make.of}', but {', '.join(makes)}")
-    return make(other.recipe.name, loaded=other)
+    given = {n: v for n, v in make.loaded.recipe.sample.given.items() if n in other.recipe.variables}
+    for name in chain.plan([make.of], list(given)).plan.unused:
+        del given[name]
+    return make(other.recipe.name, loaded=other.override({"sample": {"given": given}}) if given else other)
 
 
 # ------------------------------------------------------------ everything in one go
@@ -156,6 +164,13 @@ def evaluate(
     unknown fields, and judges that are not there.
     """
     assembly, asked = Assembly(loaded, out), loaded.recipe.evaluate
+    if (oracle or links) and (given := loaded.recipe.sample.given):
+        option = "--links" if links else f"--oracle {oracle[0]}"
+        raise UserError(
+            f"the given '{next(iter(given))}' and the data's values would be of different images",
+            option,
+            f"leave out {option}, or what is given: --set sample.given={{}}",
+        )
     name = measured_variable(assembly, of)
     folder = assembly.out / "evaluation"
     make = Rows(loaded, name, folder, asked.count, asked.seeds, assembly.out)

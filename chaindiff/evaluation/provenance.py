@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from chaindiff.evaluation.interval import Interval
 from chaindiff.specs.errors import UserError
 
 
@@ -34,9 +34,9 @@ class Figure(BaseModel):
     in_chain: bool = False
 
     @classmethod
-    def of(cls, metric: str, value: float | Interval, **about) -> Figure:
-        """From a number, or from an interval with its ends."""
-        if isinstance(value, Interval):
+    def of(cls, metric: str, value: Any, **about) -> Figure:
+        """From a number, or from an `Interval` with its ends, whose module this one does without: it imports torch."""
+        if hasattr(value, "low"):
             return cls(metric=metric, value=value.value, low=value.low, high=value.high, **about)
         return cls(metric=metric, value=value, **about)
 

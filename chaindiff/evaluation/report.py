@@ -94,6 +94,16 @@ class Report:
 
     # ------------------------------------------------------------ files
 
+    def facts(self) -> dict[str, Any]:
+        """The figures and where everything lies, as plain data for scripts."""
+        out = self.folder.parent
+        return {
+            "out": str(out),
+            "metrics": str(out / METRICS),
+            "page": str(out / "report.html"),
+            "figures": self.figures,
+        }
+
     def write(self) -> Path:
         path = self.folder.parent / METRICS
         write_whole(path, json.dumps({"parts": self.parts, "figures": self.figures}, indent=1).encode())

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from chaindiff.assemble import Assembly
+from chaindiff.chain import Value, rows_of
 from chaindiff.diffusion import Diffusion
 from chaindiff.evaluation.oracle import DataValues, oracle, split_of
 from chaindiff.execution import chosen_execution, depends_on, prepare
+from chaindiff.given import read_given
 from chaindiff.pictures import to_uint8
 from chaindiff.planning import ChainPlan
+from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
 from chaindiff.training import checkpoint
 from chaindiff.variables import digest
@@ -36,6 +39,7 @@ PASSES = 3  # of training, for one image: forward, and backward at twice its cos
 class Row:
     """`count` samples of `of` and all that is sampled on the way, with the variables in `oracle` from the data.
 
+    All are given what the recipe's `sample.given` says; of several values, one sample after the other takes the next.
     `folder` is where an evaluation keeps its rows; a row finds its samples by all that they depend on.
     Raises UserError for requests that the chain cannot answer.
     """
@@ -56,14 +60,32 @@ class Row:
         asked = {"seed": self.seed, "want": [self.of], "count": self.count, "batch": BATCH, "given": {}}
         return Assembly(self.loaded.override({"sample": asked}), self.out)
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the recipe gives, as a person said it."""
+        return self.loaded.recipe.sample.given
+
+    @cached_property
+    def values(self) -> dict[str, Value]:
+        return read_given(Assembly(self.loaded, self.out), self.given, self.loaded.recipe.sample.count)
+
     @cached_property
     def plan(self) -> ChainPlan:
         """With any oracle, sources too come from the data: values of one image belong together."""
         skeleton = self.assembly.chain()
         sources = [*skeleton.sources] if self.oracle else []
-        given = [*self.oracle, *(name for name in sources if name not in self.oracle)]
-        unused = skeleton.plan([self.of], given).plan.unused
-        return skeleton.plan([self.of], [name for name in given if name not in unused])
+        given = list(dict.fromkeys([*self.given, *self.oracle, *sources]))
+        whole = skeleton.plan([self.of], given).plan
+        if not any(self.of in step.outputs for step in whole.steps if step.producer.kind == "stage"):
+            raise UserError(f"no stage samples '{self.of}', which is measured: it follows from what is given")
+        if needless := [name for name in whole.unused if name in self.given]:
+            hint = f"leave it out: --set sample.given.{needless[0]}=null"
+            raise UserError(f"the given '{needless[0]}' changes nothing of '{self.of}'", hint=hint)
+        return skeleton.plan([self.of], [name for name in given if name not in whole.unused])
+
+    @property
+    def from_data(self) -> list[str]:
+        return sorted(name for name in self.plan.plan.given if name not in self.given)
 
     @property
     def made(self) -> list[str]:
@@ -74,11 +96,11 @@ class Row:
     def key(self) -> str:
         """Fingerprint of all that the samples depend on but their number."""
         weights = {name: self.assembly.weights(name) for name in self.plan.running}
-        depends = depends_on(self.assembly, self.plan, weights, {})
+        depends = depends_on(self.assembly, self.plan, weights, self.values)
         for irrelevant in ("count", "want", "batch"):
             depends["sample"].pop(irrelevant)
-        data = self.assembly.data.digest if self.plan.plan.given else None
-        return digest([depends, self.made, sorted(self.plan.plan.given), self.split, data, CHUNK])
+        data = self.assembly.data.digest if self.from_data else None
+        return digest([depends, self.made, self.from_data, self.split, data, CHUNK])
 
     @property
     def home(self) -> Path:
@@ -108,10 +130,10 @@ class Row:
                 stage.network = self.compiled.setdefault(str(chain.weights[name]), stage.network)
         prepare(chain, chosen_execution(assembly, self.plan), assembly.recipe.sample.precision)
         whole = -(-self.count // CHUNK) * CHUNK  # a last chunk that is whole serves larger counts too
-        given: dict[str, Tensor] = {}
-        if self.plan.plan.given:
+        given = {n: rows_of(v, [row % len(v) for row in range(whole)]) for n, v in self.values.items()}
+        if self.from_data:
             values = DataValues(assembly, split_of(assembly, self.split), self.folder / "data")
-            given = oracle(values, self.plan.plan.given, whole, self.seed)
+            given |= oracle(values, self.from_data, whole, self.seed)
         began, parts = time.perf_counter(), []
         for part in chain.stream(whole, seed=self.seed, batch=BATCH, want=self.made, given=given, first=first):
             parts.append(part)
@@ -167,7 +189,8 @@ class Row:
             "row": self.label,
             "recipe": self.assembly.recipe.name,
             "of": self.of,
-            "from data": sorted(self.plan.plan.given),
+            "from data": self.from_data,
+            "given": {n: f"{list(v.shape)} numbers" if isinstance(v, Tensor) else v for n, v in self.given.items()},
             "count": self.count,
             "seed": self.seed,
             "nfe": self.nfe,

@@ -160,7 +160,7 @@ class Study:
 
     def _captions(self, row: Row, judge: str) -> list[str] | None:
         """Of the images that samples are made for: where values come from the data, and the judge reads texts."""
-        if not judge.startswith("open_clip") or not row.plan.plan.given:
+        if not judge.startswith("open_clip") or not row.from_data:
             return None
         return captions(row.assembly, self.data(row, row.split).data)
 

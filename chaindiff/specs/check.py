@@ -294,10 +294,12 @@ def _value(variable: VariableSpec, value: Any) -> str | None:
     """What is wrong with a given value. Python may give tensors, which are checked when they are used."""
     said = isinstance(value, (bool, int, float, str, list, dict, type(None)))
     if variable.kind == "label" and said:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            return f"expected a class's name or number, not {describe(value)}"
-        if isinstance(value, int) and variable.shape and not 0 <= value < variable.shape[0]:
-            return f"{value} is not one of {variable.shape[0]} classes, which count from 0"
+        classes = value if isinstance(value, list) and value else [value]
+        for one in classes:
+            if isinstance(one, bool) or not isinstance(one, (int, str)):
+                return f"expected a class's name or number, or a list of them, not {describe(one)}"
+            if isinstance(one, int) and variable.shape and not 0 <= one < variable.shape[0]:
+                return f"{one} is not one of {variable.shape[0]} classes, which count from 0"
     elif variable.kind == "text" and said:
         texts = value if isinstance(value, list) else [value]
         if not texts or any(isinstance(text, (list, dict, type(None))) for text in texts):

@@ -53,3 +53,13 @@ def child(annotation: Any, key: str | int, kind: Any = None) -> Any:
         if get_origin(option) in (dict, list, tuple):
             return get_args(option)[-1 if get_origin(option) is dict else 0]
     return None
+
+
+def named(annotation: Any) -> bool:
+    """Whether a mapping from names stands here: stages, variables, given values."""
+    return any(get_origin(option) is dict for option in options(annotation))
+
+
+def named_values(annotation: Any) -> bool:
+    """Whether its entries are plain values, which can be taken away; stages and variables cannot."""
+    return named(annotation) and not models(child(annotation, ""))

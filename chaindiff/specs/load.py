@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from chaindiff.specs.check import check
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.merge import merge, nest, refuse_strangers
+from chaindiff.specs.merge import merge, nest, refuse_strangers, spread
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.validate import validate
@@ -53,7 +53,7 @@ class Loaded:
 
     def override(self, changes: Mapping[str, Any]) -> Loaded:
         """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
-        layer = wrap(changes, "override")
+        layer = spread(wrap(changes, "override"), self.node, Recipe)
         refuse_strangers(self.node, layer)
         return _finish(merge(self.node, layer, Recipe), self.path, self.lock)
 
@@ -148,16 +148,17 @@ def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
 
     An override of `use` changes the card under what the recipe says beside it.
     """
-    said = recipe
+    said, known = recipe, []
     for layer in layers:
-        refuse_strangers(said, layer)
-        said = merge(said, layer, Recipe)
+        known.append(spread(layer, said, Recipe))
+        refuse_strangers(said, known[-1])
+        said = merge(said, known[-1], Recipe)
     cards: dict[str, Node] = {}
     for name, stage in said.fields("stages").items():
         use = stage.get("use")
         cards[name] = Node(_card(use, path, ()).value if use else {}, stage.where)
     tree = Node({}, recipe.where)
-    for layer in (Node({"stages": Node(cards, said.deepest(["stages"]).where)}, None), recipe, *layers):
+    for layer in (Node({"stages": Node(cards, said.deepest(["stages"]).where)}, None), recipe, *known):
         bare = {name: _without_use(stage) for name, stage in layer.fields("stages").items()}
         if bare:
             layer = Node({**layer.value, "stages": Node(bare, layer.value["stages"].where)}, layer.where)

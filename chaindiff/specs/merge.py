@@ -5,18 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.fields import child, default_kind, kinds, model_of
+from chaindiff.specs.fields import child, default_kind, kinds, model_of, named, named_values
 from chaindiff.specs.yaml import Node, position
+
+EVERY = "*"
+STANDS = "stands for the names of stages, variables or given values: stages.*, variables.*, sample.given.*"
 
 
 def merge(base: Node, over: Node, annotation: Any) -> Node:
     """`over` on top of `base`: mappings merge, numbered items of a list too, everything else is replaced.
 
     Where the schema has a union told apart by `kind`, another kind drops the fields that belonged to the old one.
+    Of a mapping from names to plain values, `{}` takes all away and nothing (`null`) takes one.
     """
     if isinstance(base.value, list) and isinstance(over.value, dict):
         return _merge_items(base, over, annotation)
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        return over
+    clears = named_values(annotation)
+    if clears and not over.value:
         return over
     kind, new = (node.value["kind"].plain() if "kind" in node.value else None for node in (base, over))
     kind = kind or default_kind(annotation)
@@ -24,6 +31,9 @@ def merge(base: Node, over: Node, annotation: Any) -> Node:
         return over
     merged = dict(base.value)
     for key, node in over.value.items():
+        if clears and key in merged and node.value is None:
+            del merged[key]
+            continue
         merged[key] = merge(merged[key], node, child(annotation, key, new or kind)) if key in merged else node
     return Node(merged, base.where)
 
@@ -42,6 +52,26 @@ def _merge_items(base: Node, over: Node, annotation: Any) -> Node:
             item = Node({next(iter(model.model_fields)): item}, item.where)
         items[index] = merge(item, node, inner)
     return Node(items, base.where)
+
+
+def spread(over: Node, tree: Node | None, annotation: Any, path: str = "") -> Node:
+    """An override in which `*` stands for every name that `tree` has in its place; what is said of one name wins.
+
+    Raises UserError for a `*` that matches nothing, or where no names stand.
+    """
+    if not isinstance(over.value, dict):
+        return over
+    known = tree.value if tree is not None and isinstance(tree.value, dict) else {}
+    said = dict(over.value)
+    if (everywhere := said.pop(EVERY, None)) is not None:
+        if not named(annotation):
+            raise UserError(f"{path}{EVERY}: `*` {STANDS}", everywhere.where)
+        if not known:
+            raise UserError(f"{path}{EVERY}: `*` matches nothing, since there is no entry", everywhere.where)
+        inner = child(annotation, EVERY)
+        said = {n: merge(everywhere, said[n], inner) if n in said else everywhere for n in [*known, *said]}
+    below = {n: spread(node, known.get(n), child(annotation, n), f"{path}{n}.") for n, node in said.items()}
+    return Node(below, over.where)
 
 
 def nest(path: list[str], node: Node) -> Node:

@@ -23,7 +23,7 @@ class DataSpec(Spec):
     path: str = Field(description="a folder or zip of images, or `emoji64` (embedded)")
     split: str | None = Field(default=None, description="keep the rows of metadata.jsonl whose `split` is this")
     where: dict[str, str | list[str]] = Field(
-        default={}, description="keep the rows whose field has this value (or one of)"
+        default={}, description="keep the rows whose field has this value (or one of); an override of `{}` clears it"
     )
 
 
@@ -99,7 +99,11 @@ class VariableSpec(Spec):
 
 class SampleSpec(Spec):
     want: list[Name] = []
-    given: dict[Name, Any] = {}
+    given: dict[Name, Any] = Field(
+        default={},
+        description="known values: of a label a class's name or number, of a text the text, or a list of either, one a "
+        "sample; else a file or folder. `--set sample.given={}` clears them, `--given NAME=null` takes one away",
+    )
     count: PositiveInt = 64
     seed: NonNegativeInt = 0
     batch: PositiveInt = 64

@@ -24,7 +24,9 @@ are refused, with the line and the nearest name.
 
 A stage that says `use: CARD` starts from that stage card; what stands beside `use` goes over the card's fields, one by
 one. The same names work on the command line, `--set stages.image.sample.steps=20`, and in Python,
-`chaindiff.load(recipe, stages={"image": {"sample": {"steps": 20}}})`.
+`chaindiff.load(recipe, stages={"image": {"sample": {"steps": 20}}})`. In place of the name of a stage, a variable or a
+given value, `*` means all of them: `--set "stages.*.sample.steps=20"`. The fields that map names to plain values
+(`sample.given`, `data.where`) are cleared by `{}`, and lose one entry by `null`: `--set sample.given.group=null`.
 
 *This page is generated: `python -m chaindiff.specs.reference > docs/recipe-reference.md`.*
 """

@@ -76,7 +76,9 @@ def position(key: str | int, count: int) -> int | None:
 
 
 def wrap(value: Any, where: str | None) -> Node:
-    """Plain data (and pydantic models within it) as nodes that share one place."""
+    """Plain data (and pydantic models within it) as nodes that share one place; what is a node keeps its own."""
+    if isinstance(value, Node):
+        return value
     if hasattr(value, "model_dump"):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, Mapping):
