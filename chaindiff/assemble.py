@@ -15,12 +15,14 @@ from torch import Tensor
 
 from chaindiff.assets import registry
 from chaindiff.chain import Chain, Source
+from chaindiff.code import create
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
 from chaindiff.encoders import Encoder, build_encoder
 from chaindiff.encoders.clip import OpenClip
 from chaindiff.planning import ChainPlan
+from chaindiff.specs.code import CodeDataSpec, CodeSpec
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import Recipe
@@ -32,7 +34,7 @@ from chaindiff.variables import Variable, digest
 
 # What changes how a run is observed, not what it learns, is no part of a stage's identity.
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
-TRAINED = {"network", "precondition", "noise", "joint", "augment", "init"}
+TRAINED = {"kind", "settings", "network", "precondition", "noise", "joint", "augment", "init"}
 NOT_TRAINED = {"variable", "sample_noise", "sample_keep", "sample_absent"}
 UNLEARNED: dict[str, Any] = dict.fromkeys(
     ("checkpoint_every", "preview_every", "log_every", "execution", "accumulate"), True
@@ -61,6 +63,7 @@ class Assembly:
     """The objects of one recipe. `out` is the run's directory, where it looks for weights after the shipped ones."""
 
     def __init__(self, loaded: Loaded, out: Path | None = None):
+        loaded.refuse_code()
         self.loaded, self.recipe, self.out = loaded, loaded.recipe, out or default_out(loaded.recipe)
         specs = self.recipe.variables
         self.variables = {name: Variable.from_specs(name, specs) for name in specs}
@@ -70,7 +73,8 @@ class Assembly:
     @cached_property
     def data(self) -> ImageData:
         with self.located():
-            return open_data(self.recipe.data)
+            own = isinstance(self.recipe.data, CodeDataSpec)
+            return open_data(self.recipe.data, self.root.name if own else None)
 
     @contextmanager
     def located(self, place: str | None = None) -> Iterator[None]:
@@ -144,8 +148,12 @@ class Assembly:
         """A stage with its initial weights, a function of its training seed."""
         spec: StageSpec = self.recipe.stages[name]
         variables = self.generates(name)
-        with self.located(), torch.random.fork_rng(devices=[]):
+        place = f"stages.{name}.network" if isinstance(spec.network, CodeSpec) else None
+        with self.located(place), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed(spec.train.seed, *(variable.name for variable in variables), "init"))
+            if spec.network is None:
+                given = [variable for variable, _ in self.links(name)]
+                return create(spec, variables, given, name=name, where=f"stages.{name}")
             return Stage(
                 variables,
                 given=self.links(name),

@@ -208,13 +208,13 @@ def run_stage(
     return {name: value.float() for name, value in deque(states, maxlen=1).pop().items()}
 
 
-def load(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Chain:
+def load(source: str | Path, set: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Chain:
     """The chain of a recipe (a path or a bare name), with shipped or found weights.
 
-    `set` and keyword overrides are those of the command line's `--set`. Raises UserError for mistakes in the recipe
+    `set` and keyword overrides are those of the command line's `--set`, `allow_code` is its `--allow-code`. Raises UserError for mistakes in the recipe
     and for stages that have no weights yet.
     """
     from chaindiff.assemble import assemble
     from chaindiff.specs.load import load_recipe
 
-    return assemble(load_recipe(source, set=set, **overrides)).chain()
+    return assemble(load_recipe(source, set=set, allow_code=allow_code, **overrides)).chain()

@@ -44,6 +44,9 @@ Want = Annotated[
     list[str],
     typer.Option("--want", metavar="NAME", help="A variable to sample.", autocompletion=completion.variables),
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout; messages to stderr.")]
@@ -83,10 +86,10 @@ def _system(error: OSError) -> str:
     return f"{error.filename}: {what}" if error.filename else what
 
 
-def _load(recipe: str, changes: list[str]) -> Any:
+def _load(recipe: str, changes: list[str], allow_code: bool = False) -> Any:
     from chaindiff.specs.load import load_recipe
 
-    return load_recipe(recipe, set=changes)
+    return load_recipe(recipe, set=changes, allow_code=allow_code)
 
 
 def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.run") -> Any:
@@ -139,6 +142,7 @@ def run(
     recipe: RecipeName,
     out: Out = None,
     changes: Set = [],  # noqa: B006 (Typer copies it)
+    allow_code: AllowCode = False,
     given: Given = [],  # noqa: B006
     smoke: Annotated[bool, typer.Option("--smoke", help="Go through everything once, as small as possible.")] = False,
     quiet: Quiet = False,
@@ -146,7 +150,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Do what is missing of a recipe: train, sample, evaluate, report."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     _facts(_work(quiet, as_json).run(loaded, out=out, smoke=smoke, given=_values(given)), as_json)
 
 
@@ -160,11 +164,12 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew even where there are weights.")] = False,
     out: Out = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train the stages of a recipe, or go on with it."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     if stage is not None and stage not in loaded.recipe.stages:
         from chaindiff.specs.errors import did_you_mean
 
@@ -182,12 +187,13 @@ def sample(
     given: Given = [],  # noqa: B006
     out: Out = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Sample from a chain."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
     _facts(_work(quiet, as_json).sample(loaded, out=out, **asked), as_json)
 
@@ -213,12 +219,15 @@ def evaluate(
     judge: Annotated[list[str], typer.Option("--judge", metavar="NAME", help="A feature extractor.")] = [],  # noqa: B006
     out: Out = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure a chain: distances to the data, what each link costs, sweeps, memorisation."""
     asked = {"count": count, "seeds": seed, "judges": judge}
-    loaded = _load(recipe, changes).override({"evaluate": {key: value for key, value in asked.items() if value}})
+    loaded = _load(recipe, changes, allow_code).override(
+        {"evaluate": {key: value for key, value in asked.items() if value}}
+    )
     _work(quiet).evaluate(loaded, of=of, links=links, sweeps=sweep, baselines=baseline, oracle=oracle, out=out)
 
 
@@ -229,12 +238,13 @@ def plan(
     given: Given = [],  # noqa: B006
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw the chain: a .svg or .png.")] = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check a recipe and show what a request would run, and what it costs."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     # The JSON says all that the table says.
     plan = _work(quiet or as_json).plan
     _facts(plan(loaded, want=want or None, given=_values(given), picture=picture), as_json)
@@ -271,13 +281,14 @@ def import_(
         Path | None, typer.Option("--out", help="The file to write (default: SNAPSHOT.safetensors).")
     ] = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Read a snapshot of EDM or VCDM, executing nothing of it, and write it as safetensors."""
     if recipe is None and (stage is not None or changes):
         raise UserError("--stage and --set belong to a recipe: say --recipe RECIPE")
-    loaded = None if recipe is None else _load(recipe, changes)
+    loaded = None if recipe is None else _load(recipe, changes, allow_code)
     _work(quiet, module="chaindiff.importing").import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
 
 

@@ -22,14 +22,12 @@ from chaindiff.edm.solvers import SECOND_ORDER, Churn, Noise, invert, solve
 from chaindiff.networks.condition import Condition, Conditioner, Given, Link, training_level
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import (
-    JointNetworkSpec,
     JointSpec,
     LinkSpec,
+    Network,
     NoiseLevels,
     Precondition,
-    PriorSpec,
     SamplerSpec,
-    UNetSpec,
     precondition_of,
     published_noise,
 )
@@ -58,7 +56,7 @@ class Stage(nn.Module):
         generates: Variable | Sequence[Variable],
         *,
         given: Sequence[Variable | tuple[Variable, LinkSpec]] = (),
-        network: UNetSpec | PriorSpec | JointNetworkSpec | nn.Module,
+        network: Network | nn.Module,
         precondition: Precondition | str = "edm",
         noise: NoiseLevels | None = None,
         sampler: SamplerSpec | None = None,
@@ -76,15 +74,15 @@ class Stage(nn.Module):
         spec = precondition_of(precondition) if isinstance(precondition, str) else precondition
         self.precondition = preconditioning(spec, variables[0].sigma_data)
         if not isinstance(network, nn.Module):
-            network = networks.build(
-                network,
-                *(variable.shape for variable in variables),
+            interface = networks.Interface(
+                {variable.name: variable.shape for variable in variables},
                 label_dim=self.conditioner.label_dim,
                 augment_dim=augment_dim,
                 image_channels=self.conditioner.image_channels,
                 context=self.conditioner.context,
                 label_span=self.precondition.label_span,
             )
+            network = networks.build(network, interface)
         self.network: nn.Module = network
         self.noise = training_noise(noise or published_noise(spec))
         self.sampler = sampler or SamplerSpec()

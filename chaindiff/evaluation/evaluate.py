@@ -131,7 +131,7 @@ def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
 
 def baseline_rows(make: Rows, recipe: str) -> list[Row]:
     """The same variable by another recipe."""
-    other = load_recipe(recipe)
+    other = load_recipe(recipe, allow_code=make.loaded.allow_code)
     if make.of not in (makes := Assembly(other).skeleton().generated()):
         raise UserError(f"--baseline {recipe}: that recipe generates no '{make.of}', but {', '.join(makes)}")
     return make(other.recipe.name, loaded=other)

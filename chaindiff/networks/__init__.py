@@ -7,29 +7,28 @@ from __future__ import annotations
 
 from torch import nn
 
+from chaindiff.code import create
+from chaindiff.networks.interface import Interface
 from chaindiff.networks.joint import Joint
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
+from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.stage import JointNetworkSpec, PriorSpec, UNetSpec
+from chaindiff.specs.stage import JointNetworkSpec, Network, UNetSpec
+
+__all__ = ["Interface", "Joint", "Prior", "UNet", "build"]
 
 
-def build(
-    spec: UNetSpec | PriorSpec | JointNetworkSpec,
-    *shapes: tuple[int, ...],
-    label_dim: int = 0,
-    augment_dim: int = 0,
-    image_channels: int = 0,
-    context: tuple[int, int] | None = None,
-    label_span: float = 1.0,
-) -> nn.Module:
-    """The network of a spec for variables of these shapes, one unless the network is a joint one.
+def build(spec: Network, interface: Interface) -> nn.Module:
+    """The network of a spec, for one variable unless it is a joint one or code of one's own.
 
-    `label_dim` is the width of all vector conditions together, `image_channels` that of image conditions,
-    `context` the (length, width) of token conditions, `label_span` the order of magnitude of the noise labels. Raises
-    UserError if the network does not fit the shapes.
+    Raises UserError if the network does not fit the variables' shapes.
     """
-    length, width = context or (0, 0)
+    if isinstance(spec, CodeSpec):
+        return create(spec, interface, made=nn.Module)
+    shapes, label_dim, augment_dim = [*interface.variables.values()], interface.label_dim, interface.augment_dim
+    image_channels, label_span = interface.image_channels, interface.label_span
+    length, width = interface.context or (0, 0)
     if isinstance(spec, JointNetworkSpec):
         if sorted(map(len, shapes))[-2:] != [1, 3] or {len(s) for s in shapes} != {1, 3}:
             raise UserError(f"a joint network generates one image and vectors, not shapes of {[*map(list, shapes)]}")

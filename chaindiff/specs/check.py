@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from chaindiff.specs.check_variables import A, Where, check_variables, circle_of, shape_problem, unknown
+from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import Recipe, VariableSpec
 from chaindiff.specs.stage import (
@@ -72,7 +73,9 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
             if output in makers:
                 yield UserError(f"{place}: stage '{makers[output]}' generates '{output}' already", where(place))
             makers.setdefault(output, name)
-        of_stage = (*_given(recipe, name, stage), *_network(recipe, name, stage), *_formulation(stage))
+        of_stage = (*_given(recipe, name, stage), *_code(stage))
+        if not is_code(stage.kind):
+            of_stage += (*_network(recipe, name, stage), *_formulation(stage))
         for field, problem in (*of_stage, *_numbers(stage)):
             yield UserError(f"{path}.{field}: {problem}", where(f"{path}.{field}"))
         for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
@@ -118,6 +121,23 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, s
         yield "sample.guidance", problem
 
 
+def _code(stage: StageSpec) -> Iterator[tuple[str, str]]:
+    """What only our own stages read is no part of a stage of one's own, nor the other way round."""
+    if not is_code(stage.kind):
+        if stage.settings:
+            yield "settings", "are for code: a stage whose kind is MODULE:NAME, or a network's own `settings`"
+        return
+    problem = "is for diffusion stages; what this stage's code is to know stands in its `settings`"
+    for field in ("network", "precondition", "noise", "joint", "sample", "init"):
+        if getattr(stage, field) != StageSpec.model_fields[field].default:
+            yield field, problem
+    for index, link in enumerate(stage.given):
+        yield from (
+            (f"given.{index}.{field}", problem)
+            for field in link.model_dump(exclude_defaults=True, exclude={"variable"})
+        )
+
+
 def _absence(link: LinkSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
     """What is wrong with how much of a variable a link gives."""
     if link.keep and variable.kind != "vector":
@@ -143,6 +163,8 @@ def _network(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str,
         return
     if isinstance(network, PriorSpec):
         yield from _prior(network, "network")
+    if network is None or isinstance(network, CodeSpec):  # what it fits, it says itself when it is built
+        return
     if len(names) > 1:
         yield "network.kind", f"a {network.kind} generates one variable, not {len(names)}; use a joint network"
     elif known:
