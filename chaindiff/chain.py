@@ -211,8 +211,8 @@ def run_stage(
 def load(source: str | Path, set: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Chain:
     """The chain of a recipe (a path or a bare name), with shipped or found weights.
 
-    `set` and keyword overrides are those of the command line's `--set`, `allow_code` is its `--allow-code`. Raises UserError for mistakes in the recipe
-    and for stages that have no weights yet.
+    `set` and keyword overrides are those of the command line's `--set`, `allow_code` is its `--allow-code`. Raises
+    UserError for mistakes in the recipe and for stages that have no weights yet.
     """
     from chaindiff.assemble import assemble
     from chaindiff.specs.load import load_recipe

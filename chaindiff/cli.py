@@ -225,9 +225,8 @@ def evaluate(
 ) -> None:
     """Measure a chain: distances to the data, what each link costs, sweeps, memorisation."""
     asked = {"count": count, "seeds": seed, "judges": judge}
-    loaded = _load(recipe, changes, allow_code).override(
-        {"evaluate": {key: value for key, value in asked.items() if value}}
-    )
+    changed = {"evaluate": {key: value for key, value in asked.items() if value}}
+    loaded = _load(recipe, changes, allow_code).override(changed)
     _work(quiet).evaluate(loaded, of=of, links=links, sweeps=sweep, baselines=baseline, oracle=oracle, out=out)
 
 

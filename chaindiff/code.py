@@ -46,6 +46,7 @@ def resolve(kind: str, where: str | None = None) -> Callable[..., Any]:
     name, _, attribute = kind.partition(":")
     if (module := sys.modules.get(name)) is None:
         with _guarded(f"'{name}' could not be imported", where):
+            importlib.invalidate_caches()  # the module may have been written a moment ago
             try:
                 module = importlib.import_module(name)
             except ModuleNotFoundError as error:

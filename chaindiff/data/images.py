@@ -37,9 +37,9 @@ def open_data(spec: Data, image: str | None = None) -> ImageData:
     """
     if isinstance(spec, CodeDataSpec):
         found = create(spec, where="data")
-        if hasattr(found, "images"):  # it has this module's interface
+        if isinstance(found, ImageData):
             return found
-        from chaindiff.data.items import Items  # it reads items by way of torch
+        from chaindiff.data.items import Items  # pyright: ignore[reportMissingImports] (it imports torch)
 
         return Items(found, image)
     source = open_source(spec.path)

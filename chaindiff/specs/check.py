@@ -27,6 +27,7 @@ from chaindiff.specs.stage import (
 from chaindiff.specs.validate import raise_all
 from chaindiff.specs.yaml import describe
 
+_DIFFUSION = {"network", "precondition", "noise", "joint", "sample", "init"}  # what only our own stages read
 _ADM_HEAD = 64  # channels of one attention head
 # Beyond these numbers nothing could be built, or even planned, in anybody's lifetime and memory.
 _MOST = {"shape": 1_000_000, "batch": 1_000_000, "steps": 100_000, "channels": 16_384, "mult": 1_000}
@@ -73,9 +74,7 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
             if output in makers:
                 yield UserError(f"{place}: stage '{makers[output]}' generates '{output}' already", where(place))
             makers.setdefault(output, name)
-        of_stage = (*_given(recipe, name, stage), *_code(stage))
-        if not is_code(stage.kind):
-            of_stage += (*_network(recipe, name, stage), *_formulation(stage))
+        of_stage = (*_given(recipe, name, stage), *_code(stage), *_network(recipe, name, stage), *_formulation(stage))
         for field, problem in (*of_stage, *_numbers(stage)):
             yield UserError(f"{path}.{field}: {problem}", where(f"{path}.{field}"))
         for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
@@ -125,17 +124,13 @@ def _code(stage: StageSpec) -> Iterator[tuple[str, str]]:
     """What only our own stages read is no part of a stage of one's own, nor the other way round."""
     if not is_code(stage.kind):
         if stage.settings:
-            yield "settings", "are for code: a stage whose kind is MODULE:NAME, or a network's own `settings`"
+            yield "settings", "are for code: for a stage whose kind is MODULE:NAME"
         return
-    problem = "is for diffusion stages; what this stage's code is to know stands in its `settings`"
-    for field in ("network", "precondition", "noise", "joint", "sample", "init"):
-        if getattr(stage, field) != StageSpec.model_fields[field].default:
-            yield field, problem
+    said = [f for f in _DIFFUSION & stage.model_fields_set if getattr(stage, f) != StageSpec.model_fields[f].default]
     for index, link in enumerate(stage.given):
-        yield from (
-            (f"given.{index}.{field}", problem)
-            for field in link.model_dump(exclude_defaults=True, exclude={"variable"})
-        )
+        said += [f"given.{index}.{f}" for f in link.model_dump(exclude={"variable"}, exclude_defaults=True)]
+    for field in sorted(said):
+        yield field, "is for diffusion stages; what the code of this stage is to know stands in its `settings`"
 
 
 def _absence(link: LinkSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
@@ -40,7 +40,7 @@ OURS, THEIRS = "ours", "code"
 Ours, Theirs = Tag(OURS), Tag(THEIRS)
 
 
-def is_code(kind: Any) -> bool:
+def is_code(kind: Any) -> TypeGuard[str]:
     """Whether a `kind` names code rather than something of ours."""
     return isinstance(kind, str) and ":" in kind
 

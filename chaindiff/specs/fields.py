@@ -55,7 +55,7 @@ def tagged(annotation: Any) -> dict[str, Any]:
     if not ours or len(ours) == len(found):
         return dict(kinds(annotation))
     (theirs,) = (model for model in found if issubclass(model, CodeSpec))
-    return {OURS: Union[tuple(ours)], THEIRS: theirs}
+    return {OURS: Union[tuple(ours)], THEIRS: theirs}  # noqa: UP007 (of a tuple)
 
 
 def child(annotation: Any, key: str | int, kind: Any = None) -> Any:
