@@ -27,8 +27,8 @@ class Named(Protocol):
     def settings(self) -> dict[str, Any]: ...
 
 
-def create(spec: Named, *arguments: Any, where: str | None = None, made: type = object, **keywords: Any) -> Any:
-    """What the code of a spec makes of these arguments and its own settings, which must be a `made`.
+def create(spec: Named, *arguments: Any, where: str | None = None, made: Any = object, **keywords: Any) -> Any:
+    """What the code of a spec makes of these arguments and its own settings, an instance of `made`.
 
     Raises UserError, of the field `where`, for code that is not there, and for all that it raises itself.
     """
@@ -37,7 +37,7 @@ def create(spec: Named, *arguments: Any, where: str | None = None, made: type = 
     with _guarded(f"'{spec.kind}' could not be made", where):
         result = found(*arguments, **keywords, **spec.settings)
     if not isinstance(result, made):
-        raise UserError(f"'{spec.kind}' should make a {made.__name__}, but made a {type(result).__name__}", where)
+        raise UserError(f"'{spec.kind}' makes an object of type {type(result).__name__}, not {made.__name__}", where)
     return result
 
 

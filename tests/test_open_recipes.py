@@ -403,7 +403,7 @@ def test_a_network_is_told_its_interface(here):
     assert interface.variables == {"image": (3, 8, 8)} and settings == {"a": [1, {"b": 2}]}
     assert (interface.label_dim, interface.image_channels, interface.context, interface.augment_dim) == (3, 0, None, 0)
     found = refused("stages.colour.network={kind: 'told_code:empty'}")
-    assert found.endswith("'told_code:empty' should make a Module, but made a dict")
+    assert found.endswith("'told_code:empty' makes an object of type dict, not Module")
 
 
 def test_a_recipe_with_code_runs_from_training_to_samples(here, chaindiff):
@@ -430,7 +430,7 @@ def test_an_encoder_that_makes_something_else(here):
     changed = "variables.colour.encoder.settings={shout: true}"
     assert "variables.colour.encoder: 'my_code:Flat' could not be made: SystemExit: 3" in refused(changed, of=encode)
     text = RECIPE.replace('"my_code:Colour"', '"my_code:broken"')
-    expected = "r.yaml:8: variables.colour.encoder: 'my_code:broken' makes 3, which cannot be called"
+    expected = "r.yaml:8: variables.colour.encoder: 'my_code:broken' makes an object of type int, not Callable"
     assert refused(text=text, of=encode) == expected
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from chaindiff.code import create
@@ -29,7 +29,7 @@ def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | N
     if encoder is None:
         raise UserError(f"variable '{name}' has no encoder", f"variables.{name}")
     if isinstance(encoder, CodeEncoderSpec):
-        return OwnEncoder(name, encoder, spec, create(encoder, where=f"variables.{name}.encoder"))
+        return OwnEncoder(name, encoder, spec, create(encoder, where=f"variables.{name}.encoder", made=Callable))
     source = specs[encoder.of]
     if isinstance(encoder, ResizeSpec):
         return Resize(name, encoder, source.shape, spec.shape)

@@ -19,8 +19,6 @@ class OwnEncoder(Encoder):
     """What `made` makes of a batch of values, computed whenever it is needed: nothing is cached, fitted or scaled."""
 
     def __init__(self, name: str, spec: CodeEncoderSpec, variable: VariableSpec, made: Callable[[Any], Tensor]):
-        if not callable(made):
-            raise UserError(f"'{spec.kind}' makes {made!r}, which cannot be called", f"variables.{name}.encoder")
         self.name, self.of, self.spec = name, spec.of, spec
         self.shape = [] if variable.kind == "label" else variable.shape
         self.made = made.eval() if isinstance(made, nn.Module) else made
