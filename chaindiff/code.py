@@ -44,16 +44,15 @@ def create(spec: Named, *arguments: Any, where: str | None = None, made: Any = o
 def resolve(kind: str, where: str | None = None) -> Callable[..., Any]:
     """The class or function that `module:Name` names. Raises UserError if there is none."""
     name, _, attribute = kind.partition(":")
-    if (module := sys.modules.get(name)) is None:
-        with _guarded(f"'{name}' could not be imported", where):
-            importlib.invalidate_caches()  # the module may have been written a moment ago
-            try:
-                module = importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                    raise  # it is there, and lacks a module itself
-                raise UserError(f"there is no module '{error.name}'", where, NOT_HERE) from error
-    found = getattr(module, attribute, None)
+    with _guarded(f"'{name}' could not be imported", where):
+        importlib.invalidate_caches()  # the module may have been written a moment ago
+        try:
+            module = sys.modules.get(name) or importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # it is there, and lacks a module itself
+            raise UserError(f"there is no module '{error.name}'", where, NOT_HERE) from error
+        found = getattr(module, attribute, None)  # some modules import their names when they are asked for them
     if not callable(found):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         problem = f"there is no '{attribute}' in '{name}'{did_you_mean(attribute, names)}"

@@ -60,6 +60,6 @@ def code_in(spec: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield f"{path}kind", kind
         parts = [(name, part) for name, part in spec if name != "settings"]
     else:
-        parts = list(spec.items()) if isinstance(spec, dict) else []
+        parts = list(spec.items() if isinstance(spec, dict) else enumerate(spec) if isinstance(spec, list) else ())
     for name, part in parts:
         yield from code_in(part, f"{path}{name}.")
