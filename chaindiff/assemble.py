@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chaindiff.assets import registry
 from chaindiff.chain import Chain, Source, Stages, Value
+from chaindiff.code import create
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
 from chaindiff.diffusion import Diffusion
@@ -22,18 +23,19 @@ from chaindiff.edm.random import seed
 from chaindiff.encoders import Encoder, build_encoder
 from chaindiff.encoders.clip import OpenClip
 from chaindiff.planning import ChainPlan
+from chaindiff.specs.code import CodeDataSpec, CodeSpec
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
-from chaindiff.stage import Stage
+from chaindiff.stage import Stage, learns
 from chaindiff.training import checkpoint
 from chaindiff.variables import Variable, digest
 
 # What changes how a run is observed, not what it learns, is no part of a stage's identity.
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
-TRAINED = {"network", "precondition", "noise", "joint", "augment", "init"}
+TRAINED = {"kind", "settings", "network", "precondition", "noise", "joint", "augment", "init"}
 NOT_TRAINED = {"variable"}
 UNLEARNED: dict[str, Any] = dict.fromkeys(
     ("checkpoint_every", "preview_every", "log_every", "execution", "accumulate"), True
@@ -62,6 +64,7 @@ class Assembly:
     """The objects of one recipe. `out` is the run's directory, where it looks for weights after the shipped ones."""
 
     def __init__(self, loaded: Loaded, out: Path | None = None):
+        loaded.refuse_code()
         self.loaded, self.recipe, self.out = loaded, loaded.recipe, out or default_out(loaded.recipe)
         specs = self.recipe.variables
         self.variables = {name: Variable.from_specs(name, specs) for name in specs}
@@ -71,7 +74,8 @@ class Assembly:
     @cached_property
     def data(self) -> ImageData:
         with self.located():
-            return open_data(self.recipe.data)
+            own = isinstance(self.recipe.data, CodeDataSpec)
+            return open_data(self.recipe.data, self.root.name if own else None)
 
     @contextmanager
     def located(self, place: str | None = None) -> Iterator[None]:
@@ -141,12 +145,16 @@ class Assembly:
             }
         )
 
-    def build(self, name: str) -> Diffusion:
+    def build(self, name: str) -> Stage:
         """A stage with its initial weights, a function of its training seed."""
         spec: StageSpec = self.recipe.stages[name]
         variables = self.generates(name)
-        with self.located(), torch.random.fork_rng(devices=[]):
+        place = f"stages.{name}.network" if isinstance(spec.network, CodeSpec) else None
+        with self.located(place), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed(spec.train.seed, *(variable.name for variable in variables), "init"))
+            if spec.network is None:
+                given = [variable for variable, _ in self.links(name)]
+                return create(spec, variables, given, name=name, where=f"stages.{name}", made=Stage)
             return Diffusion(
                 variables,
                 given=self.links(name),
@@ -215,10 +223,11 @@ class Assembly:
         written = checkpoint.metadata(weights).get("images") if weights.exists() else None
         return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
 
-    def load(self, name: str, path: Path) -> Diffusion:
+    def load(self, name: str, path: Path) -> Stage:
         """A stage with these weights. Raises UserError if their names or shapes are others."""
         with torch.device("meta"):
             stage = self.build(name)
+        assert isinstance(stage, nn.Module)
         stage.to_empty(device="cpu")
         checkpoint.fill(stage, checkpoint.load(path)[0], str(path))
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -291,6 +300,8 @@ class Assembly:
         weights: dict[str, Path] = {}
 
         def load(name: str) -> Stage:
+            if not learns(chain.stages.outlines[name]):
+                return self.build(name)
             weights[name] = self.weights(name)
             self._check_fitted(weights)
             return self.load(name, weights[name])

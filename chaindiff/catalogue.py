@@ -7,11 +7,11 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from chaindiff.assets.registry import SHIPPED
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.fields import models
+from chaindiff.specs.fields import kinds
 from chaindiff.specs.load import LOCK, What, available, load_recipe, summary
 from chaindiff.specs.recipe import Encoder, Reducer
 from chaindiff.specs.stage import Network
@@ -46,8 +46,8 @@ def _files(what: What) -> list[Entry]:
 
 def _kinds(union: Any) -> list[Entry]:
     """The members of a union of specs, by their `kind`, with the first sentence of what each says of itself."""
-    found = [(model.model_fields["kind"].annotation, model.__doc__ or "") for model in models(union)]
-    return [Entry(get_args(kind)[0], " ".join(doc.split("\n\n")[0].split())) for kind, doc in found]
+    found = [(kind, model.__doc__ or "") for kind, model in kinds(union).items()]
+    return [Entry(kind, " ".join(doc.split("\n\n")[0].split())) for kind, doc in found]
 
 
 def _weights() -> list[Entry]:
@@ -100,8 +100,9 @@ def _trained(path: Path) -> str:
         if "stage" not in metadata:
             return f"statistics of an encoder, fitted on {int(metadata['rows']):,} rows; {size}"
         made, *given = json.loads(metadata["variables"])  # the generated one is written first
-        kind = json.loads(metadata["stage"])["network"]["kind"]
-        images, data = int(metadata["images"]), json.loads(metadata["data"])["path"]
+        stage, data = json.loads(metadata["stage"]), json.loads(metadata["data"])
+        kind, data = (stage["network"] or stage)["kind"], data.get("path") or data["kind"]
+        images = int(metadata["images"])
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return "(not a complete weights file)"
     return f"{kind}: {made}{' given ' * bool(given)}{', '.join(given)}; {images:,} images of {data}; {size}"

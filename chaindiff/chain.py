@@ -466,13 +466,13 @@ def _drained(states: Generator[Any, None, Values]) -> Values:
             return done.value
 
 
-def load(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Chain:
+def load(source: str | Path, set: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Chain:
     """The chain of a recipe (a path or a bare name), of a run's directory, or of a folder that `save` wrote.
 
     Weights are read when a stage is first used: a plan needs none. `set` and keyword overrides are those of the
-    command line's `--set`. Raises UserError for mistakes in the recipe.
+    command line's `--set`, and `allow_code` is its `--allow-code`. Raises UserError for mistakes in the recipe.
     """
     from chaindiff.assemble import assemble
     from chaindiff.specs.load import load_recipe
 
-    return assemble(load_recipe(source, set=set, **overrides)).chain()
+    return assemble(load_recipe(source, set=set, allow_code=allow_code, **overrides)).chain()

@@ -47,6 +47,9 @@ Want = Annotated[
 Count = Annotated[int | None, typer.Option("--count", min=1, help="How many samples.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Other samples of the same chain.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="How many at a time.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout; messages to stderr.")]
@@ -86,10 +89,10 @@ def _system(error: OSError) -> str:
     return f"{error.filename}: {what}" if error.filename else what
 
 
-def _load(recipe: str, changes: list[str]) -> Any:
+def _load(recipe: str, changes: list[str], allow_code: bool = False) -> Any:
     from chaindiff.specs.load import load_recipe
 
-    return load_recipe(recipe, set=changes)
+    return load_recipe(recipe, set=changes, allow_code=allow_code)
 
 
 def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.run") -> Any:
@@ -146,13 +149,14 @@ def run(
     given: Given = [],  # noqa: B006 (Typer copies it)
     out: Out = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Go through everything once, as small as possible.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Do what is missing of a recipe: train, sample, evaluate, report."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
     _facts(_work(quiet, as_json).run(loaded, out=out, smoke=smoke, **asked), as_json)
 
@@ -167,11 +171,12 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew even where there are weights.")] = False,
     out: Out = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train the stages of a recipe, or go on with it."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     if stage is not None and stage not in loaded.recipe.stages:
         from chaindiff.specs.errors import did_you_mean
 
@@ -189,12 +194,13 @@ def sample(
     given: Given = [],  # noqa: B006
     out: Out = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Sample from a chain."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
     _facts(_work(quiet, as_json).sample(loaded, out=out, **asked), as_json)
 
@@ -221,13 +227,15 @@ def evaluate(
     judge: Annotated[list[str], typer.Option("--judge", metavar="NAME", help="A feature extractor.")] = [],  # noqa: B006
     out: Out = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure a chain: distances to the data, what each link costs, sweeps, memorisation."""
     asked = {"count": count, "seeds": seed, "judges": judge}
-    loaded = _load(recipe, changes).override({"evaluate": {key: value for key, value in asked.items() if value}})
+    changed = {"evaluate": {key: value for key, value in asked.items() if value}}
+    loaded = _load(recipe, changes, allow_code).override(changed)
     options = {"of": of, "links": links, "sweeps": sweep, "baselines": baseline, "oracle": oracle}
     _facts(_work(quiet, as_json).evaluate(loaded, out=out, given=_values(given), **options), as_json)
 
@@ -254,12 +262,13 @@ def plan(
     given: Given = [],  # noqa: B006
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw the chain: a .svg or .png.")] = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check a recipe and show what a request would run, and what it costs."""
-    loaded = _load(recipe, changes)
+    loaded = _load(recipe, changes, allow_code)
     # The JSON says all that the table says.
     plan = _work(quiet or as_json).plan
     _facts(plan(loaded, want=want or None, given=_values(given), picture=picture), as_json)
@@ -296,13 +305,14 @@ def import_(
         Path | None, typer.Option("--out", help="The file to write (default: SNAPSHOT.safetensors).")
     ] = None,
     changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Read a snapshot of EDM or VCDM, executing nothing of it, and write it as safetensors."""
     if recipe is None and (stage is not None or changes):
         raise UserError("--stage and --set belong to a recipe: say --recipe RECIPE")
-    loaded = None if recipe is None else _load(recipe, changes)
+    loaded = None if recipe is None else _load(recipe, changes, allow_code)
     _work(quiet, module="chaindiff.importing").import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
 
 

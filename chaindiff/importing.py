@@ -116,7 +116,8 @@ def save_stage(snapshot: Snapshot, path: Path, out: Path, assembly: Assembly, na
     """
     loaded, found = assembly.loaded, snapshot.published
     where = f"stages.{name}.network"
-    said, theirs = loaded.recipe.stages[name].network.model_dump(), found.network.model_dump()
+    spec, theirs = loaded.recipe.stages[name], found.network.model_dump()
+    said = (spec.network or spec).model_dump()
     wrong = [f"{k} is {said.get(k)}, but {v} in the snapshot" for k, v in theirs.items() if said.get(k) != v]
     wrong = [problem for problem in wrong if not problem.startswith(("dropout ", "label_init "))]  # of training alone
     size = assembly.generates(name)[0].shape

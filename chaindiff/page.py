@@ -34,7 +34,7 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
             StageRow(
                 name,
                 f"{', '.join(step.outputs)}{reads}",
-                spec.network.kind,
+                (spec.network or spec).kind,
                 cost.parameters,
                 cost.nfe,
                 cost.total_flops / 1e9,

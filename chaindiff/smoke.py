@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import OpenClipSpec, PcaSpec
+from chaindiff.specs.recipe import DataSpec, OpenClipSpec, PcaSpec
 from chaindiff.specs.stage import JointNetworkSpec, Network, UNetSpec
 
 CLIP_WIDTH = 128  # of the embedded image-text model
@@ -13,20 +14,24 @@ CLASSES = 7  # groups of the embedded images
 
 
 def smoke_version(loaded: Loaded) -> Loaded:
-    """A recipe of the same shape with tiny networks, some training steps and four samples; named NAME_smoke."""
+    """A recipe of the same shape with tiny networks, some training steps and four samples; named NAME_smoke.
+
+    Code that the recipe names is left as it is.
+    """
     recipe = loaded.recipe
+    ours_data = isinstance(recipe.data, DataSpec)
     variables: dict[str, Any] = {}
     for name, spec in recipe.variables.items():
         if isinstance(spec.encoder, OpenClipSpec):
             kept = spec.kind == "label" or isinstance(spec.encoder.reduce, PcaSpec)
             width = spec.shape[0] if kept else CLIP_WIDTH
             variables[name] = {"shape": [width], "encoder": {"model": "clip_emoji", "pretrained": None}}
-        elif spec.kind == "label":
+        elif spec.kind == "label" and spec.encoder is None and ours_data:
             variables[name] = {"shape": [CLASSES], "of": "group"}
     stages: dict[str, Any] = {}
     for name, stage in recipe.stages.items():
         stages[name] = {
-            "network": _network(stage.network),
+            "network": stage.network and _network(stage.network),
             "augment": {"variants": min(stage.augment.variants, 1)},
             "train": {
                 "images": 24,
@@ -36,14 +41,14 @@ def smoke_version(loaded: Loaded) -> Loaded:
                 "execution": "eager",
                 "log_every": 1,
             },
-            "sample": {"steps": 3},
+            "sample": {} if is_code(stage.kind) else {"steps": 3},
             "weights": None,
             "init": None,
         }
     return loaded.override(
         {
             "name": f"{recipe.name}_smoke",
-            "data": {"path": "emoji64", "split": "test", "where": {"style": "google"}},
+            "data": {"path": "emoji64", "split": "test", "where": {"style": "google"}} if ours_data else {},
             "variables": variables,
             "stages": stages,
             "sample": {"count": 4, "batch": 4},
@@ -53,6 +58,8 @@ def smoke_version(loaded: Loaded) -> Loaded:
 
 def _network(spec: Network) -> dict[str, Any]:
     """A tiny network of the same kind."""
+    if isinstance(spec, CodeSpec):
+        return {}
     if isinstance(spec, JointNetworkSpec):
         return {"image": _network(spec.image), "vector": _network(spec.vector), "seen": 8}
     if isinstance(spec, UNetSpec):

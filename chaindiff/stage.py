@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -65,6 +65,11 @@ class Stage(Protocol):
     def cost(self, moving: Collection[str]) -> Cost:
         """What a sample of these variables costs; parameters may lie on any device, the meta device included."""
         ...
+
+
+def learns(stage: object) -> TypeGuard[nn.Module]:
+    """Whether a stage has anything to train."""
+    return isinstance(stage, nn.Module) and any(True for _ in stage.parameters())
 
 
 @contextmanager

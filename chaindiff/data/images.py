@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from chaindiff.code import create
 from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
 from chaindiff.data.sources import METADATA, Source, open_source
+from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.recipe import Data
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +29,19 @@ MEMORY_BYTES = 1 << 30  # a set that takes less than this at one size stays in m
 HEADERS = 1000  # images looked at to find the resolution
 
 
-def open_data(spec: DataSpec) -> ImageData:
+def open_data(spec: Data, image: str | None = None) -> ImageData:
     """The images that a recipe names, in order of their file names, filtered by `where` and `split`.
 
+    Data of one's own are what the code makes; items of a plain data set have their picture under the name `image`.
     Raises UserError if there is no such data, if it has no images, or if its metadata is wrong.
     """
+    if isinstance(spec, CodeDataSpec):
+        found = create(spec, where="data")
+        if isinstance(found, ImageData):
+            return found
+        from chaindiff.data.items import Items  # pyright: ignore[reportMissingImports] (it imports torch)
+
+        return Items(found, image)
     source = open_source(spec.path)
     rows = read_metadata(source, source.names())
     if not rows:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from chaindiff.code import create
 from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.clip import OpenClipImage, OpenClipText
+from chaindiff.encoders.own import OwnEncoder
 from chaindiff.encoders.resize import Resize
 from chaindiff.encoders.statistics import Statistics
+from chaindiff.specs.code import CodeEncoderSpec
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import ResizeSpec, VariableSpec
 
@@ -25,6 +28,8 @@ def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | N
     encoder = spec.encoder
     if encoder is None:
         raise UserError(f"variable '{name}' has no encoder", f"variables.{name}")
+    if isinstance(encoder, CodeEncoderSpec):
+        return OwnEncoder(name, encoder, spec, create(encoder, where=f"variables.{name}.encoder", made=Callable))
     source = specs[encoder.of]
     if isinstance(encoder, ResizeSpec):
         return Resize(name, encoder, source.shape, spec.shape)

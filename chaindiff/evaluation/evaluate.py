@@ -135,7 +135,7 @@ def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
 
 def baseline_rows(make: Rows, recipe: str) -> list[Row]:
     """The same variable by another recipe, given the same values as far as they change something of it."""
-    other = load_recipe(recipe)
+    other = load_recipe(recipe, allow_code=make.loaded.allow_code)
     chain = Assembly(other).chain()
     if make.of not in (makes := chain.generated()):
         raise UserError(f"--baseline {recipe}: that recipe generates no '{make.of}', but {', '.join(makes)}")

@@ -17,6 +17,7 @@ from chaindiff.edm.random import generator
 from chaindiff.encoders import Encoder
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import DataSpec
 from chaindiff.training import checkpoint
 from chaindiff.variables import digest
 
@@ -28,7 +29,11 @@ def split_of(assembly: Assembly, split: str | None) -> ImageData:
     spec = assembly.recipe.data
     if split is None or split == spec.split:
         return assembly.data
-    return open_data(spec.model_copy(update={"split": split}))
+    if isinstance(spec, DataSpec):
+        return open_data(spec.model_copy(update={"split": split}))
+    if "split" not in spec.settings:
+        raise UserError(f"the data are '{spec.kind}', whose settings name no split, so that there is no '{split}'")
+    return open_data(spec.model_copy(update={"settings": {**spec.settings, "split": split}}), assembly.root.name)
 
 
 class DataValues:

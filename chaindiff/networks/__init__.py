@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
+from chaindiff.code import create
 from chaindiff.networks.interface import Condition, Interface, Network
 from chaindiff.networks.joint import Joint
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
+from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import JointNetworkSpec, PriorSpec, UNetSpec
 
 __all__ = ["Condition", "Interface", "Joint", "Network", "Prior", "UNet", "build"]
 
 
-def build(spec: UNetSpec | PriorSpec | JointNetworkSpec, interface: Interface) -> nn.Module:
+def build(spec: UNetSpec | PriorSpec | JointNetworkSpec | CodeSpec, interface: Interface) -> nn.Module:
     """The network of a spec with this interface. Raises UserError if it does not fit the variables' shapes."""
+    if isinstance(spec, CodeSpec):
+        return create(spec, interface, made=nn.Module)
     shapes = [*interface.variables.values()]
     if isinstance(spec, JointNetworkSpec):
         if sorted(map(len, shapes))[-2:] != [1, 3] or {len(s) for s in shapes} != {1, 3}:

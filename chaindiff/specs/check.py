@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from chaindiff.specs.check_variables import A, Where, check_variables, circle_of, shape_problem, unknown
+from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import Recipe, VariableSpec
 from chaindiff.specs.stage import (
@@ -26,6 +27,7 @@ from chaindiff.specs.stage import (
 from chaindiff.specs.validate import raise_all
 from chaindiff.specs.yaml import describe
 
+_DIFFUSION = {"network", "precondition", "noise", "joint", "sample", "init"}  # what only our own stages read
 _ADM_HEAD = 64  # channels of one attention head
 # Beyond these numbers nothing could be built, or even planned, in anybody's lifetime and memory.
 _MOST = {"shape": 1_000_000, "batch": 1_000_000, "steps": 100_000, "channels": 16_384, "mult": 1_000}
@@ -72,7 +74,7 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
             if output in makers:
                 yield UserError(f"{place}: stage '{makers[output]}' generates '{output}' already", where(place))
             makers.setdefault(output, name)
-        of_stage = (*_given(recipe, name, stage), *_network(recipe, name, stage), *_formulation(stage))
+        of_stage = (*_given(recipe, name, stage), *_code(stage), *_network(recipe, name, stage), *_formulation(stage))
         for field, problem in (*of_stage, *_numbers(stage)):
             yield UserError(f"{path}.{field}: {problem}", where(f"{path}.{field}"))
         for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
@@ -111,6 +113,19 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, s
         for problem in _absence(link, variable):
             yield f"{field}.{problem[0]}", problem[1]
     yield from _sampling(stage)
+
+
+def _code(stage: StageSpec) -> Iterator[tuple[str, str]]:
+    """What only our own stages read is no part of a stage of one's own, nor the other way round."""
+    if not is_code(stage.kind):
+        if stage.settings:
+            yield "settings", "are for code: for a stage whose kind is MODULE:NAME"
+        return
+    said = [f for f in _DIFFUSION & stage.model_fields_set if getattr(stage, f) != StageSpec.model_fields[f].default]
+    for index, link in enumerate(stage.given):
+        said += [f"given.{index}.{f}" for f in link.model_dump(exclude={"variable"}, exclude_defaults=True)]
+    for field in sorted(said):
+        yield field, "is for diffusion stages; what the code of this stage is to know stands in its `settings`"
 
 
 def _absence(link: LinkSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
@@ -163,6 +178,8 @@ def _network(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str,
         return
     if isinstance(network, PriorSpec):
         yield from _prior(network, "network")
+    if network is None or isinstance(network, CodeSpec):  # what it fits, it says itself when it is built
+        return
     if len(names) > 1:
         yield "network.kind", f"a {network.kind} generates one variable, not {len(names)}; use a joint network"
     elif known:

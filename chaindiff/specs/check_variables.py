@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from chaindiff.specs.clip_models import known_models, model_folder
+from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import KMeansSpec, OpenClipSpec, PcaSpec, Recipe, ResizeSpec, VariableSpec
+from chaindiff.specs.recipe import DataSpec, KMeansSpec, OpenClipSpec, PcaSpec, Recipe, ResizeSpec, VariableSpec
 
 Where = Callable[[str], str | None]
 
@@ -49,7 +50,7 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
         path = f"variables.{name}"
         if problem := shape_problem(variable):
             yield UserError(f"{path}.shape: {problem}", where(f"{path}.shape"))
-        elif name in roots and variable.shape[0] != 3:
+        elif name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
             problem = f"images of the data have 3 channels (RGB), not {variable.shape[0]}"
             yield UserError(f"{path}.shape: {problem}", where(f"{path}.shape"))
         elif variable.encoder is not None:
@@ -64,6 +65,9 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
         if variable.source in ("uniform", "empirical") and variable.kind != "label":
             how = "uniformly" if variable.source == "uniform" else "from the data"
             problem = f"only a label can be drawn {how}, not {A[variable.kind]}"
+            yield UserError(f"{path}.source: {problem}", where(f"{path}.source"))
+        elif variable.source == "empirical" and isinstance(variable.encoder, CodeSpec):
+            problem = "how often the encoder's own code makes which class is not known; use uniform"
             yield UserError(f"{path}.source: {problem}", where(f"{path}.source"))
     circle = circle_of({name: [v.encoder.of] for name, v in recipe.variables.items() if v.encoder is not None})
     if circle:

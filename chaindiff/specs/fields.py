@@ -7,6 +7,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from chaindiff.specs.code import OURS, THEIRS, CodeSpec, is_code
+
 
 def options(annotation: Any) -> list[Any]:
     """The alternatives of a type, without Annotated and None."""
@@ -41,7 +43,19 @@ def model_of(annotation: Any, kind: Any = None) -> type[BaseModel] | None:
     found = models(annotation)
     if len(found) == 1:
         return found[0]
+    if is_code(kind):
+        return next((model for model in found if issubclass(model, CodeSpec)), None)
     return kinds(annotation).get(kind) if isinstance(kind, str) else None
+
+
+def tagged(annotation: Any) -> dict[str, Any]:
+    """The types that pydantic's tags stand for, those by which a union's members are told apart."""
+    found = models(annotation)
+    ours = [model for model in found if not issubclass(model, CodeSpec)]
+    if not ours or len(ours) == len(found):
+        return dict(kinds(annotation))
+    (theirs,) = (model for model in found if issubclass(model, CodeSpec))
+    return {OURS: Union[tuple(ours)], THEIRS: theirs}  # noqa: UP007 (of a tuple)
 
 
 def child(annotation: Any, key: str | int, kind: Any = None) -> Any:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chaindiff.specs.check import check
+from chaindiff.specs.code import HINT, code_in
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.merge import merge, nest, refuse_strangers, spread
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import StageSpec
-from chaindiff.specs.validate import validate
+from chaindiff.specs.validate import raise_all, validate
 from chaindiff.specs.yaml import Node, assignment, describe, read, wrap
 
 LOCK = "recipe.lock.yaml"
@@ -34,6 +35,7 @@ class Loaded:
     path: Path
     node: Node
     lock: dict[str, Any]
+    allow_code: bool = False  # said by who runs the recipe; nothing that is read can say it
 
     @property
     def tree(self) -> dict[str, Any]:
@@ -55,13 +57,20 @@ class Loaded:
         """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
         layer = spread(wrap(changes, "override"), self.node, Recipe)
         refuse_strangers(self.node, layer)
-        return _finish(merge(self.node, layer, Recipe), self.path, self.lock)
+        return _finish(merge(self.node, layer, Recipe), self.path, self.lock, self.allow_code)
+
+    def refuse_code(self) -> None:
+        """Raises UserError if the recipe names code and nobody has allowed it. Nothing is built of a recipe before."""
+        named = [] if self.allow_code else code_in(self.recipe)
+        what = "is code, which runs only where you allow it"
+        raise_all([UserError(f"{path}: '{kind}' {what}", self.where(path), HINT) for path, kind in named])
 
 
-def load_recipe(source: str | Path, set: Sequence[str] = (), **overrides: Any) -> Loaded:
+def load_recipe(source: str | Path, set: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Loaded:
     """The recipe at a path, of a name, or of a run's directory.
 
     `set` holds texts such as "stages.image.sample.steps=20"; keyword overrides are nested mappings of the same names.
+    Code that the recipe names is not imported here, and later only with `allow_code`.
     Raises UserError with file, line, what is wrong and the nearest valid name.
     """
     path = find(source, "recipe")
@@ -75,11 +84,11 @@ def load_recipe(source: str | Path, set: Sequence[str] = (), **overrides: Any) -
     layers = [nest(*assignment(text)) for text in set]
     if overrides:
         layers.append(wrap(overrides, "keyword argument"))
-    return _finish(_assemble(recipe, layers, path), path, lock.plain())
+    return _finish(_assemble(recipe, layers, path), path, lock.plain(), allow_code)
 
 
-def _finish(tree: Node, path: Path, lock: dict[str, Any]) -> Loaded:
-    loaded = Loaded(validate(Recipe, tree), path, tree, lock)
+def _finish(tree: Node, path: Path, lock: dict[str, Any], allow_code: bool) -> Loaded:
+    loaded = Loaded(validate(Recipe, tree), path, tree, lock, allow_code)
     check(loaded.recipe, loaded.where)
     return loaded
 

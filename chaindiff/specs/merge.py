@@ -83,7 +83,7 @@ def nest(path: list[str], node: Node) -> Node:
 
 def refuse_strangers(tree: Node, over: Node) -> None:
     """An override may add a whole stage or variable, but part of one under an unknown name is a slip of the pen."""
-    for group, word, whole in (("stages", "stage", {"use", "network"}), ("variables", "variable", {"kind"})):
+    for group, word, whole in (("stages", "stage", {"use", "network", "kind"}), ("variables", "variable", {"kind"})):
         known, said = (layer.fields(group) for layer in (tree, over))
         for name, node in said.items():
             if name not in known and not (isinstance(node.value, dict) and whole & node.value.keys()):

@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from chaindiff.specs.base import Name, Spec
+from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
 # ---------------------------------------------------------------- data
@@ -20,11 +21,15 @@ from chaindiff.specs.stage import StageSpec
 class DataSpec(Spec):
     """Where the training data lies: a folder, a zip (EDM or imagefolder convention), or an embedded set's name."""
 
+    kind: Literal["images"] = "images"
     path: str = Field(description="a folder or zip of images, or `emoji64` (embedded)")
     split: str | None = Field(default=None, description="keep the rows of metadata.jsonl whose `split` is this")
     where: dict[str, str | list[str]] = Field(
         default={}, description="keep the rows whose field has this value (or one of); an override of `{}` clears it"
     )
+
+
+Data = Annotated[Annotated[DataSpec, Ours] | Annotated[CodeDataSpec, Theirs], OURS_OR_CODE]
 
 
 # ---------------------------------------------------------------- encoders
@@ -76,7 +81,10 @@ class OpenClipSpec(Spec):
     )
 
 
-Encoder = Annotated[ResizeSpec | OpenClipSpec, Field(discriminator="kind")]
+Encoder = Annotated[
+    Annotated[ResizeSpec | OpenClipSpec, Field(discriminator="kind"), Ours] | Annotated[CodeEncoderSpec, Theirs],
+    OURS_OR_CODE,
+]
 
 
 # ---------------------------------------------------------------- variables
@@ -136,7 +144,7 @@ class Recipe(Spec):
 
     name: Name
     description: str = ""
-    data: DataSpec
+    data: Data
     variables: dict[Name, VariableSpec]
     stages: dict[Name, StageSpec]
     sample: SampleSpec = SampleSpec()

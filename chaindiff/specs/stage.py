@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     TypeAdapter,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from chaindiff.specs.base import Name, Probability, Spec
+from chaindiff.specs.code import CODE, OURS_OR_CODE, CodeSpec, Ours, Theirs
 
 # ---------------------------------------------------------------- networks
 
@@ -58,7 +63,10 @@ class JointNetworkSpec(Spec):
     seen: PositiveInt = Field(default=64, description="features of the image that the priors are told")
 
 
-Network = Annotated[UNetSpec | PriorSpec | JointNetworkSpec, Field(discriminator="kind")]
+Network = Annotated[
+    Annotated[UNetSpec | PriorSpec | JointNetworkSpec, Field(discriminator="kind"), Ours] | Annotated[CodeSpec, Theirs],
+    OURS_OR_CODE,
+]
 
 # For Python, where the name says the kind.
 UNet = partial(UNetSpec, kind="unet")
@@ -363,13 +371,24 @@ class JointSpec(Spec):
 class StageSpec(Spec):
     """One stage: generates a variable given others, or several together."""
 
+    # An editor asks for a network as the loader does; of code it cannot be asked.
+    model_config = ConfigDict(
+        json_schema_extra={"if": {"properties": {"kind": {"const": "diffusion"}}}, "then": {"required": ["network"]}}
+    )
+
     description: str = ""
+    kind: Annotated[str, Field(pattern=f"^(diffusion|{CODE})$")] = Field(
+        default="diffusion", description="`diffusion`, or a class of one's own: `MODULE:NAME`, with `--allow-code`"
+    )
+    settings: dict[str, Any] = Field(
+        default={}, description="of a class of one's own: the keyword arguments that it is called with"
+    )
     generates: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None, description="none: the variable of the stage's name; several: the first leads (`sample.offset`)"
     )
     joint: JointSpec = JointSpec()
     given: list[Link] = []
-    network: Network
+    network: Network | None = Field(default=None, description="required unless the kind is a class of one's own")
     precondition: Precondition = PreconditionSpec()
     noise: NoiseLevels = Field(default=NoiseSpec(), description="none: what the parametrisation was published with")
     augment: AugmentSpec = AugmentSpec()
@@ -377,6 +396,13 @@ class StageSpec(Spec):
     sample: SamplerSpec = SamplerSpec()
     weights: str | None = Field(default=None, description="a weights file; none: the shipped file or the run's own")
     init: str | None = Field(default=None, description="begin training from the weights of this file")
+
+    @field_validator("network")
+    @classmethod
+    def _network(cls, said: Network | None, info: ValidationInfo) -> Network | None:
+        if said is None and info.data.get("kind") == "diffusion":
+            raise PydanticCustomError("missing", "Field required")
+        return said
 
     @model_validator(mode="after")
     def _noise(self) -> StageSpec:

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from chaindiff.specs.code import CODE
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.fields import child, kinds, model_of
+from chaindiff.specs.fields import child, kinds, model_of, tagged
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import Node, describe
 
@@ -83,8 +84,8 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
     path: list[str | int] = []
     owner: type[BaseModel] | None = None
     for part in error["loc"]:
-        if part in kinds(annotation):
-            annotation = kinds(annotation)[part]
+        if part in (tags := tagged(annotation)):
+            annotation = tags[part]
             continue
         # What pydantic adds to the way: "[key]" for a field's name, or the alternative of a type that it tried.
         added = part == "[key]" or model_of(annotation) is None
@@ -128,6 +129,9 @@ def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> st
         )
     if code in _LIMITS:
         return f"should be {_LIMITS[code](context)}, not {describe(value)}"
+    if code == "string_pattern_mismatch" and CODE in context["pattern"]:
+        ours = "'diffusion' or " if context["pattern"] != f"^{CODE}$" else ""
+        return f"expected {ours}code of your own, as my_package.module:Name, not {describe(value)}"
     if code == "string_pattern_mismatch":
         return f"{describe(value)} is not a name: letters, digits and underscores, a letter first"
     if code in ("too_short", "too_long"):

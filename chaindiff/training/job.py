@@ -142,6 +142,8 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                     else:
                         encoder = build_encoder(variable, recipe.variables, path)
             caches[variable] = features
+        elif recipe.variables[encoder_spec.of].kind == "text":
+            caches[variable] = TextFeatures(encoder.features(assembly.data.field(assembly.column(encoder_spec.of))))
         encoders[variable] = encoder
     labels = {v.name: assembly.column(v.name) for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
