@@ -45,6 +45,7 @@ from pathlib import Path
 
 import torch
 
+import chaindiff as cd
 from chaindiff.data import ImageData
 
 Path("imported").touch()
@@ -84,6 +85,17 @@ class Squares(ImageData):
 class Own:
     def __init__(self, generates, given, name, steps=3):
         self.told = (generates, given, name, steps)
+        self.name, self.given, self.conditionals = name, given, frozenset()
+        self.generates = {variable.name: variable for variable in generates}
+
+    def sample(self, given, draws):
+        yield {name: draws.normal("sample", shape=v.shape) for name, v in self.generates.items()}
+
+    def loss(self, batch, draws):
+        raise NotImplementedError
+
+    def cost(self, moving):
+        return cd.Cost(how="normal numbers")
 
 
 def broken(**settings):
@@ -202,8 +214,9 @@ def test_python_says_so_too(here):
     with pytest.raises(UserError, match="allow_code=True"):
         cd.load("r.yaml")
     assert not (here / "imported").exists()
+    chain = cd.load("r.yaml", allow_code=True)
     with pytest.raises(UserError, match="stage 'colour' has no weights yet"):
-        cd.load("r.yaml", allow_code=True)
+        _ = chain.stages["colour"]
 
 
 @pytest.mark.parametrize(
