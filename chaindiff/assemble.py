@@ -18,7 +18,7 @@ from chaindiff.chain import Chain, Source
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
-from chaindiff.encoders import Encoder, build_encoder
+from chaindiff.encoders import Encoder, build_decoder, build_encoder
 from chaindiff.encoders.clip import OpenClip
 from chaindiff.planning import ChainPlan
 from chaindiff.specs.errors import UserError
@@ -43,7 +43,7 @@ assert set(TrainSpec.model_fields) >= set(UNLEARNED)
 
 @dataclass
 class LazyEncoder:
-    """An encoder that loads when it is first used: most requests need none."""
+    """An encoder or decoder that loads when it is first used: most requests need none."""
 
     name: str
     of: str
@@ -87,7 +87,7 @@ class Assembly:
 
     @property
     def root(self) -> Variable:
-        """The image variable that the data holds: the one that no encoder makes."""
+        """The image variable that the data holds: the one that no encoder makes; it may have a decoder."""
         for name, spec in self.recipe.variables.items():
             if spec.kind == "image" and spec.encoder is None:
                 return self.variables[name]
@@ -288,6 +288,11 @@ class Assembly:
             LazyEncoder(name, self.recipe.variables[name].encoder.of, lambda name=name: self.encoder(name))  # type: ignore[union-attr]
             for name in self.encoded
         ]
+        decoders = [
+            LazyEncoder(name, spec.decoder.of, lambda name=name: build_decoder(name, self.recipe.variables))
+            for name, spec in self.recipe.variables.items()
+            if spec.decoder is not None
+        ]
         drawn = [n for n, spec in self.recipe.variables.items() if spec.source in ("empirical", "uniform")]
         return Chain(
             stages,
@@ -296,6 +301,7 @@ class Assembly:
             self.recipe.name,
             dict(self.variables),
             weights,
+            decoders=decoders,
         )
 
     def skeleton(self) -> Chain:

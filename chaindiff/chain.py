@@ -24,7 +24,7 @@ Values = dict[str, Tensor]
 
 
 class Encoder(Protocol):
-    """A deterministic map from one variable to another."""
+    """A deterministic map from the variable `of` to the variable `name`; a decoder too is one."""
 
     name: str
     of: str
@@ -54,7 +54,8 @@ class Source:
 class Chain:
     """Stages, encoders and sources over shared variables: p(everything) = product of p(generated | given).
 
-    Raises UserError when stages form a cycle, or one variable is generated twice.
+    Decoders make variables of generated ones. Raises UserError when stages form a cycle, or one variable is generated
+    twice.
     """
 
     stages: Sequence[Stage]
@@ -64,6 +65,7 @@ class Chain:
     variables: dict[str, Variable] = field(default_factory=dict)
     weights: dict[str, Path] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # spent in every stage so far
+    decoders: Sequence[Encoder] = ()
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -75,7 +77,8 @@ class Chain:
                         hint="a link joins variables of one meaning: the same encoder, shape and scaling",
                     )
         self._stages = {stage.name: stage for stage in self.stages}
-        self._encoders = {f"{e.name}": e for e in self.encoders}
+        self._encoders = {("encoder", e.name): e for e in self.encoders}
+        self._encoders |= {("decoder", d.name): d for d in self.decoders}
         self._sources = {s.variable.name: s for s in self.sources}
 
     # ------------------------------------------------------------ planning
@@ -88,18 +91,22 @@ class Chain:
             Producer(s.name, "stage", tuple(s.generates), tuple(v.name for v in s.given), s.conditionals)
             for s in self.stages
         ]
+        found += [Producer(d.name, "decoder", (d.name,), (d.of,)) for d in self.decoders]
         return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders]
 
     def resolve(self, want: Sequence[str] | None = None, given: Sequence[str] = ()) -> Plan:
-        """Which steps a request runs; everything that stages generate is wanted unless told otherwise.
+        """Which steps a request runs; everything that is generated is wanted unless told otherwise.
 
         Raises UserError for unknown names, and for requests that sampling would answer wrongly.
         """
         return resolve(self.producers, want or self.generated(given), given)
 
     def generated(self, given: Sequence[str] = ()) -> list[str]:
-        """The variables that stages generate, without the given ones."""
-        return [name for stage in self.stages for name in stage.generates if name not in given]
+        """The variables that stages generate and what is decoded from them, without the given ones."""
+        names = [name for stage in self.stages for name in stage.generates]
+        for _ in self.decoders:  # they may decode each other's outputs, in any order
+            names += [d.name for d in self.decoders if d.of in names and d.name not in names]
+        return [name for name in names if name not in given]
 
     def plan(self, want: Sequence[str] | None = None, given: Sequence[str] = ()) -> Any:
         """The plan of a request with its costs, ready to print or draw."""
@@ -160,11 +167,11 @@ class Chain:
                 with noted(f"while sampling stage '{name}', {len(samples)} at a time"):
                     values |= run_stage(stage, values, samples, seed, step.outputs)
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            elif step.producer.kind == "encoder":
-                encoder = self._encoders[name]
-                values[name] = encoder(values[encoder.of])
-            else:
+            elif step.producer.kind == "source":
                 values[name] = self._sources[name].sample(samples, seed)
+            else:
+                encoder = self._encoders[step.producer.kind, name]
+                values[name] = encoder(values[encoder.of])
             for gone in step.drop:
                 del values[gone]
         return {name: value.cpu() for name, value in values.items()}

@@ -12,7 +12,7 @@ from chaindiff.encoders.statistics import Statistics
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import ResizeSpec, VariableSpec
 
-__all__ = ["Encoder", "OpenClipImage", "OpenClipText", "Resize", "Statistics", "build_encoder"]
+__all__ = ["Encoder", "OpenClipImage", "OpenClipText", "Resize", "Statistics", "build_decoder", "build_encoder"]
 
 
 def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | None = None) -> Encoder:
@@ -33,3 +33,11 @@ def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | N
     if fitted is not None and not built.fitted:
         built.statistics = Statistics.load(fitted, built)
     return built
+
+
+def build_decoder(name: str, specs: Mapping[str, VariableSpec]) -> Encoder:
+    """The map that makes the variable `name` in the generative direction."""
+    decoder = specs[name].decoder
+    if decoder is None:
+        raise UserError(f"variable '{name}' has no decoder", f"variables.{name}")
+    return Resize(name, decoder, specs[decoder.of].shape, specs[name].shape)

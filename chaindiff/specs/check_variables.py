@@ -55,6 +55,8 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
         elif variable.encoder is not None:
             for field, problem in _encoder(recipe, variable):
                 yield UserError(f"{path}.encoder.{field}: {problem}", where(f"{path}.encoder.{field}"))
+        for field, problem in _decoder(recipe, variable):
+            yield UserError(f"{path}.decoder{field}: {problem}", where(f"{path}.decoder{field}"))
         if variable.of is not None and variable.kind not in ("label", "text"):
             problem = f"only a label or a text is read from a field of the data, not a variable of kind {variable.kind}"
             yield UserError(f"{path}.of: {problem}", where(f"{path}.of"))
@@ -72,6 +74,12 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
     elif deep := next((name for name in recipe.variables if _depth(recipe, name) > _DEEPEST), None):
         place = f"variables.{deep}.encoder"
         yield UserError(f"{place}: encoders read each other more than {_DEEPEST} deep", where(place))
+
+
+    circle = circle_of({name: [v.decoder.of] for name, v in recipe.variables.items() if v.decoder is not None})
+    if circle:
+        place = f"variables.{circle[0]}.decoder"
+        yield UserError(f"{place}: decoders read each other in a circle: {' -> '.join(circle)}", where(place))
 
 
 def _depth(recipe: Recipe, name: str) -> int:
@@ -113,6 +121,23 @@ def _encoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]
             yield "of", f"open_clip makes a vector of an image or a text, not {A[variable.kind]} of {A[source.kind]}"
         else:
             yield from _reducer(encoder, variable)
+
+
+def _decoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]]:
+    """What is wrong with a decoder: the field, and the problem."""
+    decoder = variable.decoder
+    if decoder is None:
+        return
+    source = recipe.variables.get(decoder.of)
+    if source is None:
+        yield ".of", unknown(decoder.of, recipe)
+    elif {source.kind, variable.kind} != {"image"}:
+        yield ".of", f"resize makes an image of an image, not {A[variable.kind]} of {A[source.kind]}"
+    elif not shape_problem(source) and not shape_problem(variable):
+        if source.shape[0] != variable.shape[0]:
+            yield ".of", f"'{decoder.of}' has {source.shape[0]} channels, but this variable {variable.shape[0]}"
+        if source.shape[1] > variable.shape[1]:
+            yield ".of", f"a decoder makes images larger, but '{decoder.of}' is {source.shape[1]} pixels wide"
 
 
 def _reducer(encoder: OpenClipSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:

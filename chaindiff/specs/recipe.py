@@ -79,6 +79,20 @@ class OpenClipSpec(Spec):
 Encoder = Annotated[ResizeSpec | OpenClipSpec, Field(discriminator="kind")]
 
 
+# ---------------------------------------------------------------- decoders
+
+
+class EnlargeSpec(Spec):
+    """image -> larger image."""
+
+    kind: Literal["resize"]
+    of: Name
+    filter: Literal["box", "bilinear", "bicubic"] = "bilinear"
+
+
+Decoder = EnlargeSpec  # a union told apart by `kind`, once there are more
+
+
 # ---------------------------------------------------------------- variables
 
 
@@ -88,6 +102,7 @@ class VariableSpec(Spec):
     kind: Literal["image", "vector", "tokens", "label", "text"]
     shape: list[PositiveInt] = []
     encoder: Encoder | None = None
+    decoder: Decoder | None = Field(default=None, description="makes this variable of a generated one, such as a latent")
     source: Literal["empirical", "uniform", "given"] | None = Field(
         default=None, description="where the value comes from when nothing produces it"
     )
