@@ -18,12 +18,11 @@ from chaindiff.chain import Chain, Source
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
-from chaindiff.encoders import Encoder, build_decoder, build_encoder
-from chaindiff.encoders.clip import OpenClip
+from chaindiff.encoders import Embedding, Encoder, build_decoder, build_encoder
 from chaindiff.planning import ChainPlan
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import Recipe
+from chaindiff.specs.recipe import FileSpec, Recipe
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
 from chaindiff.stage import Stage
@@ -251,8 +250,13 @@ class Assembly:
         return next((file for file in files if file.exists()), own)
 
     def fitted_digest(self, name: str) -> str:
-        path = self.fitted_path(name)
-        return checkpoint.metadata(path).get("digest", "") if path.exists() else ""
+        """What the statistics are, and where a file holds the vectors, what it holds."""
+        path, spec = self.fitted_path(name), self.recipe.variables[name]
+        fitted = checkpoint.metadata(path).get("digest", "") if path.exists() else ""
+        if not isinstance(spec.encoder, FileSpec):
+            return fitted
+        encoder = build_encoder(name, self.recipe.variables)
+        return digest([encoder.features_identity["content"], fitted])
 
     def encoder(self, name: str) -> Encoder:
         """An encoder, ready to use. Raises UserError if its statistics were not fitted yet."""
@@ -261,7 +265,8 @@ class Assembly:
 
     @property
     def encoded(self) -> list[str]:
-        return [name for name, spec in self.recipe.variables.items() if spec.encoder is not None]
+        """The variables that an encoder computes from others."""
+        return [name for name, spec in self.recipe.variables.items() if spec.reads is not None]
 
     def source(self, name: str, meta: bool) -> Source:
         variable, kind = self.variables[name], self.recipe.variables[name].source
@@ -275,7 +280,7 @@ class Assembly:
         """Rows of the training data in each class of a label, [classes]; of clusters, as they were fitted."""
         if self.recipe.variables[name].encoder is not None:
             encoder = self.encoder(name)
-            assert isinstance(encoder, OpenClip) and encoder.statistics is not None
+            assert isinstance(encoder, Embedding) and encoder.statistics is not None
             assert encoder.statistics.counts is not None  # a label has clusters
             return encoder.statistics.counts
         size = len(self.classes(name))
@@ -285,8 +290,9 @@ class Assembly:
 
     def _chain(self, stages: list[Stage], weights: dict[str, Path], meta: bool) -> Chain:
         encoders = [
-            LazyEncoder(name, self.recipe.variables[name].encoder.of, lambda name=name: self.encoder(name))  # type: ignore[union-attr]
-            for name in self.encoded
+            LazyEncoder(name, spec.reads, lambda name=name: self.encoder(name))
+            for name, spec in self.recipe.variables.items()
+            if spec.reads is not None
         ]
         decoders = [
             LazyEncoder(name, spec.decoder.of, lambda name=name: build_decoder(name, self.recipe.variables))

@@ -51,8 +51,8 @@ from chaindiff.specs.errors import UserError, did_you_mean
 class Producer:
     """Something that makes variables (`outputs`) from others (`inputs`).
 
-    A source makes its outputs from nothing. A decoder makes one output from one input. `conditionals`: the sets of its own outputs that a joint stage (or source)
-    can be given, sampling the others.
+    A source makes its outputs from nothing, a decoder one output from one input. `conditionals`: the sets of its own
+    outputs that a joint stage (or source) can be given, sampling the others.
     """
 
     name: str

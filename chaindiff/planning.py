@@ -137,13 +137,13 @@ class ChainPlan:
         return "  " + " -> ".join(parts)
 
     def drawing(self) -> tuple[list[Box], list[Arrow]]:
-        """Boxes and arrows: variables, the stages and sources that make them; decoders are arrows, encoders dashed ones."""
+        """Boxes and arrows: variables, what makes them; a decoder is an arrow, an encoder a dashed one."""
         known = {v for step in self.plan.steps for v in step.outputs} | set(self.plan.given)
         parts = [(p.name, p.kind, p.outputs, p.inputs) for p in self.chain.producers]
         shown = {v for _, kind, outputs, inputs in parts if kind != "encoder" for v in (*outputs, *inputs)} | known
         runs = {(s.producer.kind, s.producer.name) for s in self.plan.steps}
         boxes, arrows = [], []
-        unsaid = sorted(shown - self.variables.keys())  # what Python's encoders and decoders make is perhaps not declared
+        unsaid = sorted(shown - self.variables.keys())  # encoded or decoded in Python, and not declared
         for name in (*(v for v in self.variables if v in shown), *unsaid):
             variable = self.variables.get(name)
             style = "given" if name in self.plan.given else "wanted" if name in self.plan.want else "variable"

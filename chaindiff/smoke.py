@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import OpenClipSpec, PcaSpec
+from chaindiff.specs.recipe import FileSpec, OpenClipSpec, PcaSpec
 from chaindiff.specs.stage import JointNetworkSpec, Network, UNetSpec
 
 CLIP_WIDTH = 128  # of the embedded image-text model
@@ -16,11 +16,14 @@ def smoke_version(loaded: Loaded) -> Loaded:
     """A recipe of the same shape with tiny networks, some training steps and four samples; named NAME_smoke."""
     recipe = loaded.recipe
     variables: dict[str, Any] = {}
+    root = next((n for n, v in recipe.variables.items() if v.kind == "image" and v.encoder is None), None)
     for name, spec in recipe.variables.items():
-        if isinstance(spec.encoder, OpenClipSpec):
+        if isinstance(spec.encoder, OpenClipSpec | FileSpec):
             kept = spec.kind == "label" or isinstance(spec.encoder.reduce, PcaSpec)
-            width = spec.shape[0] if kept else CLIP_WIDTH
-            variables[name] = {"shape": [width], "encoder": {"model": "clip_emoji", "pretrained": None}}
+            encoder: dict[str, Any] = {"model": "clip_emoji", "pretrained": None}
+            if isinstance(spec.encoder, FileSpec):  # whose vectors are of other images
+                encoder |= {"kind": "open_clip", "of": root, **spec.encoder.model_dump(include={"reduce", "scaling"})}
+            variables[name] = {"shape": [spec.shape[0] if kept else CLIP_WIDTH], "encoder": encoder}
         elif spec.kind == "label":
             variables[name] = {"shape": [CLASSES], "of": "group"}
     stages: dict[str, Any] = {}

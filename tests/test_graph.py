@@ -1,4 +1,4 @@
-"""The resolver. Truth: joint Gaussians whose stages, sources, encoders and decoders are exact, in closed form (float64)."""
+"""The resolver. Truth: joint Gaussians whose stages, sources, encoders and decoders are exact, in closed form."""
 
 from __future__ import annotations
 

@@ -7,12 +7,24 @@ from pathlib import Path
 
 from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.clip import OpenClipImage, OpenClipText
+from chaindiff.encoders.embedding import Embedding
+from chaindiff.encoders.file import FileVectors
 from chaindiff.encoders.resize import Resize
 from chaindiff.encoders.statistics import Statistics
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import ResizeSpec, VariableSpec
+from chaindiff.specs.recipe import FileSpec, ResizeSpec, VariableSpec
 
-__all__ = ["Encoder", "OpenClipImage", "OpenClipText", "Resize", "Statistics", "build_decoder", "build_encoder"]
+__all__ = [
+    "Embedding",
+    "Encoder",
+    "FileVectors",
+    "OpenClipImage",
+    "OpenClipText",
+    "Resize",
+    "Statistics",
+    "build_decoder",
+    "build_encoder",
+]
 
 
 def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | None = None) -> Encoder:
@@ -25,11 +37,14 @@ def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | N
     encoder = spec.encoder
     if encoder is None:
         raise UserError(f"variable '{name}' has no encoder", f"variables.{name}")
-    source = specs[encoder.of]
     if isinstance(encoder, ResizeSpec):
-        return Resize(name, encoder, source.shape, spec.shape)
-    tower = OpenClipText if source.kind == "text" else OpenClipImage
-    built = tower(name, encoder, source.shape, spec.shape, spec.sigma_data, spec.kind)
+        return Resize(name, encoder, specs[encoder.of].shape, spec.shape)
+    if isinstance(encoder, FileSpec):
+        built = FileVectors(name, encoder, spec.shape, spec.sigma_data, spec.kind)
+    else:
+        source = specs[encoder.of]
+        tower = OpenClipText if source.kind == "text" else OpenClipImage
+        built = tower(name, encoder, source.shape, spec.shape, spec.sigma_data, spec.kind)
     if fitted is not None and not built.fitted:
         built.statistics = Statistics.load(fitted, built)
     return built

@@ -14,10 +14,12 @@ from torch import Tensor
 from chaindiff.assemble import Assembly
 from chaindiff.data import ImageData, open_data
 from chaindiff.edm.random import generator
-from chaindiff.encoders import Encoder
+from chaindiff.encoders import Encoder, FileVectors
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
+from chaindiff.specs.recipe import FileSpec
 from chaindiff.training import checkpoint
+from chaindiff.training.batches import Features
 from chaindiff.variables import digest
 
 BATCH = 128
@@ -37,6 +39,7 @@ class DataValues:
     def __init__(self, assembly: Assembly, data: ImageData, folder: Path):
         self.assembly, self.data, self.folder = assembly, data, folder
         self._encoders: dict[str, Encoder] = {}
+        self._files: dict[str, Features] = {}
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Images in [-1, 1], [rows, channels, height, width]."""
@@ -69,12 +72,22 @@ class DataValues:
         assembly, spec = self.assembly, self.assembly.recipe.variables[name]
         if name == assembly.root.name:
             return self.pixels(rows)
-        if spec.encoder is not None:
+        if isinstance(spec.encoder, FileSpec):
+            return self._encoder(name).scale(self._vectors(name).rows(rows, rows))
+        if spec.reads is not None:
             with torch.no_grad():
-                return self._encoder(name)(self._compute(spec.encoder.of, rows))
+                return self._encoder(name)(self._compute(spec.reads, rows))
         if spec.kind == "label":
             return torch.tensor(self.data.categories(assembly.column(name))[1])[list(rows)]
         return [self.data.field(assembly.column(name))[row] for row in rows]
+
+    def _vectors(self, name: str) -> Features:
+        if name not in self._files:
+            encoder = self._encoder(name)
+            assert isinstance(encoder, FileVectors)
+            with self.assembly.located():
+                self._files[name] = encoder.rows_of(self.data.names)
+        return self._files[name]
 
     def _encoder(self, name: str) -> Encoder:
         if name not in self._encoders:

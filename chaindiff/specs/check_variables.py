@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from pathlib import PurePath
 
 from chaindiff.specs.clip_models import known_models, model_folder
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import KMeansSpec, OpenClipSpec, PcaSpec, Recipe, ResizeSpec, VariableSpec
+from chaindiff.specs.recipe import FileSpec, KMeansSpec, OpenClipSpec, PcaSpec, Recipe, ResizeSpec, VariableSpec
 
 Where = Callable[[str], str | None]
 
@@ -67,14 +68,13 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
             how = "uniformly" if variable.source == "uniform" else "from the data"
             problem = f"only a label can be drawn {how}, not {A[variable.kind]}"
             yield UserError(f"{path}.source: {problem}", where(f"{path}.source"))
-    circle = circle_of({name: [v.encoder.of] for name, v in recipe.variables.items() if v.encoder is not None})
+    circle = circle_of({name: [v.reads] for name, v in recipe.variables.items() if v.reads is not None})
     if circle:
         place = f"variables.{circle[0]}.encoder"
         yield UserError(f"{place}: encoders read each other in a circle: {' -> '.join(circle)}", where(place))
     elif deep := next((name for name in recipe.variables if _depth(recipe, name) > _DEEPEST), None):
         place = f"variables.{deep}.encoder"
         yield UserError(f"{place}: encoders read each other more than {_DEEPEST} deep", where(place))
-
 
     circle = circle_of({name: [v.decoder.of] for name, v in recipe.variables.items() if v.decoder is not None})
     if circle:
@@ -85,8 +85,8 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
 def _depth(recipe: Recipe, name: str) -> int:
     """How many encoders in a row make a variable; it counts no further than one too many."""
     depth = 0
-    while depth <= _DEEPEST and (variable := recipe.variables.get(name)) and variable.encoder:
-        depth, name = depth + 1, variable.encoder.of
+    while depth <= _DEEPEST and (variable := recipe.variables.get(name)) and variable.reads:
+        depth, name = depth + 1, variable.reads
     return depth
 
 
@@ -103,6 +103,14 @@ def _encoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]
     """What is wrong with an encoder: the field, and the problem."""
     encoder = variable.encoder
     assert encoder is not None
+    if isinstance(encoder, FileSpec):
+        if PurePath(encoder.path).suffix not in (".safetensors", ".npy"):
+            yield "path", f"expected a .safetensors or .npy file, not '{encoder.path}'"
+        if variable.kind not in ("vector", "label"):
+            yield "kind", f"a file holds vectors, or what becomes clusters, not {A[variable.kind]}"
+        else:
+            yield from _reducer(encoder, variable)
+        return
     source = recipe.variables.get(encoder.of)
     if source is None:
         yield "of", unknown(encoder.of, recipe)
@@ -140,7 +148,7 @@ def _decoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]
             yield ".of", f"a decoder makes images larger, but '{decoder.of}' is {source.shape[1]} pixels wide"
 
 
-def _reducer(encoder: OpenClipSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
+def _reducer(encoder: OpenClipSpec | FileSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
     """What is wrong with the way from an embedding to the variable."""
     reduce, size = encoder.reduce, variable.shape[0]
     if variable.kind == "vector":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -76,7 +77,29 @@ class OpenClipSpec(Spec):
     )
 
 
-Encoder = Annotated[ResizeSpec | OpenClipSpec, Field(discriminator="kind")]
+class FileSpec(Spec):
+    """Vectors computed elsewhere, one for every image of the data; it can encode no other image.
+
+    A safetensors file with a tensor [rows, width] (`features`, or of the variable's name) and perhaps the images' file
+    names as a JSON list under `names` in its metadata, or a .npy file. Without names, rows stand in the order of the
+    data's own, which are sorted.
+    """
+
+    kind: Literal["file"]
+    path: str
+    identity: str | None = Field(
+        default=None, description="what the numbers are, such as the encoder's name and version; none: the file's name"
+    )
+    reduce: Reducer | None = None
+    scaling: Literal["standardise", "raw"] = Field(default="standardise", description="raw: as they are in the file")
+
+    @property
+    def called(self) -> str:
+        """What the numbers are, wherever the file lies."""
+        return self.identity or PurePath(self.path).name
+
+
+Encoder = Annotated[ResizeSpec | OpenClipSpec | FileSpec, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- decoders
@@ -102,7 +125,7 @@ class VariableSpec(Spec):
     kind: Literal["image", "vector", "tokens", "label", "text"]
     shape: list[PositiveInt] = []
     encoder: Encoder | None = None
-    decoder: Decoder | None = Field(default=None, description="makes this variable of a generated one, such as a latent")
+    decoder: Decoder | None = Field(default=None, description="makes it of a generated variable, such as a latent")
     source: Literal["empirical", "uniform", "given"] | None = Field(
         default=None, description="where the value comes from when nothing produces it"
     )
@@ -110,6 +133,11 @@ class VariableSpec(Spec):
         default=None, description="for a label or text: the field of metadata.jsonl; none: the variable's name"
     )
     sigma_data: PositiveFloat = Field(default=0.5, description="standard deviation of the clean values, per element")
+
+    @property
+    def reads(self) -> str | None:
+        """The variable that the encoder reads, if there is one."""
+        return None if self.encoder is None or isinstance(self.encoder, FileSpec) else self.encoder.of
 
 
 class SampleSpec(Spec):
