@@ -91,7 +91,7 @@ class FileVectors(Embedding):
         array = np.load(self.path, mmap_mode="c", allow_pickle=False)  # "c": nothing is written to the file
         if array.dtype.kind not in "fiu":
             raise ValueError(f"it holds {array.dtype}")
-        native = array.dtype in (np.float16, np.float32, np.float64) and array.dtype.isnative
+        native = array.dtype in (np.float16, np.float32, np.float64)
         return torch.from_numpy(array if native else array.astype(np.float32)), None
 
     def _order(self, rows: int, known: list[str] | None, names: Sequence[str]) -> Tensor | None:
