@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chaindiff.chain import Chain, load
+    from chaindiff.data.items import Items
     from chaindiff.edm.denoiser import Denoiser
     from chaindiff.specs.errors import UserError
     from chaindiff.stage import Stage
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Chain", "Denoiser", "Stage", "UserError", "Variable", "__version__", "load"]
+__all__ = ["Chain", "Denoiser", "Items", "Stage", "UserError", "Variable", "__version__", "load"]
 
 _HOMES = {
     "Chain": "chaindiff.chain",
     "Denoiser": "chaindiff.edm.denoiser",
+    "Items": "chaindiff.data.items",
     "Stage": "chaindiff.stage",
     "UserError": "chaindiff.specs.errors",
     "Variable": "chaindiff.variables",

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from chaindiff.assets import registry
 from chaindiff.chain import Chain, Source
-from chaindiff.data import ImageData, open_data
+from chaindiff.data import open_data
 from chaindiff.data.augment import augment_dim
+from chaindiff.data.items import Data
 from chaindiff.edm.random import seed
 from chaindiff.encoders import Embedding, Encoder, build_decoder, build_encoder
 from chaindiff.planning import ChainPlan
@@ -67,7 +68,7 @@ class Assembly:
     # ------------------------------------------------------------ data
 
     @cached_property
-    def data(self) -> ImageData:
+    def data(self) -> Data:
         with self.located():
             return open_data(self.recipe.data)
 

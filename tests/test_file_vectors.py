@@ -227,7 +227,7 @@ def test_trained_and_given_and_two_contents_refused(here, capsys) -> None:
 
 
 def test_it_encodes_nothing(here) -> None:
-    with pytest.raises(UserError, match="'clip' comes from the file clip.safetensors, which cannot encode anything"):
+    with pytest.raises(UserError, match=r"'clip' comes from the file clip\.safetensors, which cannot encode anything"):
         encoder()(torch.zeros(1, 3, 8, 8))
     producers = Assembly(load_recipe("r.yaml")).skeleton().producers
     assert [p.kind for p in producers] == ["stage", "stage"], "no observation"
@@ -247,7 +247,11 @@ def test_identity_is_what_the_numbers_are_not_where_they_lie(here) -> None:
 
 
 def test_smoke_embeds_the_smoke_data_instead(here) -> None:
-    asked = ["variables.clip.encoder.scaling=raw", "variables.clip.shape=[2]", "variables.clip.encoder.reduce={kind: pca, k: 2}"]
+    asked = [
+        "variables.clip.encoder.scaling=raw",
+        "variables.clip.shape=[2]",
+        "variables.clip.encoder.reduce={kind: pca, k: 2}",
+    ]
     spec = smoke_version(load_recipe("r.yaml", set=asked)).recipe.variables["clip"]
     assert isinstance(spec.encoder, OpenClipSpec) and (spec.encoder.of, spec.encoder.scaling) == ("image", "raw")
     assert spec.encoder.reduce is not None and spec.shape == [2]

@@ -34,6 +34,10 @@ class Items:
     def __init__(self, dataset: Any, image: str = "image", name: str = "items"):
         self._dataset, self._name = dataset, name
         self._columns: dict[str, Sequence[Any]] = dict(dataset) if isinstance(dataset, Mapping) else {}
+        self._seen: dict[str, list[Any]] = {}
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            message = f"{name}: {type(dataset).__name__} is no map-style dataset: it needs len(...) and [row]"
+            raise UserError(message, hint="an iterable one can be made a list of its items first")
         lengths = {column: len(values) for column, values in self._columns.items()}
         if len(set(lengths.values())) > 1:
             raise UserError(f"{name}: columns of one length are expected, not {lengths}")
@@ -53,7 +57,7 @@ class Items:
 
     @cached_property
     def names(self) -> list[str]:
-        return [str(name) for name in self._all("name")] if "name" in self._entries else [str(r) for r in range(len(self))]
+        return self.field("name") if "name" in self._entries else [str(row) for row in range(len(self))]
 
     @property
     def description(self) -> str:
@@ -72,15 +76,13 @@ class Items:
         Embeddings that are kept on disk are found again by it: two sets of one class that differ in other items alone
         need another `name`.
         """
-        hashed = hashlib.sha256(json.dumps([type(self._dataset).__name__, self._name, len(self), self._entries]).encode())
+        about = [type(self._dataset).__name__, self._name, len(self), self._entries]
+        hashed = hashlib.sha256(json.dumps(about).encode())
         for entry in self._entries:
             column = self._columns.get(entry)
             whole = isinstance(column, Tensor | np.ndarray)
             for value in [column] if whole else [self._value(row, entry) for row in self._some]:
-                array = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-                plain = array.dtype.kind in "biufU"
-                said = f"{entry} {array.dtype.kind} {array.shape}" if plain else f"{entry} {type(value).__name__}"
-                hashed.update(said.encode() + (np.ascontiguousarray(array).tobytes() if plain else b""))
+                hashed.update(_bytes(value))
         return hashed.hexdigest()
 
     # -- fields
@@ -94,8 +96,9 @@ class Items:
         values = [_plain(value) for value in self._all(name)]
         for row, value in enumerate(values):
             if not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
-                kind = f"{value}" if isinstance(value, int) else f"of type {type(value).__name__}"
-                raise UserError(f"{self._at(row)}: '{name}' is no label: {kind}; expected a text, or a whole number from 0")
+                got = f"{value}" if isinstance(value, int | float) else f"of type {type(value).__name__}"
+                message = f"{self._at(row)}: '{name}' is no label: {got}"
+                raise UserError(message, hint="expected a text, or a whole number from 0")
         if all(isinstance(value, int) for value in values):
             return [str(number) for number in range(max(values) + 1)], [int(value) for value in values]
         ordered = sorted({str(value) for value in values})
@@ -116,7 +119,7 @@ class Items:
                     raise UserError(f"{self._at(row)}: '{name}' has shape {shapes}")
             values = torch.stack(tensors)
         numbers = torch.as_tensor(values).float()
-        if not bool((finite := numbers.flatten(1).isfinite().all(1)).all()):
+        if not bool((finite := numbers.reshape(len(self), -1).isfinite().all(1)).all()):
             raise UserError(f"{self._at(int((~finite).nonzero()[0]))}: '{name}' is not finite (NaN or infinity)")
         return numbers
 
@@ -184,18 +187,29 @@ class Items:
             raise UserError(f"{self._at(row)} has no '{entry}'{did_you_mean(entry, item or self._columns)}")
         return item[entry]
 
-    def _all(self, entry: str) -> Sequence[Any]:
+    def _all(self, entry: str) -> Any:
         """An entry of every item; asked of the dataset once."""
-        if entry not in self._columns:
-            values = [self._value(row, entry) for row in range(len(self))]
-            self._read = {**self._read, entry: values} if hasattr(self, "_read") else {entry: values}
-            return values
-        return self._columns[entry]
+        if entry in self._columns:
+            return self._columns[entry]
+        if entry not in self._seen:
+            self._seen[entry] = [self._value(row, entry) for row in range(len(self))]
+        return self._seen[entry]
 
 
 def _plain(value: Any) -> Any:
     """A number of a tensor or an array as Python's own."""
-    return value.item() if isinstance(value, Tensor | np.generic | np.ndarray) and np.size(value) == 1 else value
+    return value.item() if hasattr(value, "item") and len(value.reshape(-1)) == 1 else value
+
+
+def _bytes(value: Any) -> bytes:
+    """What a fingerprint takes of a value: numbers and plain data as they are, else its type."""
+    if isinstance(value, Tensor):
+        value = (value.float() if value.is_floating_point() else value).cpu().numpy()
+    elif isinstance(value, Image.Image):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        return f"{value.dtype} {value.shape}".encode() + value.tobytes()
+    return json.dumps(value, default=lambda other: type(other).__name__).encode()
 
 
 Data = ImageData | Items

@@ -145,9 +145,8 @@ def prepare(assembly: Assembly, name: str) -> Batches:
     for label in labels:
         assembly.classes(label)
     texts = {n: assembly.column(n) for n, s in recipe.variables.items() if s.kind == "text"}
-    return Batches(
-        assembly.data, assembly.root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed
-    )
+    root = assembly.root if any(variable.kind == "image" for variable in recipe.variables.values()) else None
+    return Batches(assembly.data, root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed)
 
 
 def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
