@@ -176,11 +176,7 @@ def _observations(producers: Sequence[Producer], graph: nx.DiGraph) -> list[tupl
     encoded from image. What is decoded from a variable on the way is on the way too.
     """
     together = {name: p.outputs for p in producers if p.random for name in p.outputs}
-    decoded = {name: p.inputs for p in producers if p.kind == "decoder" for name in p.outputs}
-    for name, inputs in decoded.items():
-        while inputs[0] in decoded:
-            inputs = decoded[inputs[0]]
-        together[name] = together.get(inputs[0], inputs)
+    together |= {name: together.get(root, (root,)) for name, root in _decoded(producers).items()}
     return [
         (encoder, source, output)
         for encoder in producers
@@ -189,6 +185,15 @@ def _observations(producers: Sequence[Producer], graph: nx.DiGraph) -> list[tupl
         for source in encoder.inputs
         if not any(nx.has_path(graph, name, source) for name in together.get(output, (output,)))
     ]
+
+
+def _decoded(producers: Iterable[Producer]) -> dict[str, str]:
+    """What each decoded variable is made of in the end: one that no decoder makes."""
+    roots = {p.outputs[0]: p.inputs[0] for p in producers if p.kind == "decoder"}
+    for name in roots:
+        while roots[name] in roots:
+            roots[name] = roots[roots[name]]
+    return roots
 
 
 # ------------------------------------------------------------ forward chaining
@@ -330,7 +335,8 @@ def _refuse_contradictions(
             raise UserError(
                 f"'{source}' and '{output}' would be sampled apart, though {encoder} computes '{output}' "
                 f"from '{source}'",
-                hint=f"add '{output}' to what the stage of '{source}' is given, or want only one of them",
+                hint=f"add '{output}' to what the stage of '{_decoded(producers).get(source, source)}' is given, "
+                "or want only one of them",
             )
 
 

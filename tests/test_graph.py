@@ -535,7 +535,9 @@ def test_a_variable_with_a_decoder_has_no_stage_and_no_second_decoder() -> None:
 def test_a_latent_and_an_encoding_of_its_image_are_not_sampled_apart() -> None:
     producers = [stage("latent"), stage("clip"), decoder("image", "latent"), encoder("clip", "image")]
     for want in (["image", "clip"], ["latent", "clip"]):
-        assert "'image' and 'clip' would be sampled apart, though encoder 'clip_of_image'" in refusal(producers, want)
+        text = refusal(producers, want)
+        assert "'image' and 'clip' would be sampled apart, though encoder 'clip_of_image'" in text
+        assert "add 'clip' to what the stage of 'latent' is given" in text
     twins = [stage("latent"), decoder("a", "latent"), decoder("b", "latent"), encoder("b", "a")]
     assert names_of(resolve(twins, ["a", "b"])) == ["latent", "a", "b"]
 
