@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chaindiff.chain import Chain, Preview, Source, load
+    from chaindiff.data.items import Items
     from chaindiff.diffusion import Diffusion
     from chaindiff.edm.denoiser import Denoiser, Prediction
     from chaindiff.edm.levels import Path, karras_sigmas, staggered, together
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Where each public name lives, by the name that it has there.
 _HOMES = {
     "chaindiff.chain": ["Chain", "Preview", "Source", "load"],
+    "chaindiff.data.items": ["Items"],
     "chaindiff.diffusion": ["Diffusion"],
     "chaindiff.edm.denoiser": ["Denoiser", "Prediction"],
     "chaindiff.edm.levels": ["Path", "karras_sigmas", "staggered", "together"],

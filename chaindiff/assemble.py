@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from chaindiff.assets import registry
 from chaindiff.chain import Chain, Source, Stages, Value
 from chaindiff.code import create
-from chaindiff.data import ImageData, open_data
+from chaindiff.data import open_data
 from chaindiff.data.augment import augment_dim
+from chaindiff.data.items import Data
 from chaindiff.diffusion import Diffusion
 from chaindiff.edm.random import seed
-from chaindiff.encoders import Encoder, build_encoder
-from chaindiff.encoders.clip import OpenClip
+from chaindiff.encoders import Embedding, Encoder, build_decoder, build_encoder
 from chaindiff.planning import ChainPlan
 from chaindiff.specs.code import CodeDataSpec, CodeSpec
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import Recipe
+from chaindiff.specs.recipe import FileSpec, Recipe
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
 from chaindiff.stage import Stage, learns
@@ -46,7 +46,7 @@ assert set(TrainSpec.model_fields) >= set(UNLEARNED)
 
 @dataclass
 class LazyEncoder:
-    """An encoder that loads when it is first used: most requests need none."""
+    """An encoder or decoder that loads when it is first used: most requests need none."""
 
     name: str
     of: str
@@ -72,7 +72,7 @@ class Assembly:
     # ------------------------------------------------------------ data
 
     @cached_property
-    def data(self) -> ImageData:
+    def data(self) -> Data:
         with self.located():
             own = isinstance(self.recipe.data, CodeDataSpec)
             return open_data(self.recipe.data, self.root.name if own else None)
@@ -92,7 +92,7 @@ class Assembly:
 
     @property
     def root(self) -> Variable:
-        """The image variable that the data holds: the one that no encoder makes."""
+        """The image variable that the data holds: the one that no encoder makes; it may have a decoder."""
         for name, spec in self.recipe.variables.items():
             if spec.kind == "image" and spec.encoder is None:
                 return self.variables[name]
@@ -261,8 +261,13 @@ class Assembly:
         return next((file for file in files if file.exists()), own)
 
     def fitted_digest(self, name: str) -> str:
-        path = self.fitted_path(name)
-        return checkpoint.metadata(path).get("digest", "") if path.exists() else ""
+        """What the statistics are, and where a file holds the vectors, what it holds."""
+        path, spec = self.fitted_path(name), self.recipe.variables[name]
+        fitted = checkpoint.metadata(path).get("digest", "") if path.exists() else ""
+        if not isinstance(spec.encoder, FileSpec):
+            return fitted
+        encoder = build_encoder(name, self.recipe.variables)
+        return digest([encoder.features_identity["content"], fitted])
 
     def encoder(self, name: str) -> Encoder:
         """An encoder, ready to use. Raises UserError if its statistics were not fitted yet."""
@@ -271,7 +276,8 @@ class Assembly:
 
     @property
     def encoded(self) -> list[str]:
-        return [name for name, spec in self.recipe.variables.items() if spec.encoder is not None]
+        """The variables that an encoder computes from others."""
+        return [name for name, spec in self.recipe.variables.items() if spec.reads is not None]
 
     def frequencies(self, name: str) -> list[float]:
         """The weights of a label's classes where it is drawn: those of the data, or equal ones."""
@@ -282,7 +288,7 @@ class Assembly:
         """Rows of the training data in each class of a label, [classes]; of clusters, as they were fitted."""
         if self.recipe.variables[name].encoder is not None:
             encoder = self.encoder(name)
-            assert isinstance(encoder, OpenClip) and encoder.statistics is not None
+            assert isinstance(encoder, Embedding) and encoder.statistics is not None
             assert encoder.statistics.counts is not None  # a label has clusters
             return encoder.statistics.counts
         size = len(self.classes(name))
@@ -307,13 +313,19 @@ class Assembly:
             return self.load(name, weights[name])
 
         encoders = [
-            LazyEncoder(name, self.recipe.variables[name].encoder.of, lambda name=name: self.encoder(name))  # type: ignore[union-attr]
-            for name in self.encoded
+            LazyEncoder(name, spec.reads, lambda name=name: self.encoder(name))
+            for name, spec in self.recipe.variables.items()
+            if spec.reads is not None
+        ]
+        decoders = [
+            LazyEncoder(name, spec.decoder.of, lambda name=name: build_decoder(name, self.recipe.variables))
+            for name, spec in self.recipe.variables.items()
+            if spec.decoder is not None
         ]
         drawn = [n for n, spec in self.recipe.variables.items() if spec.source in ("empirical", "uniform")]
         sources = [Source(self.variables[name], lambda name=name: self.frequencies(name)) for name in drawn]
         stages = Stages(outlines, load)
-        chain = Chain(stages, encoders, sources, self.recipe.name, self.variables, read=self.read)
+        chain = Chain(stages, encoders, sources, self.recipe.name, self.variables, decoders=decoders, read=self.read)
         chain.weights = weights
         for name in needed:
             _ = chain.stages[name]

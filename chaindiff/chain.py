@@ -34,7 +34,7 @@ Given = Mapping[str, Any]
 
 
 class Encoder(Protocol):
-    """A deterministic map from one variable to another."""
+    """A deterministic map from the variable `of` to the variable `name`; a decoder too is one."""
 
     name: str
     of: str
@@ -138,7 +138,7 @@ class Request:
 class Chain:
     """Stages, encoders and sources over shared variables: p(everything) = product of p(generated | given).
 
-    `read` turns what a person gives (names of classes, files) into values. Raises UserError when stages form a cycle,
+    Decoders make variables of generated ones. `read` turns what a person gives (names of classes, files) into values. Raises UserError when stages form a cycle,
     or one variable is generated twice.
     """
 
@@ -150,6 +150,7 @@ class Chain:
         name: str = "chain",
         variables: Mapping[str, Variable] | None = None,
         *,
+        decoders: Sequence[Encoder] = (),
         read: Callable[[Given], Mapping[str, Value]] | None = None,
     ):
         self.stages = stages if isinstance(stages, Stages) else Stages(stages)
@@ -165,6 +166,7 @@ class Chain:
                         hint="a link joins variables of one meaning: the same encoder, shape and scaling",
                     )
         self.encoders = {e.name: e for e in encoders}
+        self.decoders = {d.name: d for d in decoders}
         self.sources = {s.variable.name: s for s in sources}
         self._read = read
 
@@ -178,10 +180,11 @@ class Chain:
             Producer(name, "stage", tuple(s.generates), tuple(v.name for v in s.given), s.conditionals)
             for name, s in self.stages.outlines.items()
         ]
+        found += [Producer(d.name, "decoder", (d.name,), (d.of,)) for d in self.decoders.values()]
         return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders.values()]
 
     def resolve(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> Plan:
-        """Which steps a request runs; everything that stages generate is wanted unless told otherwise.
+        """Which steps a request runs; everything that is generated is wanted unless told otherwise.
 
         Raises UserError for unknown names, and for requests that sampling would answer wrongly.
         """
@@ -189,8 +192,11 @@ class Chain:
         return resolve(self.producers, want or self.generated(given), given)
 
     def generated(self, given: Sequence[str] = ()) -> list[str]:
-        """The variables that stages generate, without the given ones."""
-        return [name for stage in self.stages.outlines.values() for name in stage.generates if name not in given]
+        """The variables that stages generate and what is decoded from them, without the given ones."""
+        names = [name for stage in self.stages.outlines.values() for name in stage.generates]
+        for _ in self.decoders:  # they may decode each other's outputs, in any order
+            names += [d.name for d in self.decoders.values() if d.of in names and d.name not in names]
+        return [name for name in names if name not in given]
 
     def plan(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> ChainPlan:
         """The plan of a request with its costs, ready to print or draw; needs no weights."""
@@ -323,11 +329,12 @@ class Chain:
                 if step.producer.kind == "stage":
                     place = (begin / request.count, (end - begin) / request.count, running.index(step) / len(running))
                     values |= yield from self._stage(request, step, values, numbers, place)
-                elif step.producer.kind == "encoder":
-                    with torch.no_grad():
-                        values[name] = self.encoders[name](values[self.encoders[name].of])
-                else:
+                elif step.producer.kind == "source":
                     values[name] = self.sources[name].sample(numbers, request.seed)
+                else:
+                    maps = self.encoders if step.producer.kind == "encoder" else self.decoders
+                    with torch.no_grad():
+                        values[name] = maps[name](values[maps[name].of])
                 for gone in step.drop:
                     del values[gone]
         keep = slice(first - begin, request.count - begin)

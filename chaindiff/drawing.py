@@ -16,7 +16,7 @@ import networkx as nx
 from chaindiff.specs.files import write_whole
 
 BoxStyle = Literal["variable", "given", "wanted", "stage", "source", "idle"]
-ArrowStyle = Literal["link", "noisy", "encoder", "idle"]
+ArrowStyle = Literal["link", "noisy", "encoder", "decoder", "idle"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ FILLS: dict[BoxStyle, tuple[str, str]] = {  # fill, line
     "idle": ("#fafafa", "#d0d4da"),
 }
 LINES: dict[ArrowStyle, str] = {"link": "#4b5563", "noisy": "#b4483c", "encoder": "#3d7f8f", "idle": "#cdd2d9"}
+LINES["decoder"] = LINES["encoder"]
 Point = tuple[float, float]
 
 

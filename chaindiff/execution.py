@@ -45,7 +45,10 @@ def depends_on(
 ) -> dict[str, Any]:
     """All that samples depend on, but for the way of execution, as plain data."""
     recipe = assembly.recipe
+    decoded = [step.producer.name for step in found.plan.steps if step.producer.kind == "decoder"]
+    decoders = {n: spec.model_dump() for n in decoded if (spec := recipe.variables[n].decoder) is not None}
     return {
+        **({"decoders": decoders} if decoders else {}),
         "weights": {name: file_digest(path) for name, path in weights.items()},
         "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.links(n)] for n in found.running},

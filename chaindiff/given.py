@@ -16,7 +16,7 @@ from chaindiff.chain import Value
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.sources import IMAGES, Folder
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.recipe import DataSpec, FileSpec
 from chaindiff.variables import Variable
 
 
@@ -58,7 +58,7 @@ def _texts(assembly: Assembly, name: str, value: Any) -> list[str]:
     """A text enters the chain by its encodings, one of which some stage must be given."""
     specs, texts = assembly.recipe.variables, value if isinstance(value, list) else [value]
     used = {variable.name for stage in assembly.recipe.stages for variable, _ in assembly.links(stage)}
-    encodings = [n for n, spec in specs.items() if n in used and spec.encoder is not None and spec.encoder.of == name]
+    encodings = [n for n, spec in specs.items() if n in used and spec.reads == name]
     if not encodings:
         raise UserError(f"--given {name}: no stage is given an encoding of this text")
     return [str(text) for text in texts]
@@ -88,14 +88,25 @@ def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Pat
             f"give {variable} as {'a class, ' if variable.kind == 'label' else ''}an image, a folder of images, "
             "or numbers in a .safetensors or .npy file",
         )
+    encoder = assembly.recipe.variables[variable.name].encoder
+    if isinstance(encoder, FileSpec) and _shows_images(path):
+        raise UserError(
+            f"{path} cannot be encoded: '{variable.name}' is of {encoder.path}, which knows only the data's images",
+            where,
+            f"give numbers: a .safetensors or .npy file with [rows, {', '.join(map(str, variable.shape))}]",
+        )
     return path
+
+
+def _shows_images(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in {*IMAGES, ".zip"}
 
 
 def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
     where, path = f"--given {variable.name}", _checked(assembly, variable, value)
     if isinstance(path, Tensor):
         return path
-    if path.is_dir() or path.suffix.lower() in {*IMAGES, ".zip"}:
+    if _shows_images(path):
         return _encode(assembly, variable, path, where)
     tensor = _numbers(path, variable, where)
     if not bool(tensor.isfinite().all()):
@@ -129,10 +140,10 @@ def _encode(assembly: Assembly, variable: Variable, path: Path, where: str) -> T
     """Read images as the variable itself, or as what its encoder reads, and so on up."""
     if variable.kind == "image":
         return _images(path, variable)
-    spec = assembly.recipe.variables[variable.name].encoder
-    if spec is None:
+    source = assembly.recipe.variables[variable.name].reads
+    if source is None:
         raise UserError(f"{path} is an image, but no encoder makes {variable} of images", where)
-    value = _encode(assembly, assembly.variables[spec.of], path, where)
+    value = _encode(assembly, assembly.variables[source], path, where)
     with torch.no_grad():
         return assembly.encoder(variable.name)(value)
 

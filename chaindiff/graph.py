@@ -1,23 +1,35 @@
 """The resolver: what a request (want, given) runs, in which order, and whether it may be answered at all.
 
-Forward chaining over producers: encoders (deterministic), stages and sources (random), from what is given to what is
-wanted. The model is p(everything) = product over stages and sources of p(outputs | inputs). A variable without a
-stage or source is a function of its encoder's inputs. An encoder of a variable that has a stage is an *observation*:
-it computes the variable from what is given, in place of its stage; it is never applied to what was sampled.
+Forward chaining over producers: encoders and decoders (deterministic), stages and sources (random), from what is given
+to what is wanted. The model is p(everything) = product over stages and sources of p(outputs | inputs). A variable
+without a stage or source is a function: of its decoder's input, or without a decoder of its encoder's inputs. An
+encoder of a variable that is generated otherwise is an *observation*: it computes the variable from what is given, in
+place of its generator; it is never applied to what was sampled. A decoder is a deterministic generator: it runs on
+what was sampled too, and its arrow belongs to the generative graph as a stage's do.
 
-**When is a plan exact?** Call E what is given with all that encoders compute from it. A plan samples S_1, S_2, ... in
-topological order, each from p(S_i | inputs_i, those outputs of the same stage that are in E). The product is p(S_1,
-S_2, ... | E) if every S_i is independent of the rest of E given what its stage sees. Given its parents, S_i is
-independent of its non-descendants (local Markov property); a descendant in E is d-connected to it, since no parent
+**When is a plan exact?** Call E what is given with all that encoders and decoders compute from it. A plan samples S_1,
+S_2, ... in topological order, each from p(S_i | inputs_i, those outputs of the same stage that are in E). The product
+is p(S_1, S_2, ... | E) if every S_i is independent of the rest of E given what its stage sees. Given its parents, S_i
+is independent of its non-descendants (local Markov property); a descendant in E is d-connected to it, since no parent
 lies on the way down. So d-separation comes to this: *no variable of E descends from S_i*; and if outputs of the same
 stage are in E, the stage must have been trained for that conditional. Other requests are refused, naming what would
 be ignored.
 
+**Why decoders leave this exact.** A decoded variable is a node of the graph whose conditional is a point mass, so the
+local Markov property, and with it every acceptance, holds as it stands: given clip, where clip is encoded from the
+image that is decoded from the latent, the latent's stage is refused, for clip descends from it. But a function brings
+independences that no path shows: d = f(a) tells nothing of anything once a is known. A refusal would be wrong if it
+rested on such a d alone, and none does: whatever d descends from, a descends from or is, so that a in E is refused
+itself, or not sampled; and E holds f(a) whenever it holds a, so that encoders see it (given a latent, clip is encoded
+from its image). For the same reason `d` stands for the variable that it is decoded from wherever the question is
+whether the stages know of a relation (`_observations`): two variables decoded from one latent are never "sampled
+apart", and a latent sampled beside an encoding of its image is, though the image itself may not be wanted.
+
 What is exact then: if every stage samples its conditional exactly, the product of the stages is the distribution of
 the data, and encoders hold exactly on it, then every accepted request samples p(want | given), and every refused one
-would not (but for numerical coincidences). In practice a generated image agrees with its embedding approximately:
-conditionals are those of the product of the stages, and an encoder's output, where an encoder runs, is taken as
-observed.
+would not (but for numerical coincidences). In practice a generated image agrees with its embedding approximately, and
+decoding what was encoded gives back an image approximately: conditionals are those of the product of the stages, and
+an encoder's output, where an encoder runs, is taken as observed.
 
 A recipe whose stages leave out a dependence that an encoder makes plain (image and clip sampled apart, though clip is
 an encoding of image) is not such a product; requests that would show it are refused too. A variable with two encoders
@@ -39,18 +51,22 @@ from chaindiff.specs.errors import UserError, did_you_mean
 class Producer:
     """Something that makes variables (`outputs`) from others (`inputs`).
 
-    A source makes its outputs from nothing. `conditionals`: the sets of its own outputs that a joint stage (or source)
-    can be given, sampling the others.
+    A source makes its outputs from nothing, a decoder one output from one input. `conditionals`: the sets of its own
+    outputs that a joint stage (or source) can be given, sampling the others.
     """
 
     name: str
-    kind: Literal["stage", "encoder", "source"]
+    kind: Literal["stage", "encoder", "decoder", "source"]
     outputs: tuple[str, ...]
     inputs: tuple[str, ...] = ()
     conditionals: frozenset[frozenset[str]] = frozenset()
 
     def __str__(self) -> str:
         return f"{self.kind} '{self.name}'"
+
+    @property
+    def random(self) -> bool:
+        return self.kind in ("stage", "source")
 
 
 @dataclass(frozen=True)
@@ -84,8 +100,8 @@ class Plan:
 def resolve(producers: Sequence[Producer], want: Sequence[str], given: Iterable[str] = ()) -> Plan:
     """The plan of a request. Steps are in topological order, ties in order of declaration.
 
-    Raises UserError: unknown names, stages in a cycle, two stages for one variable, nothing produces a variable, or
-    sampling would ignore what is given.
+    Raises UserError: unknown names, stages or decoders in a cycle, two of them for one variable, nothing produces a
+    variable, or sampling would ignore what is given.
     """
     producers, want, given = tuple(producers), tuple(dict.fromkeys(want)), tuple(dict.fromkeys(given))
     names = list(dict.fromkeys(name for p in producers for name in (*p.outputs, *p.inputs)))
@@ -124,7 +140,7 @@ def _resolve(producers: tuple[Producer, ...], want: tuple[str, ...], given: tupl
 
 
 def generative_graph(producers: Iterable[Producer]) -> nx.DiGraph:
-    """Variables; an arrow from each that a variable is generated from. Raises UserError if stages form a cycle."""
+    """Variables; an arrow from each that a variable is generated from. Raises UserError if it has a cycle."""
     producers = tuple(producers)
     graph, generator = nx.DiGraph(), dict[str, Producer]()
     for producer in producers:
@@ -135,16 +151,17 @@ def generative_graph(producers: Iterable[Producer]) -> nx.DiGraph:
             if output in generator:
                 raise UserError(
                     f"'{output}' is generated twice: by {generator[output]} and by {producer}",
-                    hint="give each variable one stage or one source",
+                    hint="give each variable one stage, one source or one decoder",
                 )
             generator[output] = producer
         graph.add_edges_from((source, output) for source in producer.inputs for output in producer.outputs)
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
-        stages = dict.fromkeys(str(generator[name]) for name in cycle)
+        makers = dict.fromkeys(generator[name] for name in cycle)
+        kinds = " and ".join(f"{kind}s" for kind in ("stage", "decoder") if kind in {maker.kind for maker in makers})
         raise UserError(
-            f"stages form a cycle: {' -> '.join([*cycle, cycle[0]])}",
-            hint=f"take one input away from one of: {', '.join(stages)}",
+            f"{kinds} form a cycle: {' -> '.join([*cycle, cycle[0]])}",
+            hint=f"take one input away from one of: {', '.join(map(str, makers))}",
         )
     for producer in producers:
         if producer.kind == "encoder":
@@ -156,9 +173,10 @@ def _observations(producers: Sequence[Producer], graph: nx.DiGraph) -> list[tupl
     """(encoder, input, output) wherever the output is generated, but not on the way to the input.
 
     On the way to it (or together with what is), the stages take care of the relation: clip -> image, and clip is
-    encoded from image.
+    encoded from image. What is decoded from a variable on the way is on the way too.
     """
-    together = {name: p.outputs for p in producers if p.kind != "encoder" for name in p.outputs}
+    together = {name: p.outputs for p in producers if p.random for name in p.outputs}
+    together |= {name: together.get(root, (root,)) for name, root in _decoded(producers).items()}
     return [
         (encoder, source, output)
         for encoder in producers
@@ -169,18 +187,32 @@ def _observations(producers: Sequence[Producer], graph: nx.DiGraph) -> list[tupl
     ]
 
 
+def _decoded(producers: Iterable[Producer]) -> dict[str, str]:
+    """What each decoded variable is made of in the end: one that no decoder makes."""
+    roots = {p.outputs[0]: p.inputs[0] for p in producers if p.kind == "decoder"}
+    for name in roots:
+        while roots[name] in roots:
+            roots[name] = roots[roots[name]]
+    return roots
+
+
 # ------------------------------------------------------------ forward chaining
 
 
 def _observe(producers: Iterable[Producer], given: Iterable[str]) -> dict[str, Producer]:
-    """What encoders compute from what is given: variable -> encoder."""
+    """What encoders and decoders compute from what is given: variable -> its maker.
+
+    Encoders come first: where both could make a variable, what is encoded from a given one is nearer to the truth.
+    """
     makers: dict[str, Producer] = {}
-    _chain([p for p in producers if p.kind == "encoder"], makers, set(given))
+    have = set(given)
+    _chain([p for p in producers if p.kind == "encoder"], makers, have)
+    _chain([p for p in producers if not p.random], makers, have)
     return makers
 
 
 def _generate(producers: Sequence[Producer], makers: dict[str, Producer], known: Iterable[str]) -> None:
-    """Adds to `makers` everything else that can be made: by a stage or source if there is one, else by an encoder."""
+    """Adds to `makers` everything else that can be made: by what generates it if anything does, else by an encoder."""
     generated = {name for p in producers if p.kind != "encoder" for name in p.outputs}
     _chain(producers, makers, set(known), refuse_encoding=generated)
 
@@ -215,7 +247,7 @@ def _needed(
             raise _cannot_produce(name, producers, makers, known)
         needed.add(makers[name])
         todo.extend(makers[name].inputs)
-        if makers[name].kind != "encoder":  # a joint stage reads those of its outputs that are known
+        if makers[name].random:  # a joint stage reads those of its outputs that are known
             todo.extend(output for output in makers[name].outputs if output in known)
     return [producer for producer in producers if producer in needed]
 
@@ -262,7 +294,7 @@ def _refuse_ignored_evidence(
     depends = graph.copy()
     depends.add_edges_from((i, o) for _, i, o in _observations(producers, graph))
     for producer in needed:
-        if producer.kind == "encoder":
+        if not producer.random:
             continue
         fresh = tuple(name for name in producer.outputs if name not in known)
         fixed = tuple(name for name in producer.outputs if name in known)
@@ -295,13 +327,16 @@ def _refuse_contradictions(
 ) -> None:
     """Raises UserError if the plan samples a variable and, apart from it, what an encoder computes it from."""
     made = {name for p in needed for name in p.outputs if name not in known}
-    sampled = {name for p in needed if p.kind != "encoder" for name in p.outputs if name not in known}
+    sampled = {name for p in needed if p.random for name in p.outputs if name not in known}
+    for names in (made, sampled):  # what could be decoded from them is settled with them
+        _chain([p for p in producers if p.kind == "decoder"], {}, names)
     for encoder, source, output in _observations(producers, graph):
         if source in made and output in sampled and not nx.has_path(graph, source, output):
             raise UserError(
                 f"'{source}' and '{output}' would be sampled apart, though {encoder} computes '{output}' "
                 f"from '{source}'",
-                hint=f"add '{output}' to what the stage of '{source}' is given, or want only one of them",
+                hint=f"add '{output}' to what the stage of '{_decoded(producers).get(source, source)}' is given, "
+                "or want only one of them",
             )
 
 
@@ -349,7 +384,7 @@ def _schedule(
     order.add_nodes_from(needed)
     reads: dict[Producer, tuple[str, ...]] = {}
     for producer in needed:
-        fixed = [] if producer.kind == "encoder" else [name for name in producer.outputs if name in known]
+        fixed = [name for name in producer.outputs if producer.random and name in known]
         reads[producer] = (*producer.inputs, *fixed)
         order.add_edges_from((makers[name], producer) for name in reads[producer] if name in makers)
     ordered = list(nx.lexicographical_topological_sort(order, key=producers.index))

@@ -79,7 +79,7 @@ class ChainPlan:
             facts: dict[str, Any] = {
                 "kind": step.producer.kind,
                 "name": name,
-                "makes": {v: list(self.variables[v].shape) for v in step.outputs},
+                "makes": {v: list(self.variables[v].shape) if v in self.variables else None for v in step.outputs},
                 "reads": list(step.inputs),
                 "drops": list(step.drop),
             }
@@ -131,25 +131,28 @@ class ChainPlan:
     def sketch(self) -> str:
         """The steps in one line: clip -> image16 -> image; given variables in brackets."""
         parts = [f"[{name}]" for name in self.plan.given if name not in self.plan.unused]
-        parts += [
-            f"{'+'.join(s.outputs)}{' (encoded)' if s.producer.kind == 'encoder' else ''}" for s in self.plan.steps
-        ]
+        said = {"encoder": " (encoded)", "decoder": " (decoded)"}
+        parts += [f"{'+'.join(s.outputs)}{said.get(s.producer.kind, '')}" for s in self.plan.steps]
         return "  " + " -> ".join(parts)
 
     def drawing(self) -> tuple[list[Box], list[Arrow]]:
-        """Boxes and arrows: variables, the stages and sources that make them, and encoders as dashed arrows."""
+        """Boxes and arrows: variables, what makes them; a decoder is an arrow, an encoder a dashed one."""
         known = {v for step in self.plan.steps for v in step.outputs} | set(self.plan.given)
         parts = [(p.name, p.kind, p.outputs, p.inputs) for p in self.chain.producers]
         shown = {v for _, kind, outputs, inputs in parts if kind != "encoder" for v in (*outputs, *inputs)} | known
         runs = {(s.producer.kind, s.producer.name) for s in self.plan.steps}
         boxes, arrows = [], []
-        for name in (v for v in self.variables if v in shown):
-            variable = self.variables[name]
+        unsaid = sorted(shown - self.variables.keys())  # encoded or decoded in Python, and not declared
+        for name in (*(v for v in self.variables if v in shown), *unsaid):
+            variable = self.variables.get(name)
             style = "given" if name in self.plan.given else "wanted" if name in self.plan.want else "variable"
-            small = f"{variable.kind} {' x '.join(map(str, variable.shape))}"
-            boxes.append(Box(name, (small,), style if name in known else "idle"))
+            small = (f"{variable.kind} {' x '.join(map(str, variable.shape))}",) if variable else ()
+            boxes.append(Box(name, small, style if name in known else "idle"))
         for name, kind, outputs, inputs in parts:
             on = (kind, name) in runs
+            if kind == "decoder":
+                arrows.append(Arrow(inputs[0], outputs[0], "", "decoder" if on else "idle"))
+                continue
             if kind == "encoder":
                 if inputs[0] in shown and outputs[0] in shown:
                     arrows.append(

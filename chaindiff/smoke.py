@@ -6,7 +6,7 @@ from typing import Any
 
 from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import DataSpec, OpenClipSpec, PcaSpec
+from chaindiff.specs.recipe import DataSpec, FileSpec, OpenClipSpec, PcaSpec
 from chaindiff.specs.stage import JointNetworkSpec, Network, UNetSpec
 
 CLIP_WIDTH = 128  # of the embedded image-text model
@@ -21,11 +21,14 @@ def smoke_version(loaded: Loaded) -> Loaded:
     recipe = loaded.recipe
     ours_data = isinstance(recipe.data, DataSpec)
     variables: dict[str, Any] = {}
+    root = next((n for n, v in recipe.variables.items() if v.kind == "image" and v.encoder is None), None)
     for name, spec in recipe.variables.items():
-        if isinstance(spec.encoder, OpenClipSpec):
+        if isinstance(spec.encoder, OpenClipSpec | FileSpec):
             kept = spec.kind == "label" or isinstance(spec.encoder.reduce, PcaSpec)
-            width = spec.shape[0] if kept else CLIP_WIDTH
-            variables[name] = {"shape": [width], "encoder": {"model": "clip_emoji", "pretrained": None}}
+            encoder: dict[str, Any] = {"model": "clip_emoji", "pretrained": None}
+            if isinstance(spec.encoder, FileSpec):  # whose vectors are of other images
+                encoder |= {"kind": "open_clip", "of": root, **spec.encoder.model_dump(include={"reduce", "scaling"})}
+            variables[name] = {"shape": [spec.shape[0] if kept else CLIP_WIDTH], "encoder": encoder}
         elif spec.kind == "label" and spec.encoder is None and ours_data:
             variables[name] = {"shape": [CLASSES], "of": "group"}
     stages: dict[str, Any] = {}

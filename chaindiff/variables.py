@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chaindiff.specs.recipe import VariableSpec
+from chaindiff.specs.recipe import FileSpec, VariableSpec
 
 
 def digest(value: Any) -> str:
@@ -81,8 +81,11 @@ def meaning(name: str, specs: Mapping[str, VariableSpec]) -> dict[str, Any]:
     spec = specs[name]
     plain: dict[str, Any] = {"kind": spec.kind, "shape": list(spec.shape)}
     if spec.encoder is not None:
-        encoder = spec.encoder.model_dump(exclude={"of"})
-        plain["encoder"] = {**encoder, "of": meaning(spec.encoder.of, specs)}
+        encoder = spec.encoder.model_dump(exclude={"of", "path"})
+        if isinstance(spec.encoder, FileSpec):
+            plain["encoder"] = {**encoder, "identity": spec.encoder.called}
+        else:
+            plain["encoder"] = {**encoder, "of": meaning(spec.encoder.of, specs)}
     elif spec.kind in ("label", "text"):
         plain["field"] = spec.of or name
     return plain

@@ -1,4 +1,4 @@
-"""The resolver. Truth: joint Gaussians whose stages, encoders and sources are exact, in closed form (numpy float64)."""
+"""The resolver. Truth: joint Gaussians whose stages, sources, encoders and decoders are exact, in closed form."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def encoder(output: str, of: str) -> Producer:
     return Producer(f"{output}_of_{of}", "encoder", (output,), (of,))
 
 
+def decoder(output: str, of: str) -> Producer:
+    return Producer(output, "decoder", (output,), (of,))
+
+
 # ------------------------------------------------------------ Gaussian worlds
 
 
@@ -37,7 +41,7 @@ class World:
     """A linear Gaussian model: every variable is a matrix times one standard normal vector.
 
     `keeps[x]` names inputs of x's stage that x contains unharmed (mixed with the rest by an invertible matrix), so that
-    an encoder from x to them exists.
+    an encoder from x to them exists; on a decoder's output, that the decoder is invertible.
     """
 
     def __init__(self, producers: Sequence[Producer], keeps: dict[str, str] | None = None, seed: int = 0):
@@ -60,9 +64,9 @@ class World:
             width = 2 * len(producer.outputs)
             for output in producer.outputs:
                 inputs = [self.map[i] for i in producer.inputs]
-                if producer.kind == "encoder":
-                    if output not in generated:
-                        size = len(inputs[0]) if output in keeps else 1  # `keeps` on a decoder: invertible
+                if not producer.random:
+                    if producer.kind == "decoder" or output not in generated:
+                        size = len(inputs[0]) if output in keeps else 1
                         self.map[output] = rng.normal(size=(size, len(inputs[0]))) @ inputs[0]
                     continue
                 noise = np.zeros((1, columns))
@@ -72,7 +76,7 @@ class World:
                 parts = np.concatenate([self.map[k] for k in keeps.get(output, "").split()] + [noise])
                 rotation = np.linalg.qr(rng.normal(size=(len(parts), len(parts))))[0]
                 self.map[output] = rotation @ parts
-            fresh += width if producer.kind != "encoder" else 0
+            fresh += width if producer.random else 0
         assert fresh <= columns
 
     @property
@@ -109,7 +113,7 @@ class World:
 
         width = 0
         for producer, inputs, outputs in steps:
-            if producer.kind == "encoder":
+            if not producer.random:
                 gain, covariance = self.encode(producer), None
             else:
                 gain, covariance = self.conditional(outputs, inputs)
@@ -134,7 +138,9 @@ class World:
         have = set(given)
         encoders = [p for p in self.producers if p.kind == "encoder"]
         for _ in self.map:
-            for p in encoders:
+            for p in self.producers:
+                if p.random:
+                    continue
                 if p.inputs[0] in have and p.outputs[0] not in have:
                     have.add(p.outputs[0])
                     steps.append((p, p.inputs, p.outputs))
@@ -157,9 +163,10 @@ class World:
         return steps
 
 
-def random_world(seed: int) -> World:
-    """Up to five variables: stages, joint stages, sources, encoders beside stages and in their place."""
+def random_world(seed: int, decodes: bool = False) -> World:
+    """Up to five variables: stages, joint stages, sources, encoders beside stages and in their place, or decoders."""
     rng = np.random.default_rng([7, seed])
+    function = decoder if decodes else encoder
     names = list("abcde"[: rng.integers(3, 6)])
     producers: list[Producer] = []
     keeps: dict[str, str] = {}
@@ -168,12 +175,15 @@ def random_world(seed: int) -> World:
         joint = len(names) > 1 and rng.random() < 0.2
         outputs = [names.pop(0) for _ in range(2 if joint else 1)]
         inputs = [name for name in earlier if rng.random() < 0.5]
-        if inputs and not joint and rng.random() < 0.25:
-            producers.append(encoder(outputs[0], inputs[0]))
-            if rng.random() < 0.3:  # a decoder
+        if inputs and not joint and rng.random() < (0.5 if decodes else 0.25):
+            made = function(outputs[0], inputs[0])
+            producers.append(made)
+            if rng.random() < 0.3 or (decodes and rng.random() < 0.5):  # an invertible one
                 keeps[outputs[0]] = inputs[0]
                 if not any(inputs[0] == p.outputs[0] and p.kind == "encoder" for p in producers):
                     producers.append(encoder(inputs[0], outputs[0]))
+                siblings = [p.outputs[0] for p in producers if p.kind == "decoder" and p.inputs == made.inputs]
+                producers += [encoder(s, outputs[0]) for s in siblings if s != outputs[0] and rng.random() < 0.7]
         else:
             conditionals = [o for o in outputs if joint and rng.random() < 0.5]
             made = stage(" ".join(outputs), " ".join(inputs), *conditionals)
@@ -232,7 +242,49 @@ WORLDS = {
         {"image": "clip", "big": "image"},
     ),
     "joint, both ways": World([stage("image text", "", "text", "image"), stage("a", "image"), stage("b", "text")]),
-} | {f"random {seed}": random_world(seed) for seed in range(16)}  # fmt: skip
+    "decoded": World(
+        [source("label"), stage("latent", "label"), decoder("image", "latent"), encoder("latent", "image"),
+         encoder("clip", "image")],
+        {"image": "latent"},
+    ),
+    "decoded, clip first": World(
+        [stage("clip"), stage("latent", "clip"), decoder("image", "latent"), encoder("latent", "image"),
+         encoder("clip", "image")],
+        {"latent": "clip", "image": "latent"},
+    ),
+    "decoded, clip first, seen by the image alone": World(
+        [stage("clip"), stage("latent", "clip"), decoder("image", "latent"), encoder("clip", "image"),
+         stage("text", "clip")],
+        {"latent": "clip", "image": "latent"},
+    ),
+    "decoded twice": World(
+        [stage("clip"), stage("latent", "clip"), decoder("image", "latent"), decoder("preview", "latent"),
+         encoder("preview", "image"), encoder("latent", "image")],
+        {"image": "latent"},
+    ),
+    "decoded, then enlarged": World(
+        [source("label"), stage("latent", "label"), decoder("image", "latent"), stage("big", "image"),
+         encoder("image", "big"), encoder("latent", "image")],
+        {"image": "latent", "big": "image"},
+    ),
+    "decoded without an encoder": World(
+        [source("label"), stage("latent", "label"), decoder("image", "latent"), stage("big", "image latent"),
+         encoder("image", "big")],
+        {"big": "image"},
+    ),
+    "decoded from a joint stage": World(
+        [source("g"), stage("clip latent", "g", "clip"), decoder("image", "latent"), encoder("clip", "image"),
+         encoder("latent", "image")],
+        {"latent": "clip", "image": "latent"},
+    ),
+    "decoded again": World(
+        [stage("code"), decoder("latent", "code"), decoder("image", "latent"), encoder("latent", "image"),
+         encoder("clip", "image"), stage("text", "clip")],
+        {"image": "latent"}, seed=1,
+    ),
+} | {f"random {seed}": random_world(seed) for seed in range(16)} | {
+    f"random with decoders {seed}": random_world(seed, decodes=True) for seed in range(24)
+}  # fmt: skip
 
 
 def requests(names: Sequence[str]) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -276,6 +328,7 @@ def test_worlds_cover_what_they_should() -> None:
     producers = [p for world in WORLDS.values() for p in world.producers]
     assert sum(len(p.outputs) == 2 for p in producers) > 5
     assert sum(p.kind == "encoder" for p in producers) > 20
+    assert sum(p.kind == "decoder" for p in producers) > 20
     assert max(len(world.names) for world in WORLDS.values()) == 5
     answers = []
     for world in list(WORLDS.values())[:12]:
@@ -420,6 +473,78 @@ def test_an_encoder_shows_that_stages_leave_a_dependence_out() -> None:
     )
     assert names_of(resolve(producers, ["image"])) == ["image"]
     assert names_of(resolve(producers, ["clip"], ["image"])) == ["clip_of_image"]
+
+
+# ------------------------------------------------------------ decoders, by hand
+
+LATENT = (source("label"), stage("latent", "label"), decoder("image", "latent"), encoder("latent", "image"))
+
+
+def test_what_is_sampled_is_decoded() -> None:
+    plan = resolve(LATENT, ["image"])
+    assert [str(step.producer) for step in plan.steps] == ["source 'label'", "stage 'latent'", "decoder 'image'"]
+    assert plan.steps[-1].drop == ("latent",)
+
+
+def test_a_given_image_is_encoded_and_not_decoded_again() -> None:
+    assert names_of(resolve(LATENT, ["latent", "image"], ["image"])) == ["latent_of_image"]
+    assert names_of(resolve(LATENT, ["image"], ["latent"])) == ["image"]
+
+
+def test_what_is_given_is_decoded_and_that_encoded() -> None:
+    producers = [stage("clip"), stage("latent", "clip"), decoder("image", "latent"), encoder("clip", "image")]
+    assert names_of(resolve(producers, ["clip"], ["latent"])) == ["image", "clip_of_image"]
+    assert names_of(resolve(producers, ["clip", "image"])) == ["clip", "latent", "image"]
+
+
+def test_an_encoding_of_the_decoded_image_is_evidence_of_the_latent() -> None:
+    producers = (*LATENT, encoder("clip", "image"))
+    text = refusal(producers, ["image"], ["clip"])
+    assert "source 'label' would sample 'label' without regard to 'clip', which is given" in text
+    assert "(label -> latent -> image -> clip)\n  give 'latent' as well; or do not give 'clip'" in text
+    text = refusal(producers, ["label"], ["image"])
+    assert "source 'label' would sample 'label' without regard to 'image'" in text
+
+
+def test_what_encodes_is_nearer_to_the_truth_than_what_decodes() -> None:
+    producers = [
+        decoder("image", "latent"), stage("latent"), encoder("latent", "photo"), encoder("small", "photo"),
+        encoder("image", "small"),
+    ]  # fmt: skip
+    assert names_of(resolve(producers, ["image", "latent"], ["photo"])) == [
+        "latent_of_photo", "small_of_photo", "image_of_small",
+    ]  # fmt: skip
+
+
+def test_cycles_through_decoders() -> None:
+    text = refusal([stage("latent", "image"), decoder("image", "latent")], ["image"])
+    assert "stages and decoders form a cycle: " in text and "latent -> image" in text
+    assert "take one input away from one of: " in text and "stage 'latent'" in text and "decoder 'image'" in text
+    text = refusal([decoder("a", "b"), decoder("b", "a")], ["a"])
+    assert text.startswith("decoders form a cycle: ")
+
+
+def test_a_variable_with_a_decoder_has_no_stage_and_no_second_decoder() -> None:
+    text = refusal([*LATENT, stage("image")], ["image"])
+    assert "'image' is generated twice: by decoder 'image' and by stage 'image'" in text
+    assert "give each variable one stage, one source or one decoder" in text
+    text = refusal([*LATENT, stage("x"), decoder("image", "x")], ["image"])
+    assert "'image' is generated twice: by decoder 'image' and by decoder 'image'" in text
+
+
+def test_a_latent_and_an_encoding_of_its_image_are_not_sampled_apart() -> None:
+    producers = [stage("latent"), stage("clip"), decoder("image", "latent"), encoder("clip", "image")]
+    for want in (["image", "clip"], ["latent", "clip"]):
+        text = refusal(producers, want)
+        assert "'image' and 'clip' would be sampled apart, though encoder 'clip_of_image'" in text
+        assert "add 'clip' to what the stage of 'latent' is given" in text
+    twins = [stage("latent"), decoder("a", "latent"), decoder("b", "latent"), encoder("b", "a")]
+    assert names_of(resolve(twins, ["a", "b"])) == ["latent", "a", "b"]
+
+
+def test_nothing_to_decode() -> None:
+    text = refusal([decoder("image", "latent")], ["image"])
+    assert "nothing can produce 'image': decoder 'image' needs 'latent'; no stage" in text
 
 
 def test_imports_no_torch() -> None:

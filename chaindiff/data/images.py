@@ -114,6 +114,11 @@ class ImageData:
                 raise UserError(message, self._source.where(file))
         return ordered, [position[values(row, name)[0]] for row in self._rows]
 
+    def column(self, name: str) -> torch.Tensor:
+        """Numbers of every image: files of images hold none."""
+        hint = "an encoder makes them of images or texts, or {kind: file} reads them from a file"
+        raise UserError(f"the images come without numbers, so the data holds no '{name}'", str(self._source.path), hint)
+
     def _check(self, name: str) -> None:
         if name not in self.fields:
             message = f"the images have no field '{name}'{did_you_mean(name, self.fields)}"
@@ -141,6 +146,10 @@ class ImageData:
             memory[index] = torch.from_numpy(self._decode(index, size))
             known[index] = True
         return memory[torch.from_numpy(rows)]
+
+    def pixels(self, indices: Sequence[int] | np.ndarray, size: int) -> torch.Tensor:
+        """Images in [-1, 1], [n, 3, size, size]."""
+        return self.images(indices, size).float() / 127.5 - 1
 
     def _open(self, index: int) -> Image.Image:
         """The image with its pixels still to be decoded."""

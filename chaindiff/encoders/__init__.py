@@ -8,14 +8,26 @@ from pathlib import Path
 from chaindiff.code import create
 from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.clip import OpenClipImage, OpenClipText
+from chaindiff.encoders.embedding import Embedding
+from chaindiff.encoders.file import FileVectors
 from chaindiff.encoders.own import OwnEncoder
 from chaindiff.encoders.resize import Resize
 from chaindiff.encoders.statistics import Statistics
 from chaindiff.specs.code import CodeEncoderSpec
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import ResizeSpec, VariableSpec
+from chaindiff.specs.recipe import FileSpec, ResizeSpec, VariableSpec
 
-__all__ = ["Encoder", "OpenClipImage", "OpenClipText", "Resize", "Statistics", "build_encoder"]
+__all__ = [
+    "Embedding",
+    "Encoder",
+    "FileVectors",
+    "OpenClipImage",
+    "OpenClipText",
+    "Resize",
+    "Statistics",
+    "build_decoder",
+    "build_encoder",
+]
 
 
 def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | None = None) -> Encoder:
@@ -30,11 +42,24 @@ def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | N
         raise UserError(f"variable '{name}' has no encoder", f"variables.{name}")
     if isinstance(encoder, CodeEncoderSpec):
         return OwnEncoder(name, encoder, spec, create(encoder, where=f"variables.{name}.encoder", made=Callable))
-    source = specs[encoder.of]
     if isinstance(encoder, ResizeSpec):
-        return Resize(name, encoder, source.shape, spec.shape)
-    tower = OpenClipText if source.kind == "text" else OpenClipImage
-    built = tower(name, encoder, source.shape, spec.shape, spec.sigma_data, spec.kind)
+        return Resize(name, encoder, specs[encoder.of].shape, spec.shape)
+    if isinstance(encoder, FileSpec):
+        built = FileVectors(name, encoder, spec.shape, spec.sigma_data, spec.kind)
+    else:
+        source = specs[encoder.of]
+        tower = OpenClipText if source.kind == "text" else OpenClipImage
+        built = tower(name, encoder, source.shape, spec.shape, spec.sigma_data, spec.kind)
     if fitted is not None and not built.fitted:
         built.statistics = Statistics.load(fitted, built)
     return built
+
+
+def build_decoder(name: str, specs: Mapping[str, VariableSpec]) -> Encoder:
+    """The map that makes the variable `name` in the generative direction."""
+    decoder = specs[name].decoder
+    if decoder is None:
+        raise UserError(f"variable '{name}' has no decoder", f"variables.{name}")
+    if isinstance(decoder, CodeEncoderSpec):
+        return OwnEncoder(name, decoder, specs[name], create(decoder, where=f"variables.{name}.decoder", made=Callable))
+    return Resize(name, decoder, specs[decoder.of].shape, specs[name].shape)

@@ -7,25 +7,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.clip_files import find
-from chaindiff.encoders.kmeans import nearest
+from chaindiff.encoders.embedding import Embedding
 from chaindiff.encoders.resize import resize
-from chaindiff.encoders.statistics import Statistics
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import KMeansSpec, OpenClipSpec, PcaSpec
+from chaindiff.specs.recipe import OpenClipSpec
 
 BATCH = 256  # inputs embedded at once
 
 
-class OpenClip(Encoder):
+class OpenClip(Embedding):
     """One tower of an open_clip model. The model loads when it is first used; its identity needs its files alone."""
 
+    spec: OpenClipSpec
     tower: str
-    cached = True
 
     def __init__(
         self,
@@ -37,24 +35,11 @@ class OpenClip(Encoder):
         kind: str = "vector",
         device: str | torch.device | None = None,
     ):
-        """`kind` is that of the variable: a vector, or a label, whose classes are clusters of embeddings."""
-        self.name, self.of, self.spec, self.source, self.sigma_data = name, spec.of, spec, source, sigma_data
+        super().__init__(name, spec, shape, sigma_data, kind)
+        self.of, self.source = spec.of, source
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.files = find(spec, f"variables.{name}.encoder")
-        self.statistics: Statistics | None = None
-        self.labels = kind == "label"
-        if isinstance(spec.reduce, PcaSpec):
-            width, made = spec.reduce.k, "the embedding reduced to {} numbers"
-        elif self.labels and isinstance(spec.reduce, KMeansSpec):
-            width, made = spec.reduce.k, "its embeddings have {} clusters"
-        else:
-            width, made = self.files.width, "the embedding of the model has {} numbers"
-        if list(shape) != [width]:
-            raise UserError(
-                f"variable '{name}' has shape {list(shape)}, but {made.format(width)}",
-                f"variables.{name}.shape",
-                f"set shape: [{width}]",
-            )
+        self.check_shape(self.files.width, "the embedding of the model has")
 
     @cached_property
     def model(self) -> Any:
@@ -78,45 +63,6 @@ class OpenClip(Encoder):
         named = {"interpolation": self.spec.interpolation} if self.spec.interpolation else {}
         return {**self.files.preprocessing, **named}
 
-    # -- values
-
-    @property
-    def fitted(self) -> bool:
-        return self.statistics is not None or (self.spec.reduce is None and self.spec.scaling == "raw")
-
-    def scale(self, features: Float[Tensor, "n width"]) -> Float[Tensor, "n k"] | Int64[Tensor, " n"]:
-        """Reduced as the recipe says: principal components, the nearest centroid, or for a label its number.
-
-        Then every number has deviation `sigma_data` unless `raw`.
-        """
-        if self.statistics is None:
-            if not self.fitted:
-                raise UserError(f"the statistics of variable '{self.name}' are not fitted yet")
-            return features
-        fitted = {name: tensor.to(features) for name, tensor in self.statistics.tensors().items()}
-        if "centroids" in fitted:
-            classes = nearest(features, fitted["centroids"])
-            if self.labels:
-                return classes
-            features = fitted["centroids"][classes]
-        values = features - fitted["mean"]
-        if "components" in fitted:
-            values = values @ fitted["components"].T
-        return values if self.spec.scaling == "raw" else values * (self.sigma_data / fitted["std"])
-
-    def unscale(self, values: Float[Tensor, "n k"] | Int64[Tensor, " n"]) -> Float[Tensor, "n width"]:
-        """Features with these values: the inverse of `scale`, up to what the reducer left out."""
-        if self.statistics is None:
-            return values
-        if self.labels and self.statistics.centroids is not None:
-            return self.statistics.centroids.to(values.device)[values]
-        fitted = {name: tensor.to(values) for name, tensor in self.statistics.tensors().items()}
-        if self.spec.scaling != "raw":
-            values = values * (fitted["std"] / self.sigma_data)
-        if "components" in fitted:
-            values = values @ fitted["components"]
-        return values + fitted["mean"]
-
     # -- identity
 
     @cached_property
@@ -129,16 +75,6 @@ class OpenClip(Encoder):
             "preprocessing": self.preprocessing,
             "input": list(self.source),
         }
-
-    @property
-    def reduction(self) -> dict[str, Any]:
-        """What is fitted: the reducer and whether the result is standardised."""
-        return {"reduce": self.spec.reduce and self.spec.reduce.model_dump(), "scaling": self.spec.scaling}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        fitted = self.statistics and self.statistics.digest
-        return {**self.features_identity, **self.reduction, "sigma_data": self.sigma_data, "fitted": fitted}
 
 
 class OpenClipImage(OpenClip):

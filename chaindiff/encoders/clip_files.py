@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from chaindiff.encoders.base import file_digest
 from chaindiff.specs.clip_models import CONFIG, known_models, model_folder
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import OpenClipSpec
@@ -41,14 +40,7 @@ class Files:
     @property
     def digest(self) -> str:
         """sha256 of the weights file."""
-        status = self.weights.stat()
-        return _sha256(self.weights, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.weights)
 
 
 def find(spec: OpenClipSpec, where: str) -> Files:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chaindiff.encoders.base import Encoder
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import ResizeSpec
+from chaindiff.specs.recipe import EnlargeSpec, ResizeSpec
 
 Filter = Literal["box", "bilinear", "bicubic"]
 
@@ -43,7 +43,7 @@ def _box(source: int, side: int, like: Tensor) -> Float[Tensor, "side source"]:
 class Resize(Encoder):
     """image -> image of another size."""
 
-    def __init__(self, name: str, spec: ResizeSpec, source: Sequence[int], shape: Sequence[int]):
+    def __init__(self, name: str, spec: ResizeSpec | EnlargeSpec, source: Sequence[int], shape: Sequence[int]):
         square = len(source) == len(shape) == 3 and source[1] == source[2] and shape[1] == shape[2]
         if not square or source[0] != shape[0]:
             raise UserError(

@@ -18,7 +18,7 @@ from chaindiff.encoders.kmeans import Chunks, cluster
 from chaindiff.specs.errors import UserError
 
 if TYPE_CHECKING:
-    import chaindiff.encoders.clip
+    import chaindiff.encoders.embedding
 
 FORMAT = "chaindiff-fitted/1"
 
@@ -91,12 +91,12 @@ class Statistics:
         return hashed.hexdigest()
 
     @staticmethod
-    def belongs_to(encoder: chaindiff.encoders.clip.OpenClip) -> str:
+    def belongs_to(encoder: chaindiff.encoders.embedding.Embedding) -> str:
         """What a file must agree on with an encoder: the features, the reducer and the scaling."""
         return fingerprint([encoder.features_identity, encoder.reduction])
 
     @classmethod
-    def load(cls, path: Path, encoder: chaindiff.encoders.clip.OpenClip) -> Statistics:
+    def load(cls, path: Path, encoder: chaindiff.encoders.embedding.Embedding) -> Statistics:
         """Read a file that was fitted for this encoder. Raises UserError if it is missing, broken or another's."""
         hint = f"fit it again: remove the file and train a stage that uses '{encoder.name}'"
         try:

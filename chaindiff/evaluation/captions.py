@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.data import ImageData
+from chaindiff.data.items import Data
 from chaindiff.encoders.base import fingerprint
 from chaindiff.encoders.clip import OpenClipText
 from chaindiff.encoders.clip_files import find
@@ -19,7 +19,7 @@ from chaindiff.evaluation.features import clip_spec
 FIELDS = ("caption", "text")  # of the metadata, where the recipe declares no text
 
 
-def captions(assembly: Assembly, data: ImageData) -> list[str] | None:
+def captions(assembly: Assembly, data: Data) -> list[str] | None:
     """What is said of every image, by the recipe's text variable or else by a field of a usual name.
 
     Images of which nothing is said have an empty text; None if all are such.

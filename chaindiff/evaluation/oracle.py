@@ -12,19 +12,21 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.data import ImageData, open_data
+from chaindiff.data import open_data
+from chaindiff.data.items import Data
 from chaindiff.edm.random import generator
-from chaindiff.encoders import Encoder
+from chaindiff.encoders import Encoder, FileVectors
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.recipe import DataSpec, FileSpec
 from chaindiff.training import checkpoint
+from chaindiff.training.batches import Features
 from chaindiff.variables import digest
 
 BATCH = 128
 
 
-def split_of(assembly: Assembly, split: str | None) -> ImageData:
+def split_of(assembly: Assembly, split: str | None) -> Data:
     """The recipe's data, or another split of it. Raises UserError if there is no such split."""
     spec = assembly.recipe.data
     if split is None or split == spec.split:
@@ -39,21 +41,22 @@ def split_of(assembly: Assembly, split: str | None) -> ImageData:
 class DataValues:
     """Values of variables for every image of a data set, without augmentation; computed once and kept in `folder`."""
 
-    def __init__(self, assembly: Assembly, data: ImageData, folder: Path):
+    def __init__(self, assembly: Assembly, data: Data, folder: Path):
         self.assembly, self.data, self.folder = assembly, data, folder
         self._encoders: dict[str, Encoder] = {}
+        self._files: dict[str, Features] = {}
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Images in [-1, 1], [rows, channels, height, width]."""
-        return self.data.images(list(rows), self.assembly.root.shape[-1]).float() / 127.5 - 1
+        return self.data.pixels(list(rows), self.assembly.root.shape[-1])
 
     def of(self, name: str, rows: Sequence[int]) -> Tensor:
         """A variable's values for some rows; images are computed again each time, everything else is kept."""
-        variable, spec = self.assembly.variables[name], self.assembly.recipe.variables[name]
+        variable = self.assembly.variables[name]
         if variable.kind == "image":
             return self._compute(name, rows)
-        if spec.encoder is None and variable.kind != "label":
-            raise UserError(f"the data holds no values of '{name}': no encoder makes it")
+        if variable.kind == "text":
+            raise UserError(f"a text is no value to sample from; ask for what encodes '{name}'")
         return self._kept(name)[list(rows)]
 
     def _kept(self, name: str) -> Tensor:
@@ -74,12 +77,24 @@ class DataValues:
         assembly, spec = self.assembly, self.assembly.recipe.variables[name]
         if name == assembly.root.name:
             return self.pixels(rows)
-        if spec.encoder is not None:
+        if isinstance(spec.encoder, FileSpec):
+            return self._encoder(name).scale(self._vectors(name).rows(rows, rows))
+        if spec.reads is not None:
             with torch.no_grad():
-                return self._encoder(name)(self._compute(spec.encoder.of, rows))
+                return self._encoder(name)(self._compute(spec.reads, rows))
         if spec.kind == "label":
             return torch.tensor(self.data.categories(assembly.column(name))[1])[list(rows)]
+        if spec.kind != "text":
+            return self.data.column(assembly.column(name))[list(rows)]
         return [self.data.field(assembly.column(name))[row] for row in rows]
+
+    def _vectors(self, name: str) -> Features:
+        if name not in self._files:
+            encoder = self._encoder(name)
+            assert isinstance(encoder, FileVectors)
+            with self.assembly.located():
+                self._files[name] = encoder.rows_of(self.data.names)
+        return self._files[name]
 
     def _encoder(self, name: str) -> Encoder:
         if name not in self._encoders:

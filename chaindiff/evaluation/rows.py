@@ -89,8 +89,9 @@ class Row:
 
     @property
     def made(self) -> list[str]:
-        """The variables that stages sample in this row."""
-        return [v for step in self.plan.plan.steps if step.producer.kind == "stage" for v in step.outputs]
+        """The variables that stages sample in this row, and what is decoded from them."""
+        steps = self.plan.plan.steps
+        return [v for step in steps if step.producer.kind in ("stage", "decoder") for v in step.outputs]
 
     @cached_property
     def key(self) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.data import ImageData
+from chaindiff.data.items import Data
 from chaindiff.evaluation.captions import TextTower, captions
 from chaindiff.evaluation.features import Extractor, encoder_family, extractor
 from chaindiff.evaluation.memorisation import Memorisation, memorisation
@@ -56,7 +56,7 @@ class DataImages:
     """The data's own images, as the variable `of` has them."""
 
     assembly: Assembly
-    data: ImageData
+    data: Data
     of: str
     split: str | None
 

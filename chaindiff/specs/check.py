@@ -73,6 +73,10 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
                 yield UserError(f"{place}: {unknown(output, recipe)}", where(place), hint)
             if output in makers:
                 yield UserError(f"{place}: stage '{makers[output]}' generates '{output}' already", where(place))
+            elif output in recipe.variables and recipe.variables[output].decoder is not None:
+                problem = f"stage '{name}' generates '{output}' already; a variable has a stage or a decoder"
+                place = f"variables.{output}.decoder"
+                yield UserError(f"{place}: {problem}", where(place))
             makers.setdefault(output, name)
         of_stage = (*_given(recipe, name, stage), *_code(stage), *_network(recipe, name, stage), *_formulation(stage))
         for field, problem in (*of_stage, *_numbers(stage)):
@@ -87,9 +91,12 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
         for name, stage in recipe.stages.items()
         for output in outputs(name, stage)
     }
-    if circle := circle_of(links):
-        place = f"stages.{makers[circle[0]]}.given"
-        yield UserError(f"{place}: stages are given each other in a circle: {' -> '.join(circle)}", where(place))
+    decoded = {name: [v.decoder.of] for name, v in recipe.variables.items() if v.decoder is not None}
+    circle = circle_of({**decoded, **links})
+    if circle and not {*circle} <= decoded.keys() - links.keys():  # that of decoders alone is told with the variables
+        who = "stages and decoders" if {*circle} - links.keys() else "stages"
+        place = f"stages.{makers[next(name for name in circle if name in links)]}.given"
+        yield UserError(f"{place}: {who} are given each other in a circle: {' -> '.join(circle)}", where(place))
 
 
 def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, str]]:

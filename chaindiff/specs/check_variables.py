@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from pathlib import PurePath
 
 from chaindiff.specs.clip_models import known_models, model_folder
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import DataSpec, KMeansSpec, OpenClipSpec, PcaSpec, Recipe, ResizeSpec, VariableSpec
+from chaindiff.specs.recipe import (
+    DataSpec,
+    FileSpec,
+    KMeansSpec,
+    OpenClipSpec,
+    PcaSpec,
+    Recipe,
+    ResizeSpec,
+    VariableSpec,
+)
 
 Where = Callable[[str], str | None]
 
@@ -56,6 +66,8 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
         elif variable.encoder is not None:
             for field, problem in _encoder(recipe, variable):
                 yield UserError(f"{path}.encoder.{field}: {problem}", where(f"{path}.encoder.{field}"))
+        for field, problem in _decoder(recipe, variable):
+            yield UserError(f"{path}.decoder{field}: {problem}", where(f"{path}.decoder{field}"))
         if variable.of is not None and variable.kind not in ("label", "text"):
             problem = f"only a label or a text is read from a field of the data, not a variable of kind {variable.kind}"
             yield UserError(f"{path}.of: {problem}", where(f"{path}.of"))
@@ -69,7 +81,7 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
         elif variable.source == "empirical" and isinstance(variable.encoder, CodeSpec):
             problem = "how often the encoder's own code makes which class is not known; use uniform"
             yield UserError(f"{path}.source: {problem}", where(f"{path}.source"))
-    circle = circle_of({name: [v.encoder.of] for name, v in recipe.variables.items() if v.encoder is not None})
+    circle = circle_of({name: [v.reads] for name, v in recipe.variables.items() if v.reads is not None})
     if circle:
         place = f"variables.{circle[0]}.encoder"
         yield UserError(f"{place}: encoders read each other in a circle: {' -> '.join(circle)}", where(place))
@@ -77,12 +89,17 @@ def check_variables(recipe: Recipe, where: Where) -> Iterator[UserError]:
         place = f"variables.{deep}.encoder"
         yield UserError(f"{place}: encoders read each other more than {_DEEPEST} deep", where(place))
 
+    circle = circle_of({name: [v.decoder.of] for name, v in recipe.variables.items() if v.decoder is not None})
+    if circle:
+        place = f"variables.{circle[0]}.decoder"
+        yield UserError(f"{place}: decoders read each other in a circle: {' -> '.join(circle)}", where(place))
+
 
 def _depth(recipe: Recipe, name: str) -> int:
     """How many encoders in a row make a variable; it counts no further than one too many."""
     depth = 0
-    while depth <= _DEEPEST and (variable := recipe.variables.get(name)) and variable.encoder:
-        depth, name = depth + 1, variable.encoder.of
+    while depth <= _DEEPEST and (variable := recipe.variables.get(name)) and variable.reads:
+        depth, name = depth + 1, variable.reads
     return depth
 
 
@@ -99,6 +116,14 @@ def _encoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]
     """What is wrong with an encoder: the field, and the problem."""
     encoder = variable.encoder
     assert encoder is not None
+    if isinstance(encoder, FileSpec):
+        if PurePath(encoder.path).suffix not in (".safetensors", ".npy"):
+            yield "path", f"expected a .safetensors or .npy file, not '{encoder.path}'"
+        if variable.kind not in ("vector", "label"):
+            yield "kind", f"a file holds vectors, or what becomes clusters, not {A[variable.kind]}"
+        else:
+            yield from _reducer(encoder, variable)
+        return
     source = recipe.variables.get(encoder.of)
     if source is None:
         yield "of", unknown(encoder.of, recipe)
@@ -119,7 +144,26 @@ def _encoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]
             yield from _reducer(encoder, variable)
 
 
-def _reducer(encoder: OpenClipSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
+def _decoder(recipe: Recipe, variable: VariableSpec) -> Iterator[tuple[str, str]]:
+    """What is wrong with a decoder: the field, and the problem."""
+    decoder = variable.decoder
+    if decoder is None:
+        return
+    source = recipe.variables.get(decoder.of)
+    if source is None:
+        yield ".of", unknown(decoder.of, recipe)
+    elif isinstance(decoder, CodeSpec):
+        return
+    elif {source.kind, variable.kind} != {"image"}:
+        yield ".of", f"resize makes an image of an image, not {A[variable.kind]} of {A[source.kind]}"
+    elif not shape_problem(source) and not shape_problem(variable):
+        if source.shape[0] != variable.shape[0]:
+            yield ".of", f"'{decoder.of}' has {source.shape[0]} channels, but this variable {variable.shape[0]}"
+        if source.shape[1] > variable.shape[1]:
+            yield ".of", f"a decoder makes images larger, but '{decoder.of}' is {source.shape[1]} pixels wide"
+
+
+def _reducer(encoder: OpenClipSpec | FileSpec, variable: VariableSpec) -> Iterator[tuple[str, str]]:
     """What is wrong with the way from an embedding to the variable."""
     reduce, size = encoder.reduce, variable.shape[0]
     if variable.kind == "vector":

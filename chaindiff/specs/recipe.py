@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -81,10 +82,47 @@ class OpenClipSpec(Spec):
     )
 
 
+class FileSpec(Spec):
+    """Vectors computed elsewhere, one for every image of the data; it can encode no other image.
+
+    A safetensors file with a tensor [rows, width] (`features`, or of the variable's name) and perhaps the images' file
+    names as a JSON list under `names` in its metadata, or a .npy file. Without names, rows stand in the order of the
+    data's own, which are sorted.
+    """
+
+    kind: Literal["file"]
+    path: str
+    identity: str | None = Field(
+        default=None, description="what the numbers are, such as the encoder's name and version; none: the file's name"
+    )
+    reduce: Reducer | None = None
+    scaling: Literal["standardise", "raw"] = Field(default="standardise", description="raw: as they are in the file")
+
+    @property
+    def called(self) -> str:
+        """What the numbers are, wherever the file lies."""
+        return self.identity or PurePath(self.path).name
+
+
 Encoder = Annotated[
-    Annotated[ResizeSpec | OpenClipSpec, Field(discriminator="kind"), Ours] | Annotated[CodeEncoderSpec, Theirs],
+    Annotated[ResizeSpec | OpenClipSpec | FileSpec, Field(discriminator="kind"), Ours]
+    | Annotated[CodeEncoderSpec, Theirs],
     OURS_OR_CODE,
 ]
+
+
+# ---------------------------------------------------------------- decoders
+
+
+class EnlargeSpec(Spec):
+    """image -> larger image."""
+
+    kind: Literal["resize"]
+    of: Name
+    filter: Literal["box", "bilinear", "bicubic"] = "bilinear"
+
+
+Decoder = Annotated[Annotated[EnlargeSpec, Ours] | Annotated[CodeEncoderSpec, Theirs], OURS_OR_CODE]
 
 
 # ---------------------------------------------------------------- variables
@@ -96,6 +134,7 @@ class VariableSpec(Spec):
     kind: Literal["image", "vector", "tokens", "label", "text"]
     shape: list[PositiveInt] = []
     encoder: Encoder | None = None
+    decoder: Decoder | None = Field(default=None, description="makes it of a generated variable, such as a latent")
     source: Literal["empirical", "uniform", "given"] | None = Field(
         default=None, description="where the value comes from when nothing produces it"
     )
@@ -103,6 +142,11 @@ class VariableSpec(Spec):
         default=None, description="for a label or text: the field of metadata.jsonl; none: the variable's name"
     )
     sigma_data: PositiveFloat = Field(default=0.5, description="standard deviation of the clean values, per element")
+
+    @property
+    def reads(self) -> str | None:
+        """The variable that the encoder reads, if there is one."""
+        return None if self.encoder is None or isinstance(self.encoder, FileSpec) else self.encoder.of
 
 
 class SampleSpec(Spec):

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chaindiff.data import ImageData, augment
+from chaindiff.data import augment
+from chaindiff.data.items import Data
 from chaindiff.edm.random import generator
 from chaindiff.encoders import Encoder
+from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import AugmentSpec
 from chaindiff.variables import Variable
 
@@ -44,14 +46,14 @@ class TextFeatures:
 class Batches:
     """Sample numbers -> the values of some variables, and the augmentation labels under "augment_labels".
 
-    `root` is the image variable that the data holds; every other image or vector comes of it through `encoders`,
-    expensive ones through `caches`. Labels that no encoder makes are columns of the data, `fields` says which.
+    `root` is the image variable that the data holds, if any is wanted; what `encoders` make comes of it, expensive ones
+    through `caches`. Everything else is a column of the data: of its own name, unless `fields` says another.
     """
 
     def __init__(
         self,
-        data: ImageData,
-        root: Variable,
+        data: Data,
+        root: Variable | None,
         wanted: Iterable[Variable],
         encoders: Mapping[str, Encoder],
         caches: Mapping[str, Features],
@@ -61,10 +63,10 @@ class Batches:
     ):
         self.data, self.root, self.encoders, self.caches = data, root, encoders, caches
         self.wanted, self.spec, self.seed = list(wanted), spec, seed
-        self.labels = {
-            v.name: torch.tensor(data.categories(fields[v.name])[1])
+        self.columns = {
+            v.name: _column(data, v, fields.get(v.name, v.name))
             for v in self.wanted
-            if v.kind == "label" and v.name not in encoders
+            if v.name not in encoders and v.name != (root and root.name)
         }
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -94,11 +96,10 @@ class Batches:
             return values[name]
 
         def compute(name: str) -> Tensor:
-            if name in self.labels:
-                return self.labels[name][rows]
-            if name == self.root.name:
-                pixels = self.data.images(rows, self.root.shape[-1])
-                return augment.apply(pixels.float() / 127.5 - 1, drawn)
+            if name in self.columns:
+                return self.columns[name][rows]
+            if self.root is not None and name == self.root.name:
+                return augment.apply(self.data.pixels(rows, self.root.shape[-1]), drawn)
             encoder = self.encoders[name]
             if name in self.caches:
                 return encoder.scale(self.caches[name].rows(rows, variants))
@@ -108,3 +109,22 @@ class Batches:
         if drawn.label.shape[1]:
             batch["augment_labels"] = drawn.label
         return batch
+
+
+def _column(data: Data, variable: Variable, field: str) -> Tensor:
+    """A variable's value in every row of the data."""
+    if variable.kind == "label":
+        values = torch.tensor(data.categories(field)[1])
+        if (most := int(values.max())) >= variable.shape[0]:
+            message = f"label '{variable.name}' has {variable.shape[0]} classes, but its data counts up to {most}"
+            raise UserError(message, hint=f"set its shape to [{most + 1}] or more: classes count from 0")
+        return values
+    if variable.kind not in ("vector", "tokens"):
+        raise UserError(f"'{variable.name}' is no image that the data is about, and no encoder makes it")
+    values = data.column(field)
+    if tuple(values.shape[1:]) != variable.shape:
+        shape = list(values.shape[1:])
+        raise UserError(
+            f"'{field}' of the data has shape {shape}, but variable '{variable.name}' {list(variable.shape)}"
+        )
+    return values

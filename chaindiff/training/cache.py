@@ -12,7 +12,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from chaindiff.data import ImageData, augment
+from chaindiff.data import augment
+from chaindiff.data.items import Data
 from chaindiff.encoders import Encoder
 from chaindiff.encoders.base import fingerprint
 from chaindiff.specs.errors import UserError
@@ -33,7 +34,7 @@ class EmbeddingCache:
     files of 4,096, written under a temporary name and renamed.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder, data: ImageData, spec: AugmentSpec, size: int):
+    def __init__(self, folder: Path, encoder: Encoder, data: Data, spec: AugmentSpec, size: int):
         if augment.active(spec) and not spec.variants:
             raise ValueError("without variants every training step has images of its own: nothing to cache")
         self.encoder, self.data, self.spec, self.size = encoder, data, spec, size
@@ -94,7 +95,7 @@ class EmbeddingCache:
 
     def _embed(self, rows: range) -> Float[Tensor, "rows width"]:
         indices, variants = zip(*(divmod(row, self.variants) for row in rows), strict=True)
-        images = self.data.images(indices, self.size).float() / 127.5 - 1
+        images = self.data.pixels(indices, self.size)
         if augment.active(self.spec):
             keys = [(self.spec.seed, self.data.names[i], v) for i, v in zip(indices, variants, strict=True)]
             images = augment.apply(images, augment.draw(self.spec, keys))

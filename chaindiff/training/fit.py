@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chaindiff.encoders import Statistics
-from chaindiff.encoders.clip import OpenClip
+from chaindiff.encoders import Embedding, Statistics
 from chaindiff.encoders.statistics import FORMAT
 from chaindiff.specs.recipe import KMeansSpec
 from chaindiff.training import checkpoint
 from chaindiff.training.batches import Features
 
 
-def fit(encoder: OpenClip, features: Features, path: Path) -> Path:
+def fit(encoder: Embedding, features: Features, path: Path) -> Path:
     """Fit the statistics on all features, write them to `path` and give them to the encoder.
 
     Raises UserError if the features are not complete, or too few for the reducer.

@@ -16,8 +16,7 @@ from chaindiff.data.augment import active
 from chaindiff.diffusion import Diffusion
 from chaindiff.distributed import processes
 from chaindiff.edm.random import Draws
-from chaindiff.encoders import Encoder, build_encoder
-from chaindiff.encoders.clip import OpenClip
+from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
 from chaindiff.memory import noted
 from chaindiff.pictures import grid, save_png
 from chaindiff.progress import Bar
@@ -128,11 +127,12 @@ def prepare(assembly: Assembly, name: str) -> Batches:
         encoder_spec = recipe.variables[variable].encoder
         if encoder_spec is None or variable in encoders:
             continue
-        queue.append(encoder_spec.of)
+        if (source := recipe.variables[variable].reads) is not None:
+            queue.append(source)
         path = assembly.fitted_path(variable)
         with assembly.located():
             encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
-        if encoder.cached and isinstance(encoder, OpenClip):
+        if isinstance(encoder, Embedding):
             features = embed(assembly, encoder, name)
             state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
             if not encoder.fitted:
@@ -149,18 +149,22 @@ def prepare(assembly: Assembly, name: str) -> Batches:
     for label in labels:
         assembly.classes(label)
     texts = {n: assembly.column(n) for n, s in recipe.variables.items() if s.kind == "text"}
-    return Batches(
-        assembly.data, assembly.root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed
-    )
+    root = assembly.root if any(variable.kind == "image" for variable in recipe.variables.values()) else None
+    return Batches(assembly.data, root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed)
 
 
-def embed(assembly: Assembly, encoder: OpenClip, name: str) -> Features:
+def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
     """Features of an encoder over the training data; images' are cached on disk: this process embeds its own share of
     what is missing.
 
-    Raises UserError if the encoder reads neither the data's own image nor a text, or nothing could be cached.
+    Raises UserError if the encoder reads neither the data's own image nor a text, nothing could be cached, or a file of
+    vectors does not fit.
     """
-    data, root, augment = assembly.data, assembly.root, assembly.recipe.stages[name].augment
+    data, augment = assembly.data, assembly.recipe.stages[name].augment
+    if isinstance(encoder, FileVectors):
+        with assembly.located():
+            return encoder.rows_of(data.names)
+    root = assembly.root
     if assembly.recipe.variables[encoder.of].kind == "text":
         return TextFeatures(encoder.features(data.field(assembly.column(encoder.of))))
     if encoder.of != root.name:

@@ -1,0 +1,129 @@
+"""Embeddings that were computed elsewhere: rows of a file, one for every image of the data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from chaindiff.encoders.base import file_digest
+from chaindiff.encoders.embedding import Embedding
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.recipe import FileSpec
+
+CHUNK = 4096  # rows looked at together
+HOW = "rows stand in the order of the data's images; or the metadata entry `names` of a .safetensors file says whose"
+
+
+class FileVectors(Embedding):
+    """The vectors of a file. It is opened when they are first used, and cannot encode an image."""
+
+    spec: FileSpec
+    of = ""
+
+    def __init__(self, name: str, spec: FileSpec, shape: Sequence[int], sigma_data: float, kind: str):
+        super().__init__(name, spec, shape, sigma_data, kind)
+        self.path, self.where = Path(spec.path).expanduser(), f"variables.{name}.encoder.path"
+
+    def features(self, x: Any) -> Tensor:
+        raise UserError(f"'{self.name}' comes from the file {self.path}, which cannot encode anything", self.where)
+
+    @property
+    def content(self) -> str:
+        """sha256 of the file; empty where it is not: weights that were trained on it are used without it."""
+        return file_digest(self.path) if self.path.is_file() else ""
+
+    @cached_property
+    def features_identity(self) -> dict[str, Any]:
+        return {"kind": "file", "identity": self.spec.called, "content": self.content}
+
+    def rows_of(self, names: Sequence[str]) -> FileFeatures:
+        """The vectors of these images. Raises UserError for a file that is missing, damaged, or has not all of them."""
+        if not self.path.is_file():
+            hint = "write it (docs/how-to/own-encoder.md shows how), or set `path` to where it lies"
+            raise UserError(f"there is no file {self.path}", self.where, hint)
+        try:
+            numbers, known = self._numpy() if self.path.suffix == ".npy" else self._safetensors()
+        except (SafetensorError, OSError, ValueError, EOFError) as error:
+            hint = "expected plain numbers in a .safetensors or .npy file; pickled objects are never read"
+            raise UserError(f"{self.path} is not a complete file of numbers: {error}", self.where, hint) from error
+        if numbers.ndim != 2:
+            shape = list(numbers.shape)
+            raise UserError(f"{self.path} holds numbers of shape {shape}; expected [rows, width]", self.where)
+        self.check_shape(numbers.shape[1], f"the vectors in {self.path} have")
+        features = FileFeatures(numbers, self._order(len(numbers), known, names))
+        for number, chunk in enumerate(features.chunks()):
+            if not bool((finite := chunk.isfinite().all(1)).all()):
+                name = names[number * CHUNK + int((~finite).nonzero()[0])]
+                message = f"the vector of the image '{name}' in {self.path} is not finite (NaN or infinity)"
+                raise UserError(message, self.where)
+        return features
+
+    def _safetensors(self) -> tuple[Tensor, list[str] | None]:
+        with safe_open(self.path, "pt") as file:  # tensors of it stay mapped when it is closed
+            held = list(file.keys())
+            only = held[0] if len(held) == 1 else None
+            named = next((name for name in ("features", self.name) if name in held), only)
+            if named is None:
+                tail = did_you_mean(self.name, held)
+                raise UserError(f"{self.path} holds no tensor 'features' or '{self.name}'{tail}", self.where)
+            names = (file.metadata() or {}).get("names")
+            return file.get_tensor(named), None if names is None else self._names(names)
+
+    def _names(self, text: str) -> list[str]:
+        names = json.loads(text)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"`names` in the metadata of {self.path} is not a JSON list of file names", self.where)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"`names` in the metadata of {self.path} has '{twice[0]}' more than once", self.where)
+        return names
+
+    def _numpy(self) -> tuple[Tensor, None]:
+        array = np.load(self.path, mmap_mode="c", allow_pickle=False)  # "c": nothing is written to the file
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {array.dtype}")
+        native = array.dtype in (np.float16, np.float32, np.float64)
+        return torch.from_numpy(array if native else array.astype(np.float32)), None
+
+    def _order(self, rows: int, known: list[str] | None, names: Sequence[str]) -> Tensor | None:
+        """The row of each image; None if they are in the data's order."""
+        counted = "has 1 row" if rows == 1 else f"has {rows} rows"
+        if known is None:
+            if rows != len(names):
+                raise UserError(f"{self.path} {counted}, but the data has {len(names)} images", self.where, HOW)
+            return None
+        if rows != len(known):
+            raise UserError(f"{self.path} {counted}, but its metadata has {len(known)} `names`", self.where)
+        place = {name: row for row, name in enumerate(known)}
+        if missing := [name for name in names if name not in place]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            such = f"its `names` are such as '{known[0]}'" if known else "its `names` are empty"
+            raise UserError(f"{self.path} has no row for the image '{missing[0]}'{more}", self.where, such)
+        return torch.tensor([place[name] for name in names])
+
+
+class FileFeatures:
+    """Rows of a file by image; every augmented variant of an image has the same one."""
+
+    def __init__(self, numbers: Tensor, order: Tensor | None):
+        self.numbers, self.order = numbers, order
+
+    def __len__(self) -> int:
+        return len(self.numbers) if self.order is None else len(self.order)
+
+    def rows(self, indices: Sequence[int], variants: Sequence[int]) -> Float[Tensor, "n width"]:
+        rows = torch.as_tensor(list(indices), dtype=torch.int64)
+        return self.numbers[rows if self.order is None else self.order[rows]].float()
+
+    def chunks(self) -> Iterator[Tensor]:
+        for first in range(0, len(self), CHUNK):
+            yield self.rows(range(first, min(first + CHUNK, len(self))), ())
