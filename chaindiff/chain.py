@@ -138,8 +138,8 @@ class Request:
 class Chain:
     """Stages, encoders and sources over shared variables: p(everything) = product of p(generated | given).
 
-    Decoders make variables of generated ones. `read` turns what a person gives (names of classes, files) into values. Raises UserError when stages form a cycle,
-    or one variable is generated twice.
+    Decoders make variables of generated ones. `read` turns what a person gives (names of classes, files) into values.
+    Raises UserError when stages form a cycle, or one variable is generated twice.
     """
 
     def __init__(

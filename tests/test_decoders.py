@@ -71,7 +71,7 @@ class Half:
 
 def chain(**parts) -> cd.Chain:
     unet = UNetSpec(kind="unet", channels=16, mult=[1, 1], blocks=1, attention=[])
-    stage = cd.Stage(Variable.image("latent", 3, 8), network=unet, sampler=SamplerSpec(steps=2))
+    stage = cd.Diffusion(Variable.image("latent", 3, 8), network=unet, sampler=SamplerSpec(steps=2))
     return cd.Chain([stage], encoders=[Half()], decoders=[Twice()], **parts)
 
 
@@ -129,7 +129,7 @@ def test_a_plan_shows_the_decoder(declared) -> None:
 def test_plan_of_a_recipe_with_a_latent(recipe) -> None:
     plan = Assembly(load_recipe(recipe)).request
     assert plan.plan.want == ("latent", "image") and plan.running == ["latent"]
-    assert Assembly(load_recipe(recipe)).skeleton().plan(["latent"], ["image"]).running == []
+    assert Assembly(load_recipe(recipe)).chain().plan(["latent"], ["image"]).running == []
 
 
 def test_trained_sampled_and_given(recipe, capsys) -> None:

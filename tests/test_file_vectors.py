@@ -229,7 +229,7 @@ def test_trained_and_given_and_two_contents_refused(here, capsys) -> None:
 def test_it_encodes_nothing(here) -> None:
     with pytest.raises(UserError, match=r"'clip' comes from the file clip\.safetensors, which cannot encode anything"):
         encoder()(torch.zeros(1, 3, 8, 8))
-    producers = Assembly(load_recipe("r.yaml")).skeleton().producers
+    producers = Assembly(load_recipe("r.yaml")).chain().producers
     assert [p.kind for p in producers] == ["stage", "stage"], "no observation"
 
 

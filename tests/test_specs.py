@@ -166,7 +166,7 @@ def test_fields_know_whether_recipe_or_card_said_them():
     loaded = load_recipe(RECIPE, set=["stages.image.sample.steps=20"])
     places = {
         "stages.image": "recipes/vcdm_emoji.yaml:28",
-        "stages.image.network.channels": "recipes/vcdm_emoji.yaml:31",
+        "stages.image.network.channels": "recipes/vcdm_emoji.yaml:32",
         "stages.image.network.blocks": "stages/ddpmpp_small.yaml:5",
         "stages.image.network.mult": "stages/ddpmpp_base.yaml:4",
         "stages.image.network.arch": "stages/ddpmpp_base.yaml:2",  # a default: the mapping that could have said it
@@ -209,7 +209,8 @@ def test_keyword_overrides_are_the_same_merge():
     prior = PriorSpec(kind="prior", width=32, heads=4)
     assert load_recipe(RECIPE, stages={"clip": {"network": prior}}).recipe.stages["clip"].network.width == 32
     link = LinkSpec(variable="clip", dropout=0.5)
-    assert load_recipe(RECIPE, stages={"image": {"given": [link, "image16"]}}).recipe.stages["image"].given[0] == link
+    given = [link, {"variable": "image16", "noise": 0.3}]
+    assert load_recipe(RECIPE, stages={"image": {"given": given}}).recipe.stages["image"].given[0] == link
 
 
 def test_later_overrides_win():

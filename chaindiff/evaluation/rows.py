@@ -76,7 +76,7 @@ class Row:
         sources = [*skeleton.sources] if self.oracle else []
         given = list(dict.fromkeys([*self.given, *self.oracle, *sources]))
         whole = skeleton.plan([self.of], given).plan
-        if not any(self.of in step.outputs for step in whole.steps if step.producer.kind == "stage"):
+        if not any(self.of in step.outputs for step in whole.steps if step.producer.kind != "encoder"):
             raise UserError(f"no stage samples '{self.of}', which is measured: it follows from what is given")
         if needless := [name for name in whole.unused if name in self.given]:
             hint = f"leave it out: --set sample.given.{needless[0]}=null"
