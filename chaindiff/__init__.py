@@ -10,19 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chaindiff.chain import Chain, Preview, Source, load
+    from chaindiff.commands import evaluate, run
     from chaindiff.data.items import Items
     from chaindiff.diffusion import Diffusion
     from chaindiff.edm.denoiser import Denoiser, Prediction
     from chaindiff.edm.levels import Path, karras_sigmas, staggered, together
     from chaindiff.edm.random import Draws
     from chaindiff.edm.solvers import Churn, Row, Step, Update, evaluations, integrate, invert, solve, updates
+    from chaindiff.evaluation.tensors import measure
     from chaindiff.guidance import Wrapper, classifier_free, guided, interval, known, thresholded
     from chaindiff.networks.interface import Condition, Interface, Network
+    from chaindiff.saving import load_stage, save_stage
     from chaindiff.specs.errors import UserError
     from chaindiff.specs.stage import JointNetwork, LinkSampling, Prior, UNet
     from chaindiff.specs.stage import LinkSpec as Link
     from chaindiff.specs.stage import SamplerSpec as Sampler
     from chaindiff.stage import Cost, Stage
+    from chaindiff.training.objects import train
     from chaindiff.variables import Variable
 
     __version__: str
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 # Where each public name lives, by the name that it has there.
 _HOMES = {
     "chaindiff.chain": ["Chain", "Preview", "Source", "load"],
+    "chaindiff.commands": ["evaluate", "run"],
     "chaindiff.data.items": ["Items"],
     "chaindiff.diffusion": ["Diffusion"],
     "chaindiff.edm.denoiser": ["Denoiser", "Prediction"],
@@ -38,11 +43,14 @@ _HOMES = {
     "chaindiff.edm.solvers": [
         "Churn", "Row", "Step", "Update", "evaluations", "integrate", "invert", "solve", "updates",
     ],
+    "chaindiff.evaluation.tensors": ["measure"],
     "chaindiff.guidance": ["Wrapper", "classifier_free", "guided", "interval", "known", "thresholded"],
     "chaindiff.networks.interface": ["Condition", "Interface", "Network"],
+    "chaindiff.saving": ["load_stage", "save_stage"],
     "chaindiff.specs.errors": ["UserError"],
     "chaindiff.specs.stage": ["JointNetwork", "LinkSampling", "Prior", "UNet"],
     "chaindiff.stage": ["Cost", "Stage"],
+    "chaindiff.training.objects": ["train"],
     "chaindiff.variables": ["Variable"],
 }  # fmt: skip
 _NAMES = {name: (home, name) for home, names in _HOMES.items() for name in names}

@@ -25,13 +25,14 @@ from chaindiff.encoders import Embedding, Encoder, build_decoder, build_encoder
 from chaindiff.planning import ChainPlan
 from chaindiff.specs.code import CodeDataSpec, CodeSpec
 from chaindiff.specs.errors import UserError
-from chaindiff.specs.load import Loaded
-from chaindiff.specs.recipe import FileSpec, Recipe
+from chaindiff.specs.load import LOCK, Loaded
+from chaindiff.specs.recipe import FileSpec
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
 from chaindiff.stage import Stage, learns
 from chaindiff.training import checkpoint
-from chaindiff.variables import Variable, digest
+from chaindiff.training.begin import other_preconditioning
+from chaindiff.variables import Variable, digest, variable_entry
 
 # What changes how a run is observed, not what it learns, is no part of a stage's identity.
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
@@ -65,7 +66,7 @@ class Assembly:
 
     def __init__(self, loaded: Loaded, out: Path | None = None):
         loaded.refuse_code()
-        self.loaded, self.recipe, self.out = loaded, loaded.recipe, out or default_out(loaded.recipe)
+        self.loaded, self.recipe, self.out = loaded, loaded.recipe, out or default_out(loaded)
         specs = self.recipe.variables
         self.variables = {name: Variable.from_specs(name, specs) for name in specs}
 
@@ -175,10 +176,13 @@ class Assembly:
             "identity": self.identity(name),
             "stage": spec.model_dump(mode="json"),
             "data": self.recipe.data.model_dump(mode="json"),
-            "variables": {
-                v.name: {"identity": v.identity, "fitted": self.fitted_digest(v.name)} for v in self.variables_of(name)
-            },
+            "name": name,
+            "variables": {v.name: variable_entry(v, self.fitted_digest(v.name)) for v in self.variables_of(name)},
         }
+
+    def altered(self, changes: Mapping[str, Any]) -> Assembly:
+        """The same run with other settings."""
+        return Assembly(self.loaded.override(changes), self.out)
 
     def folder(self, name: str) -> Path:
         return self.out / "stages" / name
@@ -229,7 +233,10 @@ class Assembly:
             stage = self.build(name)
         assert isinstance(stage, nn.Module)
         stage.to_empty(device="cpu")
-        checkpoint.fill(stage, checkpoint.load(path)[0], str(path))
+        tensors, kept = checkpoint.load(path)
+        if isinstance(stage, Diffusion) and (wrong := other_preconditioning(stage, kept)):
+            raise UserError(f"stage '{name}': {path} is of another network: {wrong[0]}")
+        checkpoint.fill(stage, tensors, str(path))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return stage.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
 
@@ -247,10 +254,13 @@ class Assembly:
 
     # ------------------------------------------------------------ encoders and sources
 
+    def fitted_name(self, name: str) -> str:
+        return registry.file_name(name, self.variables[name].identity)
+
     def fitted_path(self, name: str) -> Path:
         """Where the fitted statistics of an encoder lie: shipped, in the run, or in one whose weights it uses."""
         identity = self.variables[name].identity
-        own = self.out / "encoders" / registry.file_name(name, identity)
+        own = self.out / "encoders" / self.fitted_name(name)
         if (found := registry.shipped(identity)) is not None:
             return found
         if own.exists():
@@ -324,9 +334,9 @@ class Assembly:
         ]
         drawn = [n for n, spec in self.recipe.variables.items() if spec.source in ("empirical", "uniform")]
         sources = [Source(self.variables[name], lambda name=name: self.frequencies(name)) for name in drawn]
-        stages = Stages(outlines, load)
+        stages = Stages(outlines, load, self.build)
         chain = Chain(stages, encoders, sources, self.recipe.name, self.variables, decoders=decoders, read=self.read)
-        chain.weights = weights
+        chain.weights, chain.origin = weights, self
         for name in needed:
             _ = chain.stages[name]
         return chain
@@ -381,5 +391,6 @@ def assemble(loaded: Loaded, out: Path | None = None) -> Assembly:
     return Assembly(loaded, out)
 
 
-def default_out(recipe: Recipe) -> Path:
-    return Path("runs") / recipe.name
+def default_out(loaded: Loaded) -> Path:
+    """The directory of a run that was named, else that of the recipe's name."""
+    return loaded.path.parent if loaded.path.name == LOCK else Path("runs") / loaded.recipe.name

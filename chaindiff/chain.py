@@ -21,10 +21,11 @@ from chaindiff.graph import Plan, Producer, resolve
 from chaindiff.graph import Step as PlanStep
 from chaindiff.memory import noted
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.stage import Cost, Stage, evaluating
+from chaindiff.stage import Cost, Stage, evaluating, learns
 from chaindiff.variables import Variable, difference
 
 if TYPE_CHECKING:
+    from chaindiff.assemble import Assembly
     from chaindiff.planning import ChainPlan
 
 TILE = 16  # samples a call, always, when results must not depend on the batch size
@@ -51,9 +52,12 @@ class Source:
     weights: Sequence[float] | Callable[[], Sequence[float]]
 
     @cached_property
+    def frequencies(self) -> Sequence[float]:
+        return self.weights() if callable(self.weights) else self.weights
+
+    @cached_property
     def _edges(self) -> Tensor:
-        weights = self.weights() if callable(self.weights) else self.weights
-        edges = list(accumulate(weight / sum(weights) for weight in weights))
+        edges = list(accumulate(weight / sum(self.frequencies) for weight in self.frequencies))
         return torch.tensor([*edges[:-1], 1.0], dtype=torch.float64)
 
     def sample(self, samples: Sequence[int], seed: int) -> Tensor:
@@ -65,10 +69,15 @@ class Source:
 class Stages(Mapping[str, Stage]):
     """Stages by name. One of a recipe reads its weights when it is first asked for; until then its outline serves."""
 
-    def __init__(self, stages: Iterable[Stage], load: Callable[[str], Stage] | None = None):
+    def __init__(
+        self,
+        stages: Iterable[Stage],
+        load: Callable[[str], Stage] | None = None,
+        begin: Callable[[str], Stage] | None = None,
+    ):
         self.outlines = {stage.name: stage for stage in stages}
         self.loaded: dict[str, Stage] = {} if load else dict(self.outlines)
-        self._load, self._device = load, None
+        self._load, self._begin, self._device = load, begin, None
 
     def __getitem__(self, name: str) -> Stage:
         if name not in self.outlines:
@@ -83,6 +92,12 @@ class Stages(Mapping[str, Stage]):
 
     def __len__(self) -> int:
         return len(self.outlines)
+
+    def trainable(self) -> Iterator[tuple[str, Stage]]:
+        """Stages that learn; one without weights yet as it begins."""
+        for name, outline in self.outlines.items():
+            if learns(outline):
+                yield name, self._begin(name) if self._begin is not None and name not in self.loaded else self[name]
 
     def to(self, device: str | torch.device) -> None:
         """Move what is loaded, and what will be."""
@@ -156,6 +171,7 @@ class Chain:
         self.stages = stages if isinstance(stages, Stages) else Stages(stages)
         self.name, self.variables, self.seconds = name, dict(variables or {}), dict[str, float]()
         self.weights: dict[str, Path] = {}
+        self.origin: Assembly | None = None  # of a chain of a recipe
         for stage in self.stages.outlines.values():
             for variable in (*stage.generates.values(), *stage.given):
                 known = self.variables.setdefault(variable.name, variable)
@@ -430,6 +446,12 @@ class Chain:
         self.stages.to(device)
         return self
 
+    def save(self, folder: str | Path) -> Path:
+        """Write the chain with its weights into a folder that `chaindiff.load` reads anywhere."""
+        from chaindiff.saving import save_chain
+
+        return save_chain(self, folder)
+
 
 def _said_of(stage: Diffusion, said: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a whole call that concern this stage: it takes the scales of its own given variables alone."""
@@ -473,13 +495,24 @@ def _drained(states: Generator[Any, None, Values]) -> Values:
             return done.value
 
 
-def load(source: str | Path, set: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Chain:
+def load(
+    source: str | Path,
+    set: Sequence[str] = (),
+    *,
+    allow_code: bool = False,
+    objects: Sequence[Stage | Encoder] = (),
+    **overrides: Any,
+) -> Chain:
     """The chain of a recipe (a path or a bare name), of a run's directory, or of a folder that `save` wrote.
 
     Weights are read when a stage is first used: a plan needs none. `set` and keyword overrides are those of the
-    command line's `--set`, and `allow_code` is its `--allow-code`. Raises UserError for mistakes in the recipe.
+    command line's `--set`, and `allow_code` is its `--allow-code`. `objects` are stages and encoders of one's own that
+    a saved chain had. Raises UserError for mistakes in the recipe.
     """
-    from chaindiff.assemble import assemble
+    from chaindiff.assemble import Assembly
+    from chaindiff.saving import CHAIN, load_chain
     from chaindiff.specs.load import load_recipe
 
-    return assemble(load_recipe(source, set=set, allow_code=allow_code, **overrides)).chain()
+    if (Path(source) / CHAIN).is_file():
+        return load_chain(Path(source), objects)
+    return Assembly(load_recipe(source, set=set, allow_code=allow_code, **overrides)).chain()

@@ -1,4 +1,4 @@
-"""The command line. Every command says what it needs and hands over to `chaindiff.run`; torch is imported only then."""
+"""The command line. Every command says what it needs and hands over to `commands.py`; torch is imported only then."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _load(recipe: str, changes: list[str], allow_code: bool = False) -> Any:
     return load_recipe(recipe, set=changes, allow_code=allow_code)
 
 
-def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.run") -> Any:
+def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.commands") -> Any:
     """The module that does the work, which imports torch. With `as_json`, its messages go to stderr."""
     import rich
 
@@ -233,10 +233,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a chain: distances to the data, what each link costs, sweeps, memorisation."""
+    loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seeds": seed, "judges": judge}
-    changed = {"evaluate": {key: value for key, value in asked.items() if value}}
-    loaded = _load(recipe, changes, allow_code).override(changed)
-    options = {"of": of, "links": links, "sweeps": sweep, "baselines": baseline, "oracle": oracle}
+    options = asked | {"of": of, "links": links, "sweeps": sweep, "baselines": baseline, "oracle": oracle}
     _facts(_work(quiet, as_json).evaluate(loaded, out=out, given=_values(given), **options), as_json)
 
 

@@ -11,7 +11,7 @@ from chaindiff.report import Page, Picture, StageRow, write_report
 from chaindiff.specs.load import LOCK
 
 if TYPE_CHECKING:
-    from chaindiff.run import Sampled
+    from chaindiff.commands import Sampled
 
 
 def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from chaindiff.specs.recipe import FileSpec, VariableSpec
@@ -89,6 +89,11 @@ def meaning(name: str, specs: Mapping[str, VariableSpec]) -> dict[str, Any]:
     elif spec.kind in ("label", "text"):
         plain["field"] = spec.of or name
     return plain
+
+
+def variable_entry(variable: Variable, fitted: str = "") -> dict[str, Any]:
+    """A variable in a weights file: its identity, the digest of what was fitted for it, and all that it is."""
+    return {"identity": variable.identity, "fitted": fitted, **asdict(variable)}
 
 
 def difference(one: Variable, other: Variable) -> str:

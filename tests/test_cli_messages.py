@@ -23,8 +23,8 @@ RECIPE = str(FIXTURES / "recipes" / "vcdm_emoji.yaml")
 
 @pytest.fixture
 def work(monkeypatch):
-    """A stand-in for chaindiff.run that records its calls; `work.error` is raised instead."""
-    module = types.ModuleType("chaindiff.run")
+    """A stand-in for chaindiff.commands that records its calls; `work.error` is raised instead."""
+    module = types.ModuleType("chaindiff.commands")
     module.calls, module.error = [], None
 
     def record(command):
@@ -37,7 +37,7 @@ def work(monkeypatch):
 
     for command in ("run", "train", "sample", "plan"):
         setattr(module, command, record(command))
-    monkeypatch.setitem(sys.modules, "chaindiff.run", module)
+    monkeypatch.setitem(sys.modules, "chaindiff.commands", module)
     return module
 
 
@@ -215,7 +215,7 @@ def python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)
 
 
-HEAVY = ("torch", "open_clip", "numpy", "PIL", "matplotlib", "networkx", "chaindiff.run", "chaindiff.chain")
+HEAVY = ("torch", "open_clip", "numpy", "PIL", "matplotlib", "networkx", "chaindiff.commands", "chaindiff.chain")
 
 
 @pytest.mark.parametrize(

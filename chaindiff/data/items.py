@@ -45,7 +45,7 @@ class Items:
         if not self._rows:
             raise UserError(f"{name}: there are no items")
         self._entries = list(self._columns or self._item(0))
-        self._image = image if image in self._entries else "image"
+        self.image = image if image in self._entries else "image"
 
     def __len__(self) -> int:
         return self._rows
@@ -53,7 +53,7 @@ class Items:
     @property
     def fields(self) -> list[str]:
         """What the items hold beside the image and a name."""
-        return [entry for entry in self._entries if entry not in (self._image, "name")]
+        return [entry for entry in self._entries if entry not in (self.image, "name")]
 
     @cached_property
     def names(self) -> list[str]:
@@ -61,7 +61,7 @@ class Items:
 
     @property
     def description(self) -> str:
-        size = f" at {self.resolution} x {self.resolution}" if self._image in self._entries else ""
+        size = f" at {self.resolution} x {self.resolution}" if self.image in self._entries else ""
         return f"{self._name}: {len(self)} items{size}"
 
     @cached_property
@@ -136,19 +136,19 @@ class Items:
 
     def _picture(self, row: int, size: int | None) -> Float[Tensor, "3 side side"]:
         """One image, cropped at the centre to a square; of its own size if `size` is None."""
-        value = self._value(row, self._image)
+        value = self._value(row, self.image)
         if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
             value = Image.fromarray(value.squeeze(2) if value.shape[2:] == (1,) else value)
         if isinstance(value, Image.Image):
             try:
                 array = np.asarray(square(value, size or min(value.size)))
             except Exception as error:  # PIL reads a file when its pixels are asked for
-                raise UserError(f"{self._at(row)}: '{self._image}' is not a readable image: {error}") from error
+                raise UserError(f"{self._at(row)}: '{self.image}' is not a readable image: {error}") from error
             return torch.from_numpy(array.transpose(2, 0, 1).copy()).float() / 127.5 - 1
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[0] not in (1, 3):
             got = f"of shape {list(value.shape)}" if hasattr(value, "shape") else f"of type {type(value).__name__}"
             hint = "expected a tensor [3, h, w] (or grey, [1, h, w]), an array [h, w, 3] of uint8, or a PIL image"
-            raise UserError(f"{self._at(row)}: '{self._image}' is no image: {got}", hint=hint)
+            raise UserError(f"{self._at(row)}: '{self.image}' is no image: {got}", hint=hint)
         if value.dtype == torch.uint8:
             image = value.float() / 127.5 - 1
         else:
@@ -156,7 +156,7 @@ class Items:
             low, high = image.amin().item(), image.amax().item()
             if not -1 - ROUNDING <= low <= high <= 1 + ROUNDING:  # NaN is not
                 numbers = f"holds numbers from {low:g} to {high:g}; images lie in [-1, 1], or are uint8"
-                raise UserError(f"{self._at(row)}: '{self._image}' {numbers}")
+                raise UserError(f"{self._at(row)}: '{self.image}' {numbers}")
         side = min(image.shape[1:])
         top, left = ((length - side) // 2 for length in image.shape[1:])
         image = image[:, top : top + side, left : left + side].expand(3, side, side)

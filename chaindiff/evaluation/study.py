@@ -35,7 +35,7 @@ from chaindiff.evaluation.patches import MOST, chosen
 from chaindiff.evaluation.provenance import Figure
 from chaindiff.evaluation.rows import CHUNK, Row
 from chaindiff.evaluation.store import AsTheyAre, Embedder, FeatureStore
-from chaindiff.evaluation.stored import Stored
+from chaindiff.evaluation.stored import Stored, Vectors
 from chaindiff.pictures import to_uint8
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError
@@ -49,6 +49,18 @@ EACH = {"patches": 16, "directions": 256}  # an eighth of the published counts: 
 def families(assembly: Assembly) -> set[str | None]:
     """Families of the encoders within a chain: a judge of one of these flatters the chain."""
     return {encoder_family(assembly.encoder(name).features_identity) for name in assembly.encoded}
+
+
+def distances(real: Vectors, fake: Vectors, judge: str, seed: int) -> dict[str, float | Interval]:
+    """How far features of samples are from those of the data, in every way that a judge's features allow."""
+    values: dict[str, float | Interval] = {"kid": kid(real, fake, seed=seed)}
+    if min(len(real), len(fake)) > real.shape[1]:  # else the covariance is singular, and the distance refused
+        values["fd"] = frechet_distance(*(Moments.over(f.split(CHUNK)) for f in (real, fake)))
+    if judge.startswith("open_clip"):
+        values["cmmd"] = cmmd(real, fake)
+    values["precision"], values["recall"] = precision_recall(real, fake)
+    values["density"], values["coverage"] = density_coverage(real, fake)
+    return values
 
 
 @dataclass(frozen=True)
@@ -148,13 +160,7 @@ class Study:
 
     def _measure(self, row: Row, against: DataImages, judge: str) -> list[Figure]:
         real, fake = self.features(against, judge, "data"), self.features(row, judge, row.label)
-        values: dict[str, float | Interval] = {"kid": kid(real, fake, seed=row.seed)}
-        if min(row.count, against.count) > real.shape[1]:  # else the covariance is singular, and the distance refused
-            values["fd"] = frechet_distance(*(Moments.over(f.split(CHUNK)) for f in (real, fake)))
-        if judge.startswith("open_clip"):
-            values["cmmd"] = cmmd(real, fake)
-        values["precision"], values["recall"] = precision_recall(real, fake)
-        values["density"], values["coverage"] = density_coverage(real, fake)
+        values = distances(real, fake, judge, row.seed)
         about = self._about(row, against, judge)
         return [Figure.of(metric, value, **about) for metric, value in values.items()]
 

@@ -71,7 +71,7 @@ def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, st
     """
     # A bare network's file (an imported one) names parameters without the stage's prefix.
     known = {k if k.startswith(("network.", "conditioner.")) else f"network.{k}": v for k, v in tensors.items()}
-    problems = _preconditioning(stage, kept)
+    problems = other_preconditioning(stage, kept)
     new: list[str] = []
     left = [AUGMENT] if AUGMENT in known and AUGMENT not in stage.state_dict() else []
     own = stage.state_dict()
@@ -110,7 +110,7 @@ def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, st
     return Begun(tuple(new), tuple(left))
 
 
-def _preconditioning(stage: Diffusion, kept: Mapping[str, str]) -> list[str]:
+def other_preconditioning(stage: Diffusion, kept: Mapping[str, str]) -> list[str]:
     """What the file says of its preconditioning, against the stage's; files of bare tensors say nothing."""
     said = _fields(kept, "precondition") or _fields(kept, "stage").get("precondition")
     if said is None:

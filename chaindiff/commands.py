@@ -10,7 +10,7 @@ from typing import Any
 
 from rich import get_console
 
-from chaindiff.assemble import Assembly, default_out
+from chaindiff.assemble import Assembly
 from chaindiff.chain import TILE
 from chaindiff.distributed import processes
 from chaindiff.drawing import chain_png
@@ -30,7 +30,13 @@ from chaindiff.specs.files import write_whole
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.lock import write_lock
 from chaindiff.specs.yaml import wrap
+from chaindiff.stage import learns
 from chaindiff.training.job import check_begin, train_stage
+
+
+def _read(recipe: Loaded | str | Path) -> Loaded:
+    """In Python a recipe may be named, as on the command line."""
+    return recipe if isinstance(recipe, Loaded) else load_recipe(recipe)
 
 
 def say(text: str) -> None:
@@ -229,9 +235,19 @@ def pictured(assembly: Assembly, variable: str) -> list[str]:
 # ------------------------------------------------------------ evaluate
 
 
-def evaluate(loaded: Loaded, out: Path | None = None, given: Mapping[str, Any] | None = None, **options: Any) -> Report:
+def evaluate(
+    recipe: Loaded | str | Path,
+    out: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    count: int | None = None,
+    seeds: Sequence[int] = (),
+    judges: Sequence[str] = (),
+    **options: Any,
+) -> Report:
     """Measure a chain, say what was found, and show it on the page of the run, which is made if there is none."""
-    loaded = asking(loaded, given=given)
+    asked = {"count": count, "seeds": list(seeds), "judges": list(judges)}
+    changed = {"evaluate": {key: value for key, value in asked.items() if value}}
+    loaded = asking(_read(recipe).override(changed), given=given)
     report, assembly = measure(loaded, out=out, **options), Assembly(loaded, out)
     sampled, page = sample_chain(assembly), assembly.out / "report.html"
     if not processes().is_main_process:
@@ -247,7 +263,7 @@ def evaluate(loaded: Loaded, out: Path | None = None, given: Mapping[str, Any] |
 
 
 def run(
-    loaded: Loaded,
+    recipe: Loaded | str | Path,
     out: Path | None = None,
     smoke: bool = False,
     count: int | None = None,
@@ -256,17 +272,18 @@ def run(
     given: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """All of a recipe: weights (shipped or found, else trained), samples, pictures and the page."""
-    banner = ""
+    loaded, banner = _read(recipe), ""
     if smoke:
         loaded = smoke_version(loaded)
-        out = out or default_out(loaded.recipe)
+        out = out or Path("runs") / loaded.recipe.name
         banner = "SMOKE RUN: tiny networks, a few training steps, the embedded images. Not results."
         say(banner)
     loaded = asking(loaded, count=count, seed=seed, batch=batch, given=given)
     assembly, asked = Assembly(loaded, out), loaded.recipe.sample
     found = assembly.request
-    untrained = [name for name in found.running if assembly.find_weights(name) is None]
-    for name in found.running:
+    learning = [name for name in found.running if learns(found.chain.stages.outlines[name])]
+    untrained = [name for name in learning if assembly.find_weights(name) is None]
+    for name in learning:
         if name not in untrained:
             say(f"stage {name}: weights {assembly.weights(name)}")
     if untrained:  # wrong weights or a mistyped class must not wait for the training

@@ -1,0 +1,184 @@
+"""Stages and chains as files: a stage's weights with all that is needed to build it again, a chain as a folder of them.
+
+A file says nothing of code: networks, stages and encoders of one's own are handed in again when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from torch import nn
+
+from chaindiff.chain import Chain, Encoder, Source
+from chaindiff.data.augment import augment_dim
+from chaindiff.diffusion import Diffusion
+from chaindiff.specs.errors import UserError
+from chaindiff.specs.files import write_whole
+from chaindiff.specs.stage import AugmentSpec
+from chaindiff.stage import Stage, learns
+from chaindiff.training import checkpoint
+from chaindiff.variables import Variable, digest, variable_entry
+
+if TYPE_CHECKING:
+    from chaindiff.assemble import Assembly
+
+FORMAT, CHAIN = "chaindiff-stage/1", "chain.json"
+
+
+# ------------------------------------------------------------ stages
+
+
+def described(stage: Diffusion) -> dict[str, Any]:
+    """A diffusion stage's settings as plain data, in the words of a recipe; None for what is code of somebody's."""
+    configs = {
+        "network": stage.network_spec,
+        "precondition": stage.precondition_spec,
+        "noise": stage.noise_spec,
+        "joint": stage.joint,
+        "sample": stage.sampler,
+    }
+    plain = {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else None for k, v in configs.items()}
+    links = [link.spec.model_dump(mode="json") for link in stage.conditioner]
+    return {"generates": [*stage.generates], "given": links, "augment_dim": stage.augment_dim, **plain}
+
+
+def trained_variables(stage: Stage) -> list[Variable]:
+    """All that a stage has to do with in training: what it generates, then what it is given."""
+    given = [link.variable for link in stage.conditioner] if isinstance(stage, Diffusion) else stage.given
+    return [*stage.generates.values(), *given]
+
+
+def metadata(stage: Stage) -> dict[str, Any]:
+    """What the weights file of a stage that no recipe made says of itself."""
+    said = described(stage) if isinstance(stage, Diffusion) else {"generates": [*stage.generates]}
+    variables = {v.name: variable_entry(v) for v in trained_variables(stage)}
+    about = {"name": stage.name, "stage": said, "variables": variables}
+    return {"format": FORMAT, "identity": digest(about), **about}
+
+
+def save_stage(stage: Stage, path: str | Path, **about: Any) -> None:
+    """Write a stage's weights; `load_stage`, and a recipe's `weights`, read them. Raises UserError if it has none."""
+    if not learns(stage):
+        raise UserError(f"stage '{stage.name}' has no weights to save")
+    checkpoint.save(Path(path), stage.state_dict(), {**metadata(stage), **about})
+
+
+def load_stage(path: str | Path, **own: Any) -> Diffusion:
+    """A diffusion stage from its weights file. `own`: arguments of `Diffusion` that are code, such as `network`.
+
+    Raises UserError for a file that does not say what the stage is, or whose tensors do not fit.
+    """
+    path = Path(path)
+    tensors, kept = checkpoint.load(path)
+    try:
+        said, known = json.loads(kept["stage"]), json.loads(kept["variables"])
+        variables = {name: _variable(entry) for name, entry in known.items()}
+        given = [(variables[link["variable"]], link) for link in said["given"]]
+        made = said["generates"] or [name for name in variables if name not in {v.name for v, _ in given}]
+        width = said["augment_dim"] if "augment_dim" in said else augment_dim(AugmentSpec(**said["augment"]))
+    except (KeyError, TypeError, ValueError) as error:
+        hint = "load it through its recipe: chaindiff.load(RECIPE).stages[NAME]"
+        raise UserError(f"{path} does not say enough of its stage to build it", hint=hint) from error
+    settings = {key: said.get(key) for key in ("network", "precondition", "noise", "joint")}
+    settings = {**settings, "sampler": said.get("sample"), **own}
+    for part in ("network", "precondition", "noise"):
+        if settings[part] is None:
+            raise UserError(f"{path}: the {part} is code of your own", hint=f"load_stage(path, {part}=...) takes it")
+    generates = [variables[name] for name in made]
+    stage = Diffusion(generates, given=given, augment_dim=width, name=kept.get("name"), **settings)
+    checkpoint.fill(stage, tensors, str(path))
+    return stage.eval()
+
+
+def _variable(entry: Mapping[str, Any]) -> Variable:
+    fields = {key: entry[key] for key in ("name", "kind", "shape", "sigma_data", "meaning")}
+    return Variable(**{**fields, "shape": tuple(fields["shape"])})
+
+
+# ------------------------------------------------------------ chains
+
+
+def save_chain(chain: Chain, folder: str | Path) -> Path:
+    """Write a chain with the weights that it has into a folder, which `chaindiff.load` reads anywhere.
+
+    One of a recipe becomes a run's directory: the locked recipe, weights, what was fitted for its encoders.
+    """
+    folder = Path(folder)
+    if chain.origin is not None:
+        return _save_run(chain, chain.origin, folder)
+    for stage in chain.stages.values():
+        if learns(stage):
+            save_stage(stage, folder / "stages" / stage.name / "weights.safetensors")
+    about = {
+        "format": "chaindiff-chain/1",
+        "name": chain.name,
+        "stages": [*chain.stages],
+        "encoders": [*chain.encoders],
+        "decoders": [*chain.decoders],
+        "sources": {name: list(source.frequencies) for name, source in chain.sources.items()},
+        "variables": [asdict(variable) for variable in chain.variables.values()],
+    }
+    write_whole(folder / CHAIN, json.dumps(about, indent=1))
+    return folder
+
+
+def _save_run(chain: Chain, assembly: Assembly, folder: Path) -> Path:
+    from chaindiff.specs.lock import write_lock
+
+    for name in chain.stages:
+        weights = assembly.find_weights(name)
+        if learns(chain.stages.outlines[name]) and (name in chain.stages.loaded or weights is not None):
+            stage = chain.stages[name]
+            assert isinstance(stage, nn.Module)
+            kept = checkpoint.metadata(weights) if weights is not None else {}
+            about = {**kept, **assembly.metadata(name), "images": kept.get("images", "0")}
+            checkpoint.save(folder / "stages" / name / "weights.safetensors", stage.state_dict(), about)
+    for name in assembly.encoded:
+        if (fitted := assembly.fitted_path(name)).exists():
+            checkpoint.save(folder / "encoders" / assembly.fitted_name(name), *checkpoint.load(fitted))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lock(folder, assembly.recipe, {})
+    return folder
+
+
+def load_chain(folder: Path, objects: Sequence[Stage | Encoder] = ()) -> Chain:
+    """A chain that `save_chain` wrote from Python. `objects` are its stages, encoders and decoders that are code.
+
+    Raises UserError for one that is not handed in.
+    """
+    said = json.loads((folder / CHAIN).read_text())
+    handed = {part.name: part for part in objects}
+    stages = [_stage(name, folder, handed.get(name)) for name in said["stages"]]
+    maps: dict[str, list[Any]] = {}
+    for group in ("encoders", "decoders"):
+        maps[group] = [part for part in objects if part.name in said[group] and not isinstance(part, Stage)]
+        if missing := [name for name in said[group] if name not in {part.name for part in maps[group]}]:
+            raise _not_handed(folder, f"the {group[:-1]} '{missing[0]}'")
+    variables = {entry["name"]: _variable(entry) for entry in said["variables"]}
+    sources = [Source(variables[name], weights) for name, weights in said["sources"].items()]
+    return Chain(stages, maps["encoders"], sources, said["name"], variables, decoders=maps["decoders"])
+
+
+def _stage(name: str, folder: Path, handed: Any) -> Stage:
+    path = folder / "stages" / name / "weights.safetensors"
+    if handed is None:
+        if not path.exists():
+            raise _not_handed(folder, f"the stage '{name}'")
+        try:
+            return load_stage(path)
+        except UserError as error:
+            raise UserError(
+                error.message, hint="chaindiff.load(folder, objects=[...]) takes the stage itself"
+            ) from error
+    if path.exists():
+        checkpoint.fill(handed, checkpoint.load(path)[0], str(path))
+    return handed.eval() if isinstance(handed, nn.Module) else handed
+
+
+def _not_handed(folder: Path, what: str) -> UserError:
+    return UserError(f"{what} of {folder} is code of your own", hint="chaindiff.load(folder, objects=[...]) takes it")

@@ -1,0 +1,187 @@
+"""Training of objects: a stage or a chain made in Python, on any data set; and a recipe's chain by its own settings."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from chaindiff import saving
+from chaindiff.chain import Chain
+from chaindiff.data.augment import active
+from chaindiff.data.images import ImageData
+from chaindiff.data.items import Data, Items
+from chaindiff.diffusion import config
+from chaindiff.encoders.base import Encoder
+from chaindiff.progress import Bar
+from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.stage import AugmentSpec, TrainSpec
+from chaindiff.stage import Stage, learns
+from chaindiff.training import checkpoint
+from chaindiff.training.batches import Batches, TextFeatures
+from chaindiff.training.loop import Progress
+from chaindiff.training.loop import train as steps_of
+from chaindiff.variables import Variable, digest
+
+What = TypeVar("What", bound=Stage | Chain)
+ENCODED_AT_ONCE = 128
+
+
+def train(
+    what: What,
+    data: Any = None,
+    *,
+    folder: str | Path | None = None,
+    only: str | None = None,
+    augment: AugmentSpec | Mapping[str, Any] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> What:
+    """Train a stage, or every stage of a chain that learns (or the `only` one); afterwards it has averaged weights.
+
+    `data`: a map-style dataset of items {name: value}, columns {name: [rows, ...]}, or a function that gives a batch
+    for a list of sample numbers. A chain's encoders make what the data does not hold, once for every item where nothing
+    augments the images. A chain of a recipe trains on the recipe's data if `data` is left out.
+    `settings` are those of a recipe's `train`, such as images (seen in all), batch, optimizer, ema, precision. With a
+    `folder`, the state, figures and weights of every stage are kept in it, and the same call goes on from there.
+    Raises UserError for data and settings that do not fit.
+    """
+    if isinstance(what, Chain) and what.origin is not None and data is None:
+        _train_recipe(what, only, settings)
+        return what
+    if data is None:
+        raise UserError("train needs data: a dataset of items, columns of tensors, or a function of sample numbers")
+    spec = config(TrainSpec, settings, "train")
+    stages = dict(what.stages.trainable()) if isinstance(what, Chain) else {what.name: what}
+    if only is not None:
+        if only not in stages:
+            raise UserError(f"there is no stage '{only}' to train{did_you_mean(only, stages)}")
+        stages = {only: stages[only]}
+    how = config(AugmentSpec, augment or {}, "augment")
+    for name, stage in stages.items():
+        if not learns(stage):
+            raise UserError(f"stage '{name}' has nothing to train: it is no torch.nn.Module with parameters")
+        batches = data if callable(data) else batches_of(what, stage, data, how, spec.seed)
+        place = None if folder is None else Path(folder) / "stages" / name
+        _train_stage(stage, batches, spec, place, progress)
+        if isinstance(what, Chain):
+            what.stages.loaded[name] = stage
+    return what
+
+
+def _train_recipe(chain: Chain, only: str | None, settings: Mapping[str, Any]) -> None:
+    """By the recipe's own settings and data, into its run's directory, as `chaindiff train` does."""
+    from chaindiff.training.job import train_stage
+
+    assert chain.origin is not None
+    changes = {"stages": {name: {"train": dict(settings)} for name in ([only] if only else chain.stages)}}
+    assembly = chain.origin.altered(changes) if settings else chain.origin
+    for name in [only] if only else [name for name, stage in chain.stages.outlines.items() if learns(stage)]:
+        path = train_stage(assembly, name)
+        chain.stages.loaded[name] = assembly.load(name, path)
+        chain.weights[name] = path
+
+
+def _train_stage(
+    stage: nn.Module,
+    batches: Callable[[list[int]], dict[str, Tensor]],
+    spec: TrainSpec,
+    folder: Path | None,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    name = str(stage.name)
+    stage.requires_grad_(True)
+    about = saving.metadata(stage)  # type: ignore[arg-type]
+    about["identity"] = digest([about["identity"], spec.model_dump(mode="json", exclude={"execution", "log_every"})])
+    with tempfile.TemporaryDirectory() as scratch, Bar(f"train {name}", spec.images) as bar:
+        place = folder or Path(scratch)
+        for step in steps_of(stage, batches, spec, place, total=spec.images, metadata=about):
+            said = "" if step.loss is None else f"loss {step.loss:.4f}, {step.images_per_second:.0f} images/s"
+            bar.update(min(step.images, step.total), said or None)
+            if progress is not None:
+                progress(step)
+        checkpoint.fill(stage, checkpoint.load(place / "weights.safetensors")[0], str(place))
+    stage.eval()
+
+
+# ------------------------------------------------------------ batches
+
+
+class Own(Encoder):
+    """A chain's encoder, of whatever class, as training asks for its values."""
+
+    def __init__(self, encoder: Any):
+        self.name, self.of, self.encoder = encoder.name, encoder.of, encoder
+
+    @torch.no_grad()
+    def features(self, x: Any) -> Tensor:
+        return self.encoder(x)
+
+
+def batches_of(what: Stage | Chain, stage: Stage, data: Any, augment: AugmentSpec, seed: int) -> Batches:
+    """Batches of all that a stage has to do with, of what the data holds and of what encoders make of that."""
+    items: Data = data if isinstance(data, Items | ImageData) else Items(data, *_image_of(data, stage, what))
+    variables = dict(what.variables) if isinstance(what, Chain) else {}
+    variables |= {v.name: v for v in saving.trained_variables(stage)}
+    known = what.encoders if isinstance(what, Chain) else {}
+    wanted, encoders = saving.trained_variables(stage), dict[str, Encoder]()
+    queue = [variable.name for variable in wanted]
+    while queue:  # what the data does not hold itself, an encoder makes
+        name = queue.pop()
+        if name not in _held(items) and name in known and name not in encoders:
+            encoders[name] = Own(known[name])
+            queue.append(known[name].of)
+    roots = [*(v.name for v in wanted if v.name not in encoders), *(e.of for e in encoders.values())]
+    images = [name for name in dict.fromkeys(roots) if name in variables and _pictures(variables[name])]
+    root = next((variables[name] for name in images if name not in encoders), None)
+    caches = {} if active(augment) else _encoded(items, root, variables, encoders)
+    return Batches(items, root, wanted, encoders, caches, {}, augment, seed)
+
+
+def _pictures(variable: Variable) -> bool:
+    """Whether a variable is what image data holds; images of other channels are columns of numbers."""
+    return variable.kind == "image" and variable.shape[0] == 3
+
+
+def _image_of(data: Any, stage: Stage, what: Stage | Chain) -> tuple[str, ...]:
+    """The entry that is the image, where some variable's name says it."""
+    entries = data if isinstance(data, Mapping) else data[0] if len(data) else {}
+    variables = [*stage.generates.values(), *(what.variables.values() if isinstance(what, Chain) else ())]
+    return tuple(v.name for v in variables if _pictures(v) and v.name in entries)[:1]
+
+
+def _held(data: Data) -> set[str]:
+    return {*data.fields, *([data.image] if isinstance(data, Items) else [])}
+
+
+def _encoded(
+    data: Data, root: Variable | None, variables: Mapping[str, Variable], encoders: Mapping[str, Encoder]
+) -> dict[str, TextFeatures]:
+    """What encoders that make no images make of every item, in memory."""
+    kept: dict[str, TextFeatures] = {}
+
+    def value(name: str, rows: range) -> Any:
+        if name in kept:
+            return kept[name].rows(rows, [0] * len(rows))
+        if name in encoders:
+            return encoders[name](value(encoders[name].of, rows))
+        if root is not None and name == root.name:
+            return data.pixels(rows, root.shape[-1])
+        if name in variables and variables[name].kind != "text":
+            return data.column(name)[rows.start : rows.stop]
+        return data.field(name)[rows.start : rows.stop]
+
+    for name in encoders:
+        if name in variables and variables[name].kind == "image":
+            continue
+        with Bar(f"encode {name}", len(data)) as bar:
+            parts = []
+            for first in range(0, len(data), ENCODED_AT_ONCE):
+                parts.append(value(name, range(first, min(first + ENCODED_AT_ONCE, len(data)))).cpu())
+                bar.update(first + len(parts[-1]))
+        kept[name] = TextFeatures(torch.cat(parts))
+    return kept
