@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chaindiff.chain import Chain, Preview, Source, load
     from chaindiff.commands import evaluate, run
+    from chaindiff.data import open_data
     from chaindiff.data.items import Items
     from chaindiff.diffusion import Diffusion
     from chaindiff.edm.denoiser import Denoiser, Prediction
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "chaindiff.chain": ["Chain", "Preview", "Source", "load"],
     "chaindiff.commands": ["evaluate", "run"],
+    "chaindiff.data": ["open_data"],
     "chaindiff.data.items": ["Items"],
     "chaindiff.diffusion": ["Diffusion"],
     "chaindiff.edm.denoiser": ["Denoiser", "Prediction"],

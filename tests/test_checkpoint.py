@@ -98,11 +98,11 @@ def test_an_unconditional_network_begins_a_conditional_stage(tmp_path, bare) -> 
     x = torch.randn(4, 3, 16, 16)
     state, sigma = {"image": x}, {"image": torch.tensor([0.01, 0.3, 2.0, 50.0])}
     with torch.no_grad():
-        expected = teacher.denoise(state, sigma, teacher.conditioner({}, 4, x))["image"]
+        expected = teacher.denoise(state, sigma, teacher.conditioner({}, 4, x)).x0["image"]
 
         def denoised() -> list[Tensor]:
             values = [Given(torch.randn(4, 5) * 10), Given(torch.randn(4, 5), torch.zeros(4, dtype=torch.bool))]
-            return [stage.denoise(state, sigma, stage.conditioner({"c": value}, 4, x))["image"] for value in values]
+            return [stage.denoise(state, sigma, stage.conditioner({"c": value}, 4, x)).x0["image"] for value in values]
 
         assert not any(torch.allclose(output, expected, atol=1e-2) for output in denoised())
         begin_from(stage, path)

@@ -95,7 +95,7 @@ def test_decoders_may_follow_each_other_in_any_order() -> None:
     class Again(Twice):
         name, of = "big", "image"
 
-    stage = chain().stages[0]
+    stage = chain().stages["latent"]
     both = cd.Chain([stage], decoders=[Again(), Twice()])
     assert both.generated() == ["latent", "image", "big"] and both.generated(["latent"]) == ["image", "big"]
     assert both.sample(1)["big"].shape == (1, 3, 32, 32)

@@ -204,7 +204,7 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
 
     # The source against the classes of the data itself (in smoke runs one augmented variant of each stands for it).
     counts = assembly.counts("clusters")
-    assert list(chain.sources[0].weights) == counts.tolist() and counts.sum() == len(rows)
+    assert list(chain.sources["clusters"].frequencies) == counts.tolist() and counts.sum() == len(rows)
     assert checkpoint.metadata(assembly.fitted_path("clusters"))["rows"] == str(len(rows))
     drawn = chain.sources[0].sample(range(4000), 0).bincount(minlength=8) / 4000
     share = counts / counts.sum()

@@ -20,7 +20,7 @@ from chaindiff.edm.levels import (
     together,
 )
 from chaindiff.edm.schedules import VE, VP, Cosine, Flow, Linear, LogSNR, Schedule, iddpm_levels, schedule
-from chaindiff.specs.errors import UserError
+from chaindiff.edm.solvers import evaluations, updates
 from chaindiff.specs.stage import SamplerSpec
 
 SCHEDULES = [Linear(), VP(), VP.between(0.002, 80), VE(), Cosine(), Cosine(0.008), Flow(), LogSNR()]
@@ -145,7 +145,7 @@ def test_even_steps_in_the_time_of_flow_matching() -> None:
 
 
 def test_more_steps_than_discrete_levels_are_refused() -> None:
-    with pytest.raises(UserError, match=r"60 steps, but iDDPM has \d+ levels from 0.1 to 0.11"):
+    with pytest.raises(ValueError, match=r"60 steps, but iDDPM has \d+ levels from 0.1 to 0.11"):
         iddpm_sigmas(60, 0.1, 0.11)
 
 
@@ -158,7 +158,7 @@ def test_a_reversed_path_rises_over_the_same_levels() -> None:
     back = path.reversed()
     assert back.rising and not path.rising
     assert [back.sigma(i) for i in range(back.steps + 1)] == [path.sigma(path.steps - i) for i in range(path.steps + 1)]
-    assert back.evaluations(True) == path.evaluations(True)
+    assert evaluations(updates(back)) == evaluations(updates(path))
     assert path.sigma(0)["a"] == pytest.approx(80)
 
 

@@ -9,7 +9,7 @@ import posixpath
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,7 +20,7 @@ from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
 from chaindiff.data.sources import METADATA, Source, open_source
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.specs.recipe import Data
+from chaindiff.specs.recipe import Data, DataSpec
 
 if TYPE_CHECKING:
     import torch
@@ -29,17 +29,20 @@ MEMORY_BYTES = 1 << 30  # a set that takes less than this at one size stays in m
 HEADERS = 1000  # images looked at to find the resolution
 
 
-def open_data(spec: Data, image: str | None = None) -> ImageData:
+def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> ImageData:
     """The images that a recipe names, in order of their file names, filtered by `where` and `split`.
 
-    Data of one's own are what the code makes; items of a plain data set have their picture under the name `image`.
+    In Python a path will do, with `split` and `where` beside it. Data of one's own are what the code makes; items of a
+    plain data set have their picture under the name `image`.
     Raises UserError if there is no such data, if it has no images, or if its metadata is wrong.
     """
+    if isinstance(spec, str):
+        spec = DataSpec(path=spec, **fields)
     if isinstance(spec, CodeDataSpec):
         found = create(spec, where="data")
         if isinstance(found, ImageData):
             return found
-        from chaindiff.data.items import Items  # pyright: ignore[reportMissingImports] (it imports torch)
+        from chaindiff.data.items import Items  # it imports torch
 
         return Items(found, image)
     source = open_source(spec.path)

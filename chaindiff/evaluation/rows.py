@@ -131,7 +131,9 @@ class Row:
                 stage.network = self.compiled.setdefault(str(chain.weights[name]), stage.network)
         prepare(chain, chosen_execution(assembly, self.plan), assembly.recipe.sample.precision)
         whole = -(-self.count // CHUNK) * CHUNK  # a last chunk that is whole serves larger counts too
-        given = {n: rows_of(v, [row % len(v) for row in range(whole)]) for n, v in self.values.items()}
+        given = {
+            n: v if len(v) == 1 else rows_of(v, [row % len(v) for row in range(whole)]) for n, v in self.values.items()
+        }
         if self.from_data:
             values = DataValues(assembly, split_of(assembly, self.split), self.folder / "data")
             given |= oracle(values, self.from_data, whole, self.seed)
