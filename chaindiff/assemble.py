@@ -29,7 +29,7 @@ from chaindiff.specs.load import LOCK, Loaded
 from chaindiff.specs.recipe import FileSpec
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
-from chaindiff.stage import Stage, learns
+from chaindiff.stage import Outline, Stage, learns, subsets
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import other_preconditioning
 from chaindiff.variables import Variable, digest, variable_entry
@@ -146,8 +146,8 @@ class Assembly:
             }
         )
 
-    def build(self, name: str) -> Stage:
-        """A stage with its initial weights, a function of its training seed."""
+    def build(self, name: str) -> Any:
+        """A stage (ours, or code of somebody's) with its initial weights, a function of its training seed."""
         spec: StageSpec = self.recipe.stages[name]
         variables = self.generates(name)
         place = f"stages.{name}.network" if isinstance(spec.network, CodeSpec) else None
@@ -167,6 +167,23 @@ class Assembly:
                 augment_dim=augment_dim(spec.augment),
                 name=name,
             )
+
+    def outline(self, name: str) -> Outline:
+        """A stage to plan with; its network, where it is ours, is built on the meta device when costs are asked for."""
+        spec, variables = self.recipe.stages[name], self.generates(name)
+
+        def build() -> Stage:
+            with torch.device("meta"):
+                return self.build(name)
+
+        return Outline(
+            build() if spec.network is None else None,
+            build,
+            name=name,
+            generates={variable.name: variable for variable in variables},
+            given=[variable for variable, _ in self.links(name) if spec.sample.link(variable.name).sampled],
+            conditionals=subsets([v.name for v in variables]) if spec.joint.exact else frozenset(),
+        )
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What a stage's weights file says of itself."""
@@ -227,7 +244,7 @@ class Assembly:
         written = checkpoint.metadata(weights).get("images") if weights.exists() else None
         return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
 
-    def load(self, name: str, path: Path) -> Stage:
+    def load(self, name: str, path: Path) -> Any:
         """A stage with these weights. Raises UserError if their names or shapes are others."""
         with torch.device("meta"):
             stage = self.build(name)
@@ -311,15 +328,14 @@ class Assembly:
 
         Raises UserError for a `needed` stage without weights, and as `weights` does when another is first used.
         """
-        with torch.device("meta"):
-            outlines = [self.build(name) for name in self.recipe.stages]
+        outlines = [self.outline(name) for name in self.recipe.stages]
         weights: dict[str, Path] = {}
 
         def load(name: str) -> Stage:
             if not learns(chain.stages.outlines[name]):
                 return self.build(name)
             weights[name] = self.weights(name)
-            self._check_fitted(weights)
+            self.check_fitted(weights)
             return self.load(name, weights[name])
 
         encoders = [
@@ -354,7 +370,7 @@ class Assembly:
         with self.located():
             return self.chain().plan(asked.want or None, tuple(asked.given))
 
-    def _check_fitted(self, weights: dict[str, Path]) -> None:
+    def check_fitted(self, weights: dict[str, Path]) -> None:
         """Two stages on one link must have been trained with the same fitted statistics."""
         seen: dict[str, tuple[str, str]] = {}
         for stage, path in weights.items():

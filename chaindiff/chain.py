@@ -323,12 +323,12 @@ class Chain:
         settings = {name: dict(more) for name, more in (stages or {}).items()}
         if strange := [name for name in settings if name not in self.stages]:
             raise UserError(f"there is no stage '{strange[0]}'{did_you_mean(strange[0], self.stages)}")
+        plan = self.resolve(want, tuple(values))
         if said := {key: value for key, value in sampler.items() if value is not None}:
-            for name, stage in self.stages.outlines.items():
-                if isinstance(stage, Diffusion):
+            for name in (step.producer.name for step in plan.steps if step.producer.kind == "stage"):
+                if isinstance(stage := self.stages[name], Diffusion):
                     own = settings.setdefault(name, {})
                     own["sampler"] = stage.tuned({**_said_of(stage, said), **(own.get("sampler") or {})})
-        plan = self.resolve(want, tuple(values))
         return Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype))
 
     def _batch(self, request: Request, begin: int, first: int) -> Generator[Preview, None, Values]:

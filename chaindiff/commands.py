@@ -161,13 +161,17 @@ def sample_chain(assembly: Assembly) -> Sampled:
     found = assembly.request
     if all(step.producer.kind == "encoder" for step in found.plan.steps):
         say(nothing_runs(assembly))
-    chain = assembly.chain(found.running)
+    weights = {n: assembly.weights(n) for n in found.running if learns(found.chain.stages.outlines[n])}
+    assembly.check_fitted(weights)
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
     keep = list(dict.fromkeys([*made, *asked.want]))
     size = TILE if asked.exact else asked.batch  # as the chain streams them
     samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size)
     values = read_given(assembly, asked.given, asked.count)
-    lock = lock_of(assembly, found, chain.weights, values)
+    before = load_recipe(out).lock if (out / LOCK).exists() else {}
+    lock = lock_of(assembly, found, weights, values, before)
+    if lock["samples"] != before.get("samples"):  # another request: how it is executed is decided anew
+        lock = lock_of(assembly, found, weights, values, {})
     with state.main_process_first():
         if (out / LOCK).exists() and load_recipe(out).lock.get("samples") != lock["samples"]:
             if samples.folder.exists():
@@ -179,7 +183,8 @@ def sample_chain(assembly: Assembly) -> Sampled:
             write_lock(out, assembly.recipe, lock)
     state.wait_for_everyone()  # all of them have seen what is missing before one makes it
     if complete:
-        return Sampled(samples, found, chain.weights, lock, 0.0, {})
+        return Sampled(samples, found, weights, lock, 0.0, {})
+    chain = assembly.chain(found.running)
     prepare(chain, lock["execution"], asked.precision)
     began, mine = time.perf_counter(), missing[state.process_index :: state.num_processes]
     done = asked.count - sum(map(len, missing))
@@ -196,7 +201,7 @@ def sample_chain(assembly: Assembly) -> Sampled:
     state.wait_for_everyone()
     if state.is_main_process:
         samples.write_grids()
-    return Sampled(samples, found, chain.weights, lock, time.perf_counter() - began, chain.seconds)
+    return Sampled(samples, found, weights, lock, time.perf_counter() - began, chain.seconds)
 
 
 def nothing_runs(assembly: Assembly) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -36,7 +35,7 @@ from chaindiff.specs.stage import (
     SamplerSpec,
     published_noise,
 )
-from chaindiff.stage import Cost, Values, evaluating
+from chaindiff.stage import Cost, Values, evaluating, subsets
 from chaindiff.variables import Variable
 
 Wrap = Callable[[Denoiser], Denoiser]  # guidance of one's own, around the bound denoiser
@@ -88,7 +87,8 @@ class Diffusion(nn.Module):
             self.precondition = preconditioning(self.precondition_spec, variables[0].sigma_data)
             noise = published_noise(self.precondition_spec) if noise is None else noise
         self.noise_spec = config(NoiseLevels, {} if noise is None else noise, f"{self.name}.noise")
-        self.noise: TrainingNoise = self.noise_spec if callable(self.noise_spec) else training_noise(self.noise_spec)
+        own = callable(self.noise_spec)
+        self.noise: TrainingNoise = cast(Any, self.noise_spec) if own else training_noise(self.noise_spec)
         self.network_spec, self.network = self._network(network)
         self._levels(self.sampler)
         self.autocast: torch.dtype | None = None
@@ -104,7 +104,7 @@ class Diffusion(nn.Module):
         if isinstance(said, nn.Module):
             return None, said
         if callable(said) and not hasattr(said, "model_fields"):
-            return None, said(self.interface)
+            return None, cast(nn.Module, said(self.interface))
         spec = config(Network, said, f"{self.name}.network")
         return spec, networks.build(spec, self.interface)
 
@@ -134,8 +134,7 @@ class Diffusion(nn.Module):
     @property
     def conditionals(self) -> frozenset[frozenset[str]]:
         """The sets of its own variables that the stage can be given, generating the others."""
-        sizes = range(1, len(self.generates)) if self.joint.exact else ()
-        return frozenset(frozenset(known) for size in sizes for known in combinations(self.generates, size))
+        return subsets([*self.generates]) if self.joint.exact else frozenset()
 
     @property
     def like(self) -> Tensor:
@@ -434,9 +433,9 @@ def _side_by_side(conditions: Sequence[Condition], count: int) -> Condition:
     """Conditions as those of one batch; one that was bound without given variables is the same for every row."""
 
     def join(part: str) -> Tensor | None:
-        found = [getattr(condition, part) for condition in conditions]
-        whole = [None if t is None else t.expand(count, *t.shape[1:]) for t in found]
-        return None if whole[0] is None else whole[0] if len(whole) == 1 else torch.cat(whole)
+        found = [tensor for condition in conditions if (tensor := getattr(condition, part)) is not None]
+        whole = [tensor.expand(count, *tensor.shape[1:]) for tensor in found]
+        return torch.cat(whole) if len(whole) > 1 else whole[0] if whole else None
 
     return Condition(*map(join, ("labels", "images", "context", "augment")))
 

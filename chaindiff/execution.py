@@ -31,11 +31,13 @@ def prepare(chain: Chain, execution: str, precision: str) -> None:
                 stage.network.compile()
 
 
-def chosen_execution(assembly: Assembly, found: ChainPlan) -> str:
-    """Eager or compiled: what the recipe says, and under `auto` what pays."""
+def chosen_execution(assembly: Assembly, found: ChainPlan, before: str | None = None) -> str:
+    """Eager or compiled: what the recipe says, and under `auto` what the run decided `before`, or what pays."""
     asked = assembly.recipe.sample
     if asked.exact:
         return "eager"
+    if asked.execution == "auto" and before is not None:
+        return before
     total = asked.count * sum(found.costs[name].total_flops for name in found.running)
     return asked.execution if asked.execution != "auto" else "compile" if total >= COMPILE_PAYS else "eager"
 
@@ -67,10 +69,16 @@ def sampler_settings(stage: StageSpec) -> dict[str, Any]:
 
 
 def lock_of(
-    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Value]
+    assembly: Assembly,
+    found: ChainPlan,
+    weights: Mapping[str, Path],
+    values: Mapping[str, Value],
+    before: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on."""
-    depends = {**depends_on(assembly, found, weights, values), "execution": chosen_execution(assembly, found)}
+    """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on; `before` is what
+    the run's lock says already."""
+    execution = chosen_execution(assembly, found, before.get("execution"))
+    depends = {**depends_on(assembly, found, weights, values), "execution": execution}
     return {
         "samples": digest(depends),
         "execution": depends["execution"],

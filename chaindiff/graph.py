@@ -163,9 +163,12 @@ def generative_graph(producers: Iterable[Producer]) -> nx.DiGraph:
             f"{kinds} form a cycle: {' -> '.join([*cycle, cycle[0]])}",
             hint=f"take one input away from one of: {', '.join(map(str, makers))}",
         )
+    # A function of what is generated given itself is no function of it: it must be given, or encoded from what is.
+    stages = graph.copy()
     for producer in producers:
         if producer.kind == "encoder":
-            graph.add_edges_from((i, o) for o in producer.outputs if o not in generator for i in producer.inputs)
+            made = [(i, o) for o in producer.outputs if o not in generator for i in producer.inputs]
+            graph.add_edges_from((i, o) for i, o in made if not nx.has_path(stages, o, i))
     return graph
 
 

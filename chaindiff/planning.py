@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from chaindiff.drawing import Arrow, Box, chain_svg
@@ -21,19 +22,17 @@ class ChainPlan:
     name: str
     plan: Plan
     variables: dict[str, Variable]
-    costs: dict[str, Cost]  # of every stage of the chain, those that do not run included
     chain: Chain
 
     @classmethod
     def of(cls, chain: Chain, plan: Plan) -> ChainPlan:
-        moving = {step.producer.name: step.outputs for step in plan.steps if step.producer.kind == "stage"}
-        return cls(
-            chain.name,
-            plan,
-            chain.variables,
-            {name: chain.cost(name, moving.get(name)) for name in chain.stages},
-            chain,
-        )
+        return cls(chain.name, plan, chain.variables, chain)
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """Of every stage of the chain, those that do not run included; counted when they are first asked for."""
+        moving = {step.producer.name: step.outputs for step in self.plan.steps if step.producer.kind == "stage"}
+        return {name: self.chain.cost(name, moving.get(name)) for name in self.chain.stages}
 
     @property
     def running(self) -> list[str]:

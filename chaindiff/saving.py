@@ -164,7 +164,7 @@ def load_chain(folder: Path, objects: Sequence[Stage | Encoder] = ()) -> Chain:
     return Chain(stages, maps["encoders"], sources, said["name"], variables, decoders=maps["decoders"])
 
 
-def _stage(name: str, folder: Path, handed: Any) -> Stage:
+def _stage(name: str, folder: Path, handed: Any) -> Any:
     path = folder / "stages" / name / "weights.safetensors"
     if handed is None:
         if not path.exists():

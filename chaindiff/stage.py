@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard, runtime_checkable
+from functools import cached_property
+from itertools import combinations
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -67,8 +69,42 @@ class Stage(Protocol):
         ...
 
 
-def learns(stage: object) -> TypeGuard[nn.Module]:
-    """Whether a stage has anything to train."""
+class Outline:
+    """What is known of a recipe's stage before its network is built: enough to resolve requests with."""
+
+    def __init__(self, stage: Stage | None, build: Callable[[], Stage], **known: Any):
+        """`stage` is there already, or will be `build`t when costs are asked for; `known` are its other names."""
+        self.name: str = known["name"] if stage is None else stage.name
+        self.generates: Mapping[str, Variable] = known["generates"] if stage is None else stage.generates
+        self.given: Sequence[Variable] = known["given"] if stage is None else stage.given
+        self.conditionals: frozenset[frozenset[str]] = known["conditionals"] if stage is None else stage.conditionals
+        self.learns = stage is None or learns(stage)
+        self._build = build if stage is None else lambda: stage
+
+    @cached_property
+    def built(self) -> Stage:
+        return self._build()
+
+    def cost(self, moving: Collection[str]) -> Cost:
+        return self.built.cost(moving)
+
+    def sample(self, given: Values, draws: Draws) -> Iterator[State]:
+        return self.built.sample(given, draws)
+
+    def loss(self, batch: Values, draws: Draws) -> Tensor:
+        return self.built.loss(batch, draws)
+
+
+def subsets(names: Sequence[str]) -> frozenset[frozenset[str]]:
+    """All that can be given of several variables while others are left to generate."""
+    sizes = range(1, len(names))
+    return frozenset(frozenset(known) for size in sizes for known in combinations(names, size))
+
+
+def learns(stage: object) -> TypeGuard[Any]:
+    """Whether a stage has anything to train: it is a `torch.nn.Module` then."""
+    if isinstance(stage, Outline):
+        return stage.learns
     return isinstance(stage, nn.Module) and any(True for _ in stage.parameters())
 
 

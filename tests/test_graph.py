@@ -551,3 +551,15 @@ def test_imports_no_torch() -> None:
     code = "import sys, chaindiff.graph; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
+
+
+def test_a_stage_may_be_given_what_an_encoder_makes_of_its_output() -> None:
+    """p(image | clip) alone: clip is given, or encoded from another image that is; nothing samples it."""
+    producers = [
+        Producer("image", "stage", ("image",), ("clip",)),
+        Producer("clip", "encoder", ("clip",), ("image",)),
+    ]
+    assert [step.producer.name for step in resolve(producers, ["image"], ["clip"]).steps] == ["image"]
+    assert [step.producer.name for step in resolve(producers, ["clip"], ["image"]).steps] == ["clip"]
+    with pytest.raises(UserError, match="nothing can produce 'image': stage 'image' needs 'clip'"):
+        resolve(producers, ["image"])

@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_explained(change: str, message: str) -> None:
 
 def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> None:
     """Sources draw as often as the training data has each class; a class is given by number, or by a picture of it."""
-    from chaindiff import run
+    from chaindiff import commands
     from chaindiff.assemble import Assembly
     from chaindiff.given import check_given, read_given
     from chaindiff.pictures import save_png, to_image
@@ -197,7 +197,7 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
 
     changes = ["variables.clusters.shape=[8]", "variables.clusters.encoder.reduce.k=8"]
     loaded = load_recipe("kmeans_emoji16", set=changes)
-    run.run(loaded, out=tmp_path, smoke=True)
+    commands.run(loaded, out=tmp_path, smoke=True)
     assembly = Assembly(smoke_version(loaded), tmp_path)
     chain = assembly.chain()
     encoder, rows = assembly.encoder("clusters"), range(len(assembly.data))

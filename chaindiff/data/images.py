@@ -25,11 +25,13 @@ from chaindiff.specs.recipe import Data, DataSpec
 if TYPE_CHECKING:
     import torch
 
+    from chaindiff.data.items import Items
+
 MEMORY_BYTES = 1 << 30  # a set that takes less than this at one size stays in memory once decoded
 HEADERS = 1000  # images looked at to find the resolution
 
 
-def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> ImageData:
+def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> ImageData | Items:
     """The images that a recipe names, in order of their file names, filtered by `where` and `split`.
 
     In Python a path will do, with `split` and `where` beside it. Data of one's own are what the code makes; items of a
@@ -44,7 +46,7 @@ def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> Imag
             return found
         from chaindiff.data.items import Items  # it imports torch
 
-        return Items(found, image)
+        return Items(found, image or "image")
     source = open_source(spec.path)
     rows = read_metadata(source, source.names())
     if not rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Init = tuple[str, float]  # (distribution, gain)
@@ -40,15 +40,15 @@ class Arch:
 
 
 XAVIER, KAIMING = ("xavier", 1.0), ("kaiming", math.sqrt(1 / 3))
-SONG = {
-    "init": XAVIER,
-    "init_zero": ("xavier", 1e-5),
-    "init_attention": ("xavier", math.sqrt(0.2)),
-    "init_augment": XAVIER,
-}
+DDPMPP = Arch(
+    init=XAVIER,
+    init_zero=("xavier", 1e-5),
+    init_attention=("xavier", math.sqrt(0.2)),
+    init_augment=XAVIER,
+)
 ARCHS = {
-    "ddpmpp": Arch(**SONG),
-    "ncsnpp": Arch(**SONG, taps=(1, 3, 3, 1), fourier=True, noise_width=2, residual_input=True),
+    "ddpmpp": DDPMPP,
+    "ncsnpp": replace(DDPMPP, taps=(1, 3, 3, 1), fourier=True, noise_width=2, residual_input=True),
     "adm": Arch(
         init=KAIMING,
         init_zero=("kaiming", 0.0),

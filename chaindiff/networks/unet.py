@@ -122,8 +122,8 @@ class UNet(nn.Module):
             emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)
         told: Tensor | float = 0.0
         if self.map_label is not None:
-            labels = emb.new_zeros(len(emb), self.label_dim) if labels is None else labels
-            told = self.map_label(labels if late else labels * math.sqrt(self.label_dim))
+            given = emb.new_zeros(len(emb), self.label_dim) if labels is None else labels
+            told = self.map_label(given if late else given * math.sqrt(self.label_dim))
         if not late:
             emb = emb + told
         if self.map_augment is not None and augment is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from chaindiff.assemble import Assembly
 from chaindiff.data.augment import active
@@ -99,11 +99,11 @@ def check_begin(assembly: Assembly, names: Iterable[str], fresh: bool = False) -
             begin_from(stage, Path(init).expanduser())
 
 
-def preview(stage: Diffusion, batches: Batches, path: Path) -> None:
+def preview(stage: nn.Module, batches: Batches, path: Path) -> None:
     """A grid of samples of the averaged weights, given the data's own values."""
-    name, kind = stage.target.name, stage.target.kind
-    if kind != "image":
+    if not isinstance(stage, Diffusion) or stage.target.kind != "image":
         return
+    name = stage.target.name
     batch = batches(list(range(PREVIEWS)))
     draws = Draws(range(PREVIEWS), 0, 0, stage.name, dtype=torch.float64)
     *_, last = stage.sample({v.name: batch[v.name] for v in stage.given}, draws)
@@ -142,8 +142,8 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                     else:
                         encoder = build_encoder(variable, recipe.variables, path)
             caches[variable] = features
-        elif recipe.variables[encoder_spec.of].kind == "text":
-            caches[variable] = TextFeatures(encoder.features(assembly.data.field(assembly.column(encoder_spec.of))))
+        elif recipe.variables[encoder.of].kind == "text":
+            caches[variable] = TextFeatures(encoder.features(assembly.data.field(assembly.column(encoder.of))))
         encoders[variable] = encoder
     labels = {v.name: assembly.column(v.name) for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:

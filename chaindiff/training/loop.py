@@ -91,6 +91,8 @@ def restore(
 class Loss(nn.Module):
     """The loss of a stage as a module's call, which is what wrappers for distributed training expect."""
 
+    stage: Any
+
     def __init__(self, stage: nn.Module, precision: torch.dtype | None):
         super().__init__()
         self.stage, self.precision = stage, precision

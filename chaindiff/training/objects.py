@@ -46,6 +46,7 @@ def train(
     `data`: a map-style dataset of items {name: value}, columns {name: [rows, ...]}, or a function that gives a batch
     for a list of sample numbers. A chain's encoders make what the data does not hold, once for every item where nothing
     augments the images. A chain of a recipe trains on the recipe's data if `data` is left out.
+    `augment` is that of a recipe's stage; without it, images are taken as they are.
     `settings` are those of a recipe's `train`, such as images (seen in all), batch, optimizer, ema, precision. With a
     `folder`, the state, figures and weights of every stage are kept in it, and the same call goes on from there.
     Raises UserError for data and settings that do not fit.
@@ -61,11 +62,11 @@ def train(
         if only not in stages:
             raise UserError(f"there is no stage '{only}' to train{did_you_mean(only, stages)}")
         stages = {only: stages[only]}
-    how = config(AugmentSpec, augment or {}, "augment")
+    how = config(AugmentSpec, {"flip": False} if augment is None else augment, "augment")
     for name, stage in stages.items():
         if not learns(stage):
             raise UserError(f"stage '{name}' has nothing to train: it is no torch.nn.Module with parameters")
-        batches = data if callable(data) else batches_of(what, stage, data, how, spec.seed)
+        batches: Any = data if callable(data) else batches_of(what, stage, data, how, spec.seed)
         place = None if folder is None else Path(folder) / "stages" / name
         _train_stage(stage, batches, spec, place, progress)
         if isinstance(what, Chain):
