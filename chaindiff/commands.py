@@ -11,7 +11,7 @@ from typing import Any
 from rich import get_console
 
 from chaindiff.assemble import Assembly
-from chaindiff.chain import TILE
+from chaindiff.chain import TILE, rows_of
 from chaindiff.distributed import processes
 from chaindiff.drawing import chain_png
 from chaindiff.evaluation.evaluate import evaluate as measure
@@ -166,8 +166,10 @@ def sample_chain(assembly: Assembly) -> Sampled:
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
     keep = list(dict.fromkeys([*made, *asked.want]))
     size = TILE if asked.exact else asked.batch  # as the chain streams them
-    samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size)
     values = read_given(assembly, asked.given, asked.count)
+    texts = [rows_of(value, range(asked.count)) for value in values.values() if isinstance(value, list)]
+    captions = [", ".join(row) for row in zip(*texts, strict=True)]
+    samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size, captions)
     before = load_recipe(out).lock if (out / LOCK).exists() else {}
     lock = lock_of(assembly, found, weights, values, before)
     if lock["samples"] != before.get("samples"):  # another request: how it is executed is decided anew

@@ -32,6 +32,7 @@ class Samples:
     variables: Sequence[Variable]
     count: int
     batch: int
+    captions: Sequence[str] = ()  # of the samples, where texts are given
 
     def path(self, variable: Variable, number: int) -> Path:
         suffix = "png" if variable.kind == "image" else "safetensors"
@@ -84,7 +85,8 @@ class Samples:
         for variable in self.variables:
             if variable.kind == "image":
                 images = torch.stack([read_image(self.path(variable, n)) for n in range(shown)])
-                picture = grid(images, columns=math.ceil(math.sqrt(shown)))
+                columns = 8 if self.captions else math.ceil(math.sqrt(shown))  # captions are easier to read in rows
+                picture = grid(images, columns=columns, captions=self.captions[:shown])
                 save_png(picture, self.folder / variable.name / "grid.png")
 
 

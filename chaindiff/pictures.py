@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from chaindiff.drawing import Arrow, Box, chain_png, chain_svg
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.files import write_whole
+
+LINE = 14  # pixels of a line under a picture
 
 __all__ = ["Arrow", "Box", "chain_png", "chain_svg", "grid", "png_bytes", "save_png", "to_image", "to_uint8"]
 
@@ -36,25 +40,49 @@ def grid(
     columns: int | None = None,
     scale: int | None = None,
     pad: int = 2,
+    captions: Sequence[str] = (),
 ) -> Image.Image:
-    """Images in [-1, 1] in rows, with a white gap of `pad` pixels around each.
+    """Images in [-1, 1] in rows, with a white gap of `pad` pixels around each, and `captions` under them if any.
 
     `columns`: about as many as rows by default. `scale`: each pixel becomes scale x scale; by default images smaller
-    than 64 are brought to 64 or just above. Raises UserError if there are no images.
+    than 64 (or 96, with captions) are brought to that or just above. Raises UserError if there are no images.
     """
     if len(images) == 0:
         raise UserError("a grid needs at least one image")
     count, _, height, width = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
-    scale = scale or max(1, math.ceil(64 / max(height, width)))
+    scale = scale or max(1, math.ceil((96 if captions else 64) / max(height, width)))
     rows = math.ceil(count / columns)
-    step_x, step_y = width * scale + pad, height * scale + pad
+    texts = [_wrapped(caption, width * scale) for caption in captions]
+    lines = max((text.count("\n") + 1 for text in texts), default=0)
+    step_x, step_y = width * scale + pad, height * scale + pad + lines * LINE
     sheet = Image.new("RGB", (columns * step_x + pad, rows * step_y + pad), "white")
     for index, image in enumerate(images):
         tile = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         row, column = divmod(index, columns)
-        sheet.paste(tile, (column * step_x + pad, row * step_y + pad))
+        left, top = column * step_x + pad, row * step_y + pad
+        sheet.paste(tile, (left, top))
+        if index < len(texts):
+            place = (left + tile.width // 2, top + tile.height)
+            ImageDraw.Draw(sheet).multiline_text(place, texts[index], "black", _font(), "ma", align="center")
     return sheet
+
+
+@cache
+def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(LINE - 3)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A caption in lines that are no wider than an image; of more than two, the end is left out."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font().getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines[:2])
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -7,12 +7,14 @@ lines of its output. A YAML block with a title is a file of that name. A shell b
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import rich
 import yaml
 
 from chaindiff import cli
+from chaindiff.edm import solvers
 from chaindiff.specs import reference
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +34,7 @@ PAGES = sorted({path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"\n]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SKIP, MISTAKE = "not run in the tests: ", "a mistake"
 # Blocks of each page that say why they are not run; a new one must be counted here.
-NOT_RUN = {"first-chain.md": 1, "how-to/edm-weights.md": 1, "how-to/several-gpus.md": 3}
+NOT_RUN = {"first-chain.md": 1, "mathematics.md": 1, "how-to/edm-weights.md": 1, "how-to/several-gpus.md": 3}
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,12 @@ def test_the_mathematics_numbers_its_equations() -> None:
     numbers = re.findall(r"\\tag\{(\d+)\}", text)
     assert numbers == [str(n + 1) for n in range(len(numbers))] and len(numbers) == text.count("$$") // 2
     assert {int(n) for n in re.findall(r"\((\d+)\)", re.sub(r"\\tag\{\d+\}", "", text))} <= set(map(int, numbers))
+
+
+def test_the_core_loop_in_the_docs_is_the_programs() -> None:
+    (block,) = [block for block in blocks("mathematics.md") if block.language == "python"]
+    assert textwrap.indent(block.text, "    ") in inspect.getsource(solvers)
+    assert len(block.text.splitlines()) <= 15
 
 
 @pytest.mark.slow

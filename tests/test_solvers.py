@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from chaindiff.edm.ema import Ema, ema_decay
 from chaindiff.edm.levels import Path, even_sigmas, geometric_sigmas, karras_sigmas, staggered, together
 from chaindiff.edm.random import generator, normal_batch
 from chaindiff.edm.schedules import VE, VP, Linear, schedule
-from chaindiff.edm.solvers import SOLVERS, Churn, evaluations, solve, updates
+from chaindiff.edm.solvers import SOLVERS, Churn, Row, Update, evaluations, integrate, solve, updates
 
 
 @pytest.mark.parametrize(
@@ -320,3 +321,54 @@ def test_noise_is_standard_normal() -> None:
     assert x.mean().item() == pytest.approx(0, abs=0.01)
     assert x.std().item() == pytest.approx(1, abs=0.01)
     assert (x[:-1] * x[1:]).mean().item() == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "settings"),
+    [
+        ("euler", "euler", {}),
+        ("euler", "ddim", {}),
+        ("heun", "heun", {}),
+        ("dpmpp_2m", "dpmpp_2m", {}),
+        ("ancestral", "ddim", {"eta": 1.0}),
+        ("ancestral_half", "ddim", {"eta": 0.5}),
+        ("sde", "dpmpp_2m", {"eta": 1.0}),
+        ("churn", "heun", {"churn": Churn(4.0, 0.05, 50.0, 1.003)}),
+    ],
+)
+def test_tables_give_the_samples_of_k_diffusion(name: str, solver: str, settings: dict) -> None:
+    """`tests/make_k_diffusion.py` wrote what its samplers make of the same start, noise and levels."""
+    f, _ = fixture("k_diffusion")
+    sigmas = f["sigmas"].numpy()
+    start, noise = {"x": f["start"] * sigmas[0]}, lambda v, n: f["noise"][n]
+    out = last(solve(two_modes(), start, together({"x": sigmas}), solver=solver, noise=noise, **settings))["x"]
+    assert (out - f[f"out.{name}"]).abs().max() < 1e-9
+
+
+def test_a_table_of_ones_own_is_followed() -> None:
+    """Rows are plain numbers: the midpoint method, written by hand, is of second order at least."""
+    errors, counts = [], [64, 128, 256]
+    for steps in counts:
+        table, levels = [], karras_sigmas(steps, 0.01, 10, 7)[:-1]
+        for n, (s, t) in enumerate(pairwise(levels)):
+            middle = (s + t) / 2
+            half, whole = (middle - s) / s, (t - s) / middle  # of dx/ds = (x - D) / s
+            table.append(Update({"x": Row(x=1 + half, clean=-half)}, n, {"x": float(s)}))
+            second = Row(x=whole, kept=1.0, clean=-whole)
+            table.append(Update({"x": second}, n, {"x": float(middle)}, ends=True, level={"x": float(t)}))
+        x = torch.full((1,), 10.0, dtype=torch.float64)
+        out = last(integrate(Gaussians(x=0.5), {"x": x}, table))
+        assert (out.number, out.total, out.sigma["x"]) == (steps - 1, steps - 1, pytest.approx(0.01))
+        errors.append((out["x"] - exact_flow(x, 10, 0.01, 0.5)).abs().item())
+    assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] > 1.75
+
+
+def test_a_step_says_its_levels_and_what_was_predicted() -> None:
+    path = staggered({"a": [1.0, 0.5, 0.0], "b": [1.0, 0.5, 0.0]}, 1.0)
+    start = {v: torch.ones(1).double() for v in "ab"}
+    steps = list(solve(Gaussians(a=0.5, b=0.5), start, path, solver="euler"))
+    assert [(s.number, s.total) for s in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [s.sigma for s in steps] == [{"a": 0.5, "b": 1.0}, {"a": 0, "b": 1.0}, {"a": 0, "b": 0.5}, {"a": 0, "b": 0}]
+    assert steps[0].x0["a"].item() == pytest.approx(0.25 / 1.25) and torch.equal(steps[3]["b"], steps[3].x0["b"])
+    with pytest.raises(ValueError, match="no solver is called 'hern'; known: euler, heun, ddim, dpmpp_2m"):
+        updates(path, "hern")
