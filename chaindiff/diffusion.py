@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from chaindiff import networks
-from chaindiff.cost import measure
 from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State, expand
 from chaindiff.edm.levels import Path, grid, staggered
 from chaindiff.edm.noise import TrainingNoise, some_known
@@ -276,6 +275,8 @@ class Diffusion(nn.Module):
 
     def cost(self, moving: Collection[str], sampler: SamplerSpec | Config | None = None) -> Cost:
         """What one sample of these variables costs; NFE counts every term of the guidance."""
+        from chaindiff.cost import measure  # torch's counters, which sampling does without
+
         s = self.tuned(sampler)
         levels = [row.sigma for row in self.table(self.path(moving, s), s) if row.sigma is not None]
         weights = [weight for _, weight in self.terms(s)]

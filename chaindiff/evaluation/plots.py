@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Canvas
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 COLOURS = ("#1f5fa8", "#c8553d", "#3f8f5b", "#8a5fa8", "#8d7b3a")
 
@@ -64,6 +66,8 @@ def bars(values: Mapping[str, tuple[float, float, float]], title: str, x_title: 
 
 
 def _axes(title: str, x_title: str, y_title: str, height: float = 3.4):  # type: ignore[no-untyped-def]
+    from matplotlib.figure import Figure as Canvas  # slow to import, and most commands draw nothing
+
     canvas = Canvas(figsize=(5.4, height), dpi=130, layout="constrained")
     axes = canvas.subplots()
     axes.set_title(title, fontsize=10)
@@ -75,6 +79,8 @@ def _axes(title: str, x_title: str, y_title: str, height: float = 3.4):  # type:
 
 
 def _png(canvas: Canvas) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
     FigureCanvasAgg(canvas).print_png(buffer)
     return buffer.getvalue()
