@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chaindiff.chain import Chain, Preview, Source, load
+    from chaindiff.chain import Chain, Source, load
     from chaindiff.commands import evaluate, run
     from chaindiff.data import open_data
     from chaindiff.data.items import Items
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from chaindiff.evaluation.tensors import measure
     from chaindiff.guidance import Wrapper, classifier_free, guided, interval, known, thresholded
     from chaindiff.networks.interface import Condition, Interface, Network
+    from chaindiff.request import Preview
     from chaindiff.saving import load_stage, save_stage
     from chaindiff.specs.errors import UserError
     from chaindiff.specs.stage import JointNetwork, LinkSampling, Prior, UNet
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives, by the name that it has there.
 _HOMES = {
-    "chaindiff.chain": ["Chain", "Preview", "Source", "load"],
+    "chaindiff.chain": ["Chain", "Source", "load"],
     "chaindiff.commands": ["evaluate", "run"],
     "chaindiff.data": ["open_data"],
     "chaindiff.data.items": ["Items"],
@@ -48,6 +49,7 @@ _HOMES = {
     "chaindiff.evaluation.tensors": ["measure"],
     "chaindiff.guidance": ["Wrapper", "classifier_free", "guided", "interval", "known", "thresholded"],
     "chaindiff.networks.interface": ["Condition", "Interface", "Network"],
+    "chaindiff.request": ["Preview"],
     "chaindiff.saving": ["load_stage", "save_stage"],
     "chaindiff.specs.errors": ["UserError"],
     "chaindiff.specs.stage": ["JointNetwork", "LinkSampling", "Prior", "UNet"],

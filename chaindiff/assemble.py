@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chaindiff.assets import registry
-from chaindiff.chain import Chain, Source, Stages, Value
+from chaindiff.chain import Chain, Source
 from chaindiff.code import create
 from chaindiff.data import open_data
 from chaindiff.data.augment import augment_dim
@@ -23,13 +23,14 @@ from chaindiff.diffusion import Diffusion
 from chaindiff.edm.random import seed
 from chaindiff.encoders import Embedding, Encoder, build_decoder, build_encoder
 from chaindiff.planning import ChainPlan
+from chaindiff.request import Value
 from chaindiff.specs.code import CodeDataSpec, CodeSpec
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import LOCK, Loaded
 from chaindiff.specs.recipe import FileSpec
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.specs.yaml import display
-from chaindiff.stage import Outline, Stage, learns, subsets
+from chaindiff.stage import Outline, Stage, Stages, learns, subsets
 from chaindiff.training import checkpoint
 from chaindiff.training.begin import other_preconditioning
 from chaindiff.variables import Variable, digest, variable_entry
@@ -401,10 +402,6 @@ def identity_of(path: Path) -> str | None:
         return checkpoint.metadata(path).get("identity")
     except UserError:
         return None
-
-
-def assemble(loaded: Loaded, out: Path | None = None) -> Assembly:
-    return Assembly(loaded, out)
 
 
 def default_out(loaded: Loaded) -> Path:

@@ -20,18 +20,16 @@ from chaindiff.edm.random import Draws, generator
 from chaindiff.graph import Plan, Producer, resolve
 from chaindiff.graph import Step as PlanStep
 from chaindiff.memory import noted
+from chaindiff.request import Given, Preview, Request, Value, checked, plain_values, rows_of, tuned
 from chaindiff.specs.errors import UserError, did_you_mean
-from chaindiff.stage import Cost, Stage, evaluating, learns
+from chaindiff.stage import Cost, Stage, Stages, evaluating
 from chaindiff.variables import Variable, difference
 
 if TYPE_CHECKING:
     from chaindiff.assemble import Assembly
     from chaindiff.planning import ChainPlan
 
-TILE = 16  # samples a call, always, when results must not depend on the batch size
-Value = Tensor | list[str]  # texts are lists
 Values = dict[str, Tensor]
-Given = Mapping[str, Any]
 
 
 class Encoder(Protocol):
@@ -64,90 +62,6 @@ class Source:
         """Labels [len(samples)], each a function of (seed, sample number, variable)."""
         uniform = [generator(seed, sample, "source", self.variable.name).random() for sample in samples]
         return torch.searchsorted(self._edges, torch.tensor(uniform, dtype=torch.float64), right=True)
-
-
-class Stages(Mapping[str, Stage]):
-    """Stages by name. One of a recipe reads its weights when it is first asked for; until then its outline serves."""
-
-    def __init__(
-        self,
-        stages: Iterable[Stage],
-        load: Callable[[str], Stage] | None = None,
-        begin: Callable[[str], Stage] | None = None,
-    ):
-        self.outlines = {stage.name: stage for stage in stages}
-        self.loaded: dict[str, Stage] = {} if load else dict(self.outlines)
-        self._load, self._begin, self._device = load, begin, None
-
-    def __getitem__(self, name: str) -> Stage:
-        if name not in self.outlines:
-            raise KeyError(f"there is no stage '{name}'{did_you_mean(name, self.outlines)}")
-        if name not in self.loaded:
-            assert self._load is not None
-            self.loaded[name] = _moved(self._load(name), self._device)
-        return self.loaded[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.outlines)
-
-    def __len__(self) -> int:
-        return len(self.outlines)
-
-    def trainable(self) -> Iterator[tuple[str, Stage]]:
-        """Stages that learn; one without weights yet as it begins."""
-        for name, outline in self.outlines.items():
-            if learns(outline):
-                yield name, self._begin(name) if self._begin is not None and name not in self.loaded else self[name]
-
-    def to(self, device: str | torch.device) -> None:
-        """Move what is loaded, and what will be."""
-        self._device = device
-        for stage in self.loaded.values():
-            _moved(stage, device)
-
-    def __repr__(self) -> str:
-        return f"{{{', '.join(f'{name}: {stage!r}' for name, stage in self.outlines.items())}}}"
-
-
-def _moved(stage: Stage, device: str | torch.device | None) -> Stage:
-    return stage.to(device) if isinstance(stage, nn.Module) and device is not None else stage
-
-
-@dataclass(frozen=True)
-class Preview:
-    """A stage on its way: its variables after a step, the clean values that it predicts, and their levels.
-
-    A stage that is no diffusion model may say no more than its state. `done` is the share of the whole request.
-    """
-
-    stage: str
-    samples: Sequence[int]
-    x: State
-    x0: State
-    sigma: Mapping[str, float]
-    step: int
-    steps: int
-    done: float
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a chain; see `Chain.sample`."""
-
-    plan: Plan
-    given: Mapping[str, Value]
-    count: int
-    seed: int
-    batch: int
-    exact: bool
-    noise: Sequence[int]
-    settings: Mapping[str, Mapping[str, Any]]
-    placement: tuple[str | torch.device | None, torch.dtype | None]
-
-    @property
-    def size(self) -> int:
-        """Samples of one call."""
-        return TILE if self.exact else self.batch
 
 
 class Chain:
@@ -315,8 +229,8 @@ class Chain:
         **sampler: Any,
     ) -> Request:
         """A request, read, checked and planned; see `sample`."""
-        values = self._read(given or {}) if self._read is not None else self._plain(given or {})
-        values = {name: self._checked(name, value, count) for name, value in values.items()}
+        read = self._read or (lambda given: plain_values(given, self.variables))
+        values = {name: checked(name, value, self.variables, count) for name, value in read(given or {}).items()}
         numbers = list(range(count)) if noise is None else [noise] * count if isinstance(noise, int) else list(noise)
         if len(numbers) != count:
             raise UserError(f"noise has {len(numbers)} numbers for {count} samples")
@@ -325,10 +239,10 @@ class Chain:
             raise UserError(f"there is no stage '{strange[0]}'{did_you_mean(strange[0], self.stages)}")
         plan = self.resolve(want, tuple(values))
         if said := {key: value for key, value in sampler.items() if value is not None}:
-            for name in (step.producer.name for step in plan.steps if step.producer.kind == "stage"):
-                if isinstance(stage := self.stages[name], Diffusion):
-                    own = settings.setdefault(name, {})
-                    own["sampler"] = stage.tuned({**_said_of(stage, said), **(own.get("sampler") or {})})
+            running = [self.stages[step.producer.name] for step in plan.steps if step.producer.kind == "stage"]
+            for name, own in tuned(running, said).items():
+                more = settings.setdefault(name, {})
+                more["sampler"] = {**own, **(more.get("sampler") or {})}
         return Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype))
 
     def _batch(self, request: Request, begin: int, first: int) -> Generator[Preview, None, Values]:
@@ -406,39 +320,6 @@ class Chain:
                     stage.autocast = None if dtype == torch.float32 else dtype
             yield
 
-    # ------------------------------------------------------------ what is given
-
-    def _plain(self, given: Given) -> dict[str, Value]:
-        """Values without a recipe behind them: tensors, numbers, texts, classes by number."""
-        found: dict[str, Value] = {}
-        for name, value in given.items():
-            variable = self.variables.get(name)
-            if isinstance(value, Tensor) or (variable is None and not _texts(value)):
-                found[name] = value if isinstance(value, Tensor) else torch.as_tensor(value)
-            elif _texts(value):
-                if variable is not None and variable.kind != "text":
-                    raise UserError(f"given '{name}' is text, but {variable} takes numbers here")
-                found[name] = [value] if isinstance(value, str) else list(value)
-            else:
-                tensor = torch.as_tensor(value)
-                found[name] = tensor[None] if tensor.ndim == 0 else tensor
-        return found
-
-    def _checked(self, name: str, value: Value, count: int) -> Value:
-        variable = self.variables.get(name)
-        if variable is None and not isinstance(value, Tensor):
-            return value  # a text that no stage takes by itself: an encoder does
-        if variable is None:
-            return value  # the resolver refuses it with the nearest name
-        shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
-        if shape not in variable.value_shapes or len(value) not in (1, count):
-            said = list(value.shape) if isinstance(value, Tensor) else [len(value)]
-            expected = ", ".join(map(str, (count, *variable.value_shapes[0])))
-            raise UserError(
-                f"given '{name}' has shape {said}; expected [{expected}]", hint="or one row for all samples"
-            )
-        return value
-
     # ------------------------------------------------------------ objects
 
     def to(self, device: str | torch.device) -> Chain:
@@ -451,29 +332,6 @@ class Chain:
         from chaindiff.saving import save_chain
 
         return save_chain(self, folder)
-
-
-def _said_of(stage: Diffusion, said: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a whole call that concern this stage: it takes the scales of its own given variables alone."""
-    guidance = said.get("guidance")
-    rest = {key: value for key, value in said.items() if key != "guidance"}
-    droppable = stage.droppable(stage.sampler)
-    if isinstance(guidance, Mapping):
-        return {**rest, "guidance": {name: scale for name, scale in guidance.items() if name in droppable} or 1.0}
-    return {**rest, "guidance": guidance} if guidance is not None and droppable else rest
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list | tuple) and bool(value) and all(isinstance(part, str) for part in value)
-    )
-
-
-def rows_of(value: Value, rows: Sequence[int]) -> Value:
-    """These rows of a value; one row stands for all."""
-    if len(value) == 1:
-        return value.expand(len(rows), *value.shape[1:]) if isinstance(value, Tensor) else value * len(rows)
-    return value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]
 
 
 def _without_gradients(states: Iterator[State]) -> Iterator[State]:

@@ -11,7 +11,6 @@ from typing import Any
 from rich import get_console
 
 from chaindiff.assemble import Assembly
-from chaindiff.chain import TILE, rows_of
 from chaindiff.distributed import processes
 from chaindiff.drawing import chain_png
 from chaindiff.evaluation.evaluate import evaluate as measure
@@ -24,6 +23,7 @@ from chaindiff.outputs import Samples
 from chaindiff.page import write_run_report
 from chaindiff.planning import ChainPlan
 from chaindiff.progress import Bar
+from chaindiff.request import TILE, rows_of
 from chaindiff.smoke import smoke_version
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.files import write_whole
@@ -174,19 +174,21 @@ def sample_chain(assembly: Assembly) -> Sampled:
     lock = lock_of(assembly, found, weights, values, before)
     if lock["samples"] != before.get("samples"):  # another request: how it is executed is decided anew
         lock = lock_of(assembly, found, weights, values, {})
+    stale = bool(before) and before.get("samples") != lock["samples"]
+    if samples.complete and not stale:
+        state.wait_for_everyone()
+        return Sampled(samples, found, weights, lock, 0.0, {})
+    chain = assembly.chain(found.running)  # weights that do not load are found before anything is deleted
     with state.main_process_first():
-        if (out / LOCK).exists() and load_recipe(out).lock.get("samples") != lock["samples"]:
+        if stale and load_recipe(out).lock.get("samples") != lock["samples"]:  # no other process was here before
             if samples.folder.exists():
                 say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
             samples.clear()
-        missing, complete = samples.missing(), samples.complete
-        if state.is_main_process and not complete:
+        missing = samples.missing()
+        if state.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
             write_lock(out, assembly.recipe, lock)
     state.wait_for_everyone()  # all of them have seen what is missing before one makes it
-    if complete:
-        return Sampled(samples, found, weights, lock, 0.0, {})
-    chain = assembly.chain(found.running)
     prepare(chain, lock["execution"], asked.precision)
     began, mine = time.perf_counter(), missing[state.process_index :: state.num_processes]
     done = asked.count - sum(map(len, missing))

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.chain import Chain, Value
+from chaindiff.chain import Chain
 from chaindiff.diffusion import Diffusion
 from chaindiff.planning import ChainPlan
+from chaindiff.request import Value
 from chaindiff.specs.stage import StageSpec
 from chaindiff.variables import digest
 

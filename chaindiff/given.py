@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chaindiff.assemble import Assembly
-from chaindiff.chain import Value
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.sources import IMAGES, Folder
+from chaindiff.request import Value
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import DataSpec, FileSpec
 from chaindiff.variables import Variable

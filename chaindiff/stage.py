@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from chaindiff.edm.denoiser import State
 from chaindiff.edm.random import Draws
+from chaindiff.specs.errors import did_you_mean
 from chaindiff.variables import Variable
 
 Values = Mapping[str, Tensor]  # a variable's clean values, [batch, *shape]
@@ -93,6 +95,53 @@ class Outline:
 
     def loss(self, batch: Values, draws: Draws) -> Tensor:
         return self.built.loss(batch, draws)
+
+
+class Stages(Mapping[str, Stage]):
+    """Stages by name. One of a recipe reads its weights when it is first asked for; until then its outline serves."""
+
+    def __init__(
+        self,
+        stages: Iterable[Stage],
+        load: Callable[[str], Stage] | None = None,
+        begin: Callable[[str], Stage] | None = None,
+    ):
+        self.outlines = {stage.name: stage for stage in stages}
+        self.loaded: dict[str, Stage] = {} if load else dict(self.outlines)
+        self._load, self._begin, self._device = load, begin, None
+
+    def __getitem__(self, name: str) -> Stage:
+        if name not in self.outlines:
+            raise KeyError(f"there is no stage '{name}'{did_you_mean(name, self.outlines)}")
+        if name not in self.loaded:
+            assert self._load is not None
+            self.loaded[name] = _moved(self._load(name), self._device)
+        return self.loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outlines)
+
+    def __len__(self) -> int:
+        return len(self.outlines)
+
+    def trainable(self) -> Iterator[tuple[str, Stage]]:
+        """Stages that learn; one without weights yet as it begins."""
+        for name, outline in self.outlines.items():
+            if learns(outline):
+                yield name, self._begin(name) if self._begin is not None and name not in self.loaded else self[name]
+
+    def to(self, device: str | torch.device) -> None:
+        """Move what is loaded, and what will be."""
+        self._device = device
+        for stage in self.loaded.values():
+            _moved(stage, device)
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{name}: {stage!r}' for name, stage in self.outlines.items())}}}"
+
+
+def _moved(stage: Stage, device: str | torch.device | None) -> Stage:
+    return stage.to(device) if isinstance(stage, nn.Module) and device is not None else stage
 
 
 def subsets(names: Sequence[str]) -> frozenset[frozenset[str]]:

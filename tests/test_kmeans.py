@@ -206,7 +206,7 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
     counts = assembly.counts("clusters")
     assert list(chain.sources["clusters"].frequencies) == counts.tolist() and counts.sum() == len(rows)
     assert checkpoint.metadata(assembly.fitted_path("clusters"))["rows"] == str(len(rows))
-    drawn = chain.sources[0].sample(range(4000), 0).bincount(minlength=8) / 4000
+    drawn = chain.sources["clusters"].sample(range(4000), 0).bincount(minlength=8) / 4000
     share = counts / counts.sum()
     assert ((drawn - share).abs() < 4 * (share * (1 - share) / 4000).sqrt()).all()
 
@@ -231,7 +231,7 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
     # A run that finds these weights beside itself finds the clusters that they were trained with, too.
     beside = Assembly(smoke_version(loaded), tmp_path.with_name(f"{tmp_path.name}-beside"))
     assert beside.fitted_path("clusters") == assembly.fitted_path("clusters") != Path()
-    assert beside.chain().sources[0].weights == counts.tolist()
+    assert beside.chain().sources["clusters"].frequencies == counts.tolist()
 
     with pytest.raises(UserError, match=r"'8' is no class of clusters"):
         check_given(assembly, {"clusters": 8})

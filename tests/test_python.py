@@ -91,6 +91,37 @@ def test_settings_of_one_call_leave_the_stage_as_it_was() -> None:
     assert stage.sampler == cd.Sampler(steps=3) and stage.autocast is None
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"guidance": {"sid": 2.0}}, "guidance: no stage that runs can go without 'sid'; did you mean 'side'?"),
+        ({"solver": "hern"}, "point.sampler.solver: input should be 'euler', 'heun', 'dpmpp_2m' or 'ddim'"),
+        ({"stages": {"pont": {}}}, "there is no stage 'pont'; did you mean 'point'?"),
+        (
+            {"stages": {"point": {"sampler": {"stps": 3}}}},
+            "point.sampler.stps: extra inputs are not permitted; did you",
+        ),
+    ],
+)
+def test_settings_that_nothing_takes_are_refused(options, expected) -> None:
+    with pytest.raises(cd.UserError) as caught:
+        cd.Chain([small()]).sample(2, given={"side": torch.ones(1, 1)}, **options)
+    assert expected in str(caught.value)
+    plain = cd.Chain([cd.Diffusion(SIDE, network=Nothing)])
+    with pytest.raises(cd.UserError, match="guidance: no stage that runs was trained with dropout"):
+        plain.sample(2, guidance=2.0)
+    with pytest.raises(cd.UserError, match="steps: no diffusion stage runs here"):
+        cd.Chain([Broken({"side": torch.zeros(2, 1)})]).sample(2, steps=3)
+
+
+def test_scales_go_to_the_stages_that_have_them() -> None:
+    first = cd.Diffusion(SIDE, network=cd.Prior(width=16, depth=1, heads=2), sampler={"steps": 3})
+    chain, given = cd.Chain([first, small(sampler={"steps": 3})]), {"side": torch.ones(1, 1)}
+    one, all_of_it = (chain.sample(2, given=given, guidance=g)["point"] for g in ({"side": 2.0}, 2.0))
+    assert torch.equal(one, all_of_it) and not torch.equal(one, chain.sample(2, given=given)["point"])
+    assert torch.equal(chain.sample(2, guidance=2.0)["side"], chain.sample(2)["side"]), "it has nothing to go without"
+
+
 def test_one_number_shares_its_noise_between_rows() -> None:
     chain, given = cd.Chain([small(sampler={"steps": 3})]), {"side": torch.ones(1, 1)}
     whole = chain.sample(4, given=given)["point"]

@@ -32,7 +32,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_plans(name: str) -> None:
     assembly = Assembly(load_recipe(name))
-    found = assembly.chain().plan(assembly.recipe.sample.want)
+    found = assembly.request
     assert found.running
     assert sum(found.share(stage) for stage in found.running) == pytest.approx(1)
     assert all(found.costs[stage].flops > 0 for stage in found.running)

@@ -28,7 +28,6 @@ from chaindiff.encoders.resize import resize
 from chaindiff.evaluation.features import JUDGES
 from chaindiff.evaluation.features import resize as resize_as_pil
 from chaindiff.evaluation.judge_networks import SIZE, TRUNKS, Judge
-from chaindiff.specs.recipe import DataSpec
 from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training import checkpoint
 from chaindiff.training.job import cache_folder
@@ -162,7 +161,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or JUDGES / f"judge_{args.kind}.safetensors"
     images = args.images or IMAGES[args.kind]
-    split = {name: open_data(DataSpec(path="emoji64", split=name)) for name in ("train", "test")}
+    split: dict[str, Any] = {name: open_data("emoji64", split=name) for name in ("train", "test")}
     labels = Labels(split["train"])
     options = [args.kind, images, args.seed]
     state = cache_folder() / "judges" / f"{'-'.join(map(str, options))}.safetensors"

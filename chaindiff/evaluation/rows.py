@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from chaindiff.assemble import Assembly
-from chaindiff.chain import Value, rows_of
 from chaindiff.diffusion import Diffusion
 from chaindiff.evaluation.oracle import DataValues, oracle, split_of
 from chaindiff.execution import chosen_execution, depends_on, prepare
 from chaindiff.given import read_given
 from chaindiff.pictures import to_uint8
 from chaindiff.planning import ChainPlan
+from chaindiff.request import Value, rows_of
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import Loaded
 from chaindiff.training import checkpoint
