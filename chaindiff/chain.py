@@ -241,8 +241,9 @@ class Chain:
         if said := {key: value for key, value in sampler.items() if value is not None}:
             running = [self.stages[step.producer.name] for step in plan.steps if step.producer.kind == "stage"]
             for name, own in tuned(running, said).items():
-                more = settings.setdefault(name, {})
-                more["sampler"] = {**own, **(more.get("sampler") or {})}
+                mine = settings.setdefault(name, {})
+                whole = mine.get("sampler") or {}  # a whole sampler stands as it is
+                mine["sampler"] = {**own, **whole} if isinstance(whole, Mapping) else whole
         return Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype))
 
     def _batch(self, request: Request, begin: int, first: int) -> Generator[Preview, None, Values]:

@@ -17,6 +17,7 @@ from torch import nn
 from chaindiff.chain import Chain, Encoder, Source
 from chaindiff.data.augment import augment_dim
 from chaindiff.diffusion import Diffusion
+from chaindiff.specs.code import is_code
 from chaindiff.specs.errors import UserError
 from chaindiff.specs.files import write_whole
 from chaindiff.specs.stage import AugmentSpec
@@ -68,10 +69,11 @@ def save_stage(stage: Stage, path: str | Path, **about: Any) -> None:
     checkpoint.save(Path(path), stage.state_dict(), {**metadata(stage), **about})
 
 
-def load_stage(path: str | Path, **own: Any) -> Diffusion:
+def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Diffusion:
     """A diffusion stage from its weights file. `own`: arguments of `Diffusion` that are code, such as `network`.
 
-    Raises UserError for a file that does not say what the stage is, or whose tensors do not fit.
+    Raises UserError for a file that does not say what the stage is or names code that nobody allowed, and for tensors
+    that do not fit.
     """
     path = Path(path)
     tensors, kept = checkpoint.load(path)
@@ -86,6 +88,10 @@ def load_stage(path: str | Path, **own: Any) -> Diffusion:
         raise UserError(f"{path} does not say enough of its stage to build it", hint=hint) from error
     settings = {key: said.get(key) for key in ("network", "precondition", "noise", "joint")}
     settings = {**settings, "sampler": said.get("sample"), **own}
+    named = settings["network"].get("kind") if isinstance(settings["network"], Mapping) else None
+    if is_code(named) and not allow_code:
+        hint = "load_stage(path, allow_code=True) if you trust the file and that code, or network=... takes the network"
+        raise UserError(f"{path}: the network is code, '{named}', which runs only where you allow it", hint=hint)
     for part in ("network", "precondition", "noise"):
         if settings[part] is None:
             raise UserError(f"{path}: the {part} is code of your own", hint=f"load_stage(path, {part}=...) takes it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import chaindiff as cd
+from chaindiff.training import checkpoint
 
 SIDE, POINT = cd.Variable.vector("side", 1), cd.Variable.vector("point", 2)
 UNET = cd.UNet(channels=16, mult=[1, 1], blocks=1, attention=[], dropout=0.3)
@@ -341,6 +343,21 @@ def test_a_stage_file_is_enough_to_build_the_stage(tmp_path) -> None:
     cd.save_stage(own, tmp_path / "own.safetensors")
     with pytest.raises(cd.UserError, match=r"the network is code of your own\n  load_stage\(path, network=\.\.\.\)"):
         cd.load_stage(tmp_path / "own.safetensors")
+
+
+def test_a_stage_file_runs_no_code_that_nobody_allowed(tmp_path, monkeypatch) -> None:
+    (tmp_path / "evil_net.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    cd.save_stage(small(), "point.safetensors")
+    tensors, kept = checkpoint.load(Path("point.safetensors"))
+    said = json.loads(kept["stage"]) | {"network": {"kind": "evil_net:Net", "settings": {}}}
+    checkpoint.save(Path("evil.safetensors"), tensors, {**kept, "stage": said})
+    with pytest.raises(cd.UserError, match="the network is code, 'evil_net:Net', which runs only where you allow it"):
+        cd.load_stage("evil.safetensors")
+    assert not Path("ran").exists()
+    network = cd.Prior(width=16, depth=1, heads=2)
+    assert cd.load_stage("evil.safetensors", network=network).network_spec == network
 
 
 def test_a_loaded_stages_state_can_be_saved(tmp_path) -> None:

@@ -15,7 +15,7 @@ from chaindiff.chain import Chain
 from chaindiff.data.augment import active
 from chaindiff.data.images import ImageData
 from chaindiff.data.items import Data, Items
-from chaindiff.diffusion import config
+from chaindiff.diffusion import Diffusion, config
 from chaindiff.encoders.base import Encoder
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError, did_you_mean
@@ -106,6 +106,8 @@ def _train_stage(
             if progress is not None:
                 progress(step)
         checkpoint.fill(stage, checkpoint.load(place / "weights.safetensors")[0], str(place))
+    if isinstance(stage, Diffusion):
+        stage.autocast = None  # the precision was that of training
     stage.eval()
 
 
