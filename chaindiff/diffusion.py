@@ -21,10 +21,11 @@ from chaindiff.edm.random import Draws
 from chaindiff.edm.schedules import schedule
 from chaindiff.edm.solvers import Churn, Step, Update, integrate, updates
 from chaindiff.formulation import preconditioning, training_noise
-from chaindiff.guidance.classifier_free import Terms, classifier_free, guidance_terms
+from chaindiff.guidance.classifier_free import classifier_free, guidance_terms
 from chaindiff.networks.condition import Conditioner, Given, Link, training_level
 from chaindiff.networks.interface import Condition, Interface
 from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.sampling import sampling_problems
 from chaindiff.specs.stage import (
     JointSpec,
     LinkSpec,
@@ -75,10 +76,10 @@ class Diffusion(nn.Module):
         self.name, self.augment_dim = name or variables[0].name, augment_dim
         self.generates = {variable.name: variable for variable in variables}
         self.joint: JointSpec = config(JointSpec, joint or {}, f"{self.name}.joint")
-        self.sampler: SamplerSpec = config(SamplerSpec, sampler or {}, f"{self.name}.sampler")
         pairs = [item if isinstance(item, tuple) else (item, {}) for item in given]
         links = [Link(variable, self._link(variable, said), self.target) for variable, said in pairs]
         self.conditioner = Conditioner(links)
+        self.sampler = self.tuned(config(SamplerSpec, sampler or {}, f"{self.name}.sampler"))
         precondition = {"kind": precondition} if isinstance(precondition, str) else precondition
         self.precondition_spec = config(Precondition, precondition, f"{self.name}.precondition")
         self.precondition: Preconditioning = self.precondition_spec
@@ -240,33 +241,26 @@ class Diffusion(nn.Module):
         return staggered(dict.fromkeys(names, levels), s.offset, dict.fromkeys(names, chosen))
 
     def tuned(self, sampler: SamplerSpec | Config | None) -> SamplerSpec:
-        """The stage's sampler, or the one given; a mapping changes fields of the stage's own."""
+        """The stage's sampler, or the one given; a mapping changes fields of the stage's own.
+
+        Raises UserError for what the stage was not trained for.
+        """
         if isinstance(sampler, Mapping):
             own = self.sampler.model_dump(exclude_unset=True)
-            return config(SamplerSpec, {**own, **sampler}, f"{self.name}.sampler")
-        return sampler or self.sampler
+            sampler = config(SamplerSpec, {**own, **sampler}, f"{self.name}.sampler")
+        found = sampler or self.sampler
+        for place, problem in sampling_problems({k.variable.name: k.spec for k in self.conditioner}, found):
+            raise UserError(problem, f"stages.{self.name}.sample.{place}")
+        return found
 
     def table(self, path: Path, sampler: SamplerSpec | Config | None = None) -> list[Update]:
-        """The solver's table on a path."""
+        """The solver's table on a path. Raises UserError for settings that have no meaning together."""
         s = self.tuned(sampler)
         churn = Churn(s.churn.amount, s.churn.min, math.inf if s.churn.max is None else s.churn.max, s.churn.noise)
-        return updates(path, s.solver, churn=churn, eta=s.eta, round=self.precondition.round)
-
-    def terms(self, sampler: SamplerSpec) -> Terms:
-        """The terms of the sampler's guidance: which given variables are absent, and the weight.
-
-        Raises UserError for a scale on what is never absent in training.
-        """
-        droppable = self.droppable(sampler)
-        asks = sampler.guidance if not isinstance(sampler.guidance, Mapping) else dict(sampler.guidance)
-        where, mend = f"stages.{self.name}.sample.guidance", "give the link a dropout and train it, or set guidance: 1"
-        if asks != 1 and not droppable:
-            message = f"stage '{self.name}' asks for guidance {asks}, but was trained without dropout on any link"
-            raise UserError(message, where, mend)
         try:
-            return guidance_terms(asks, droppable, sampler.guidance_interval)
+            return updates(path, s.solver, churn=churn, eta=s.eta, round=self.precondition.round)
         except ValueError as error:
-            raise UserError(str(error), where, mend) from error
+            raise UserError(str(error), f"stages.{self.name}.sample") from error
 
     def droppable(self, sampler: SamplerSpec) -> list[str]:
         """The given variables that sampling looks at and training went without at times."""
@@ -279,7 +273,7 @@ class Diffusion(nn.Module):
 
         s = self.tuned(sampler)
         levels = [row.sigma for row in self.table(self.path(moving, s), s) if row.sigma is not None]
-        weights = [weight for _, weight in self.terms(s)]
+        weights = [weight for _, weight in guidance_terms(s.guidance, self.droppable(s), s.guidance_interval)]
         nfe = sum(bool(w(sigma) if callable(w) else w) for sigma in levels for w in weights)
         noisy = {n: f"noise {s.link(n).noise:g}" for n in (k.variable.name for k in self.conditioner if k.tells_level)}
         return measure(self, self.network, self.interface, nfe, f"{s.solver}, {s.steps} steps", noisy)
@@ -325,7 +319,6 @@ class Diffusion(nn.Module):
     ) -> Denoiser:
         """The bound denoiser with the sampler's guidance."""
         s = self.tuned(sampler)
-        self.terms(s)  # refuses a scale that has nothing to guide by
         return classifier_free(
             lambda absent: self.bind(given, draws, absent=absent, sampler=s),
             s.guidance,

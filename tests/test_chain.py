@@ -201,9 +201,9 @@ def test_guidance_is_the_weighted_sum_of_both_predictions() -> None:
 def test_guidance_without_dropout_is_refused() -> None:
     clip, image = Variable.vector("clip", 4), Variable.image("image", 3, 8)
     unet = UNetSpec(kind="unet", channels=16, mult=[1], blocks=1, attention=[])
-    stage = Diffusion(image, given=[clip], network=unet, sampler=SamplerSpec(guidance=2.0))
-    with pytest.raises(UserError, match="trained without dropout on any link"):
-        stage.denoiser({"clip": torch.zeros(1, 4)})
+    for guidance in (2.0, {"clip": 2.0}):
+        with pytest.raises(UserError, match=r"stages\.image\.sample\.guidance.* compares with an absent value, but"):
+            Diffusion(image, given=[clip], network=unet, sampler=SamplerSpec(guidance=guidance))
 
 
 # ------------------------------------------------------------ Python, sources, refusals

@@ -98,6 +98,15 @@ def test_settings_of_one_call_leave_the_stage_as_it_was() -> None:
     [
         ({"guidance": {"sid": 2.0}}, "guidance: no stage that runs can go without 'sid'; did you mean 'side'?"),
         ({"solver": "hern"}, "point.sampler.solver: input should be 'euler', 'heun', 'dpmpp_2m' or 'ddim'"),
+        (
+            {"stages": {"point": {"sampler": {"eta": 1.0}}}},
+            "stages.point.sample: eta is for ddim and dpmpp_2m; heun takes",
+        ),
+        ({"stages": {"point": {"sampler": {"links": {"side": {"keep": 1}}}}}}, "links.side.keep: 1 was not trained"),
+        (
+            {"stages": {"point": {"sampler": {"links": {"sid": {}}}}}},
+            "links.sid: the stage is not given 'sid'; did you mean",
+        ),
         ({"stages": {"pont": {}}}, "there is no stage 'pont'; did you mean 'point'?"),
         (
             {"stages": {"point": {"sampler": {"stps": 3}}}},

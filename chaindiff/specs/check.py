@@ -9,8 +9,9 @@ from pydantic import BaseModel
 
 from chaindiff.specs.check_variables import A, Where, check_variables, circle_of, shape_problem, unknown
 from chaindiff.specs.code import CodeSpec, is_code
-from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import Recipe, VariableSpec
+from chaindiff.specs.sampling import sampling_problems
 from chaindiff.specs.stage import (
     JointNetworkSpec,
     JointSpec,
@@ -119,7 +120,8 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, s
             yield f"{field}.null", "is never used: the link has no `dropout`, so its value is never absent in training"
         for problem in _absence(link, variable):
             yield f"{field}.{problem[0]}", problem[1]
-    yield from _sampling(stage)
+    for field, problem in sampling_problems({link.variable: link for link in stage.given}, stage.sample):
+        yield f"sample.{field}", problem
 
 
 def _code(stage: StageSpec) -> Iterator[tuple[str, str]]:
@@ -143,36 +145,6 @@ def _absence(link: LinkSpec, variable: VariableSpec) -> Iterator[tuple[str, str]
         yield "keep", f"{max(link.keep)} is more than the {variable.shape[0]} entries of '{link.variable}'"
     elif link.keep and not max(link.keep):
         yield "keep", "0 alone never gives anything; leave the link out"
-
-
-def _sampling(stage: StageSpec) -> Iterator[tuple[str, str]]:
-    """What sampling does to given variables, against what training taught."""
-    links, sampler = {link.variable: link for link in stage.given}, stage.sample
-    for name, said in sampler.links.items():
-        field, link = f"sample.links.{name}", links.get(name)
-        if link is None:
-            yield field, f"the stage is not given '{name}'{did_you_mean(name, links)}"
-            continue
-        if said.noise > link.noise:
-            yield f"{field}.noise", f"{said.noise:g} is above {link.noise:g}, the largest level in training (`noise`)"
-        if said.keep is not None and said.keep not in link.keep:
-            known = f"one of {link.keep}" if link.keep else "which this link has not"
-            yield f"{field}.keep", f"{said.keep} was not trained: it should be in the link's `keep`, {known}"
-        if said.absent and not link.can_be_absent:
-            problem = "the value is never absent in training: the link has no `dropout`, and no 0 in `keep`"
-            yield f"{field}.absent", problem
-    droppable = [name for name, link in links.items() if link.can_be_absent and sampler.link(name).sampled]
-    scales = sampler.guidance
-    if isinstance(scales, dict):
-        for name in scales:
-            if name not in droppable:
-                tail = "has no `dropout`, so it is never absent" if name in links else "is not given to this stage"
-                yield f"sample.guidance.{name}", f"compares with an absent value, but '{name}' {tail}"
-    elif scales != 1 and not droppable:
-        problem = f"{scales:g} compares with an absent value, but no link of this stage has a `dropout`"
-        yield "sample.guidance", problem
-    if sampler.guidance_interval is not None and sampler.guidance_interval[0] >= sampler.guidance_interval[1]:
-        yield "sample.guidance_interval", "should rise: the level is above the first number and at most the second"
 
 
 def _network(recipe: Recipe, name: str, stage: StageSpec) -> Iterator[tuple[str, str]]:
