@@ -76,8 +76,10 @@ class Assembly:
     @cached_property
     def data(self) -> Data:
         with self.located():
-            own = isinstance(self.recipe.data, CodeDataSpec)
-            return open_data(self.recipe.data, self.root.name if own else None)
+            if not isinstance(self.recipe.data, CodeDataSpec):
+                return open_data(self.recipe.data)
+            images = (n for n, spec in self.recipe.variables.items() if spec.kind == "image" and spec.encoder is None)
+            return open_data(self.recipe.data, next(images, None))
 
     @contextmanager
     def located(self, place: str | None = None) -> Iterator[None]:

@@ -14,6 +14,7 @@ import rich
 import torch
 import yaml
 from recipe_text import message, write
+from safetensors.torch import load_file
 
 import chaindiff as cd
 from chaindiff import cli, code
@@ -538,3 +539,49 @@ def test_editors_know_code(here):
     for wrong in (RECIPE.replace("my_code:MLP", "my_code.MLP"), OWN_STAGE.replace("my_code:Own", "diffusion")):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(yaml.safe_load(wrong), json_schema())
+
+
+# ---------------------------------------------------------------- a chain without images
+
+
+PAIRS = """
+import torch
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, rows=64):
+        self.x = torch.randn(rows, 1, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, row):
+        return {"x": self.x[row], "y": torch.cat([self.x[row], -self.x[row]])}
+"""
+VECTORS = """\
+name: vectors
+data: {kind: "my_pairs:Pairs", settings: {rows: 32}}
+variables:
+  x: {kind: vector, shape: [1]}
+  y: {kind: vector, shape: [2]}
+stages:
+  x:
+    network: {kind: prior, width: 16, depth: 1, heads: 2}
+    train: {images: 32, batch: 16}
+    sample: {steps: 2}
+  y:
+    given: [x]
+    network: {kind: prior, width: 16, depth: 1, heads: 2}
+    train: {images: 32, batch: 16}
+    sample: {steps: 2}
+sample: {count: 3}
+"""
+
+
+def test_vectors_of_a_dataset_of_ones_own_need_no_encoder_and_no_image(here, chaindiff) -> None:
+    write(here.parent / "lib", PAIRS, "my_pairs.py")
+    write(here, VECTORS, "vectors.yaml")
+    status, _, error = chaindiff("run", "vectors.yaml", "--allow-code")
+    assert status == 0, error
+    out = load_file(here / "runs/vectors/samples/y/000000.safetensors")
+    assert out["y"].shape == (3, 2)

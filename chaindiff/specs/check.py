@@ -84,7 +84,8 @@ def _stages(recipe: Recipe, where: Where) -> Iterator[UserError]:
             yield UserError(f"{path}.{field}: {problem}", where(f"{path}.{field}"))
         for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
             variable = recipe.variables.get(used)
-            if variable and variable.kind in ("vector", "tokens") and not variable.encoder and not stage.weights:
+            made = variable is None or variable.encoder or stage.weights or isinstance(recipe.data, CodeSpec)
+            if variable and variable.kind in ("vector", "tokens") and not made:
                 problem = f"stage '{name}' trains with '{used}', which needs an encoder: data holds no {variable.kind}"
                 yield UserError(f"variables.{used}: {problem}", where(f"variables.{used}"))
     links = {
