@@ -204,9 +204,10 @@ def test_files_that_are_none(tmp_path):
     assert "pipe.zip: the data is neither a folder nor a readable zip" in refusal(tmp_path / "pipe.zip")
 
 
-def test_a_folder_that_may_not_be_read_is_not_left_out():
+def test_a_folder_that_may_not_be_read_is_not_left_out(monkeypatch):
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
+        monkeypatch.setattr("chaindiff.data.sources.ASSETS", Path(folder))  # where nobody may look, too
         path = write(Path(folder) / "set", {"y.png": png(noise(4, 4)), "sub/x.png": png(noise(4, 4))})
         archive = zipped(Path(folder) / "a.zip", {"x.png": png(noise(4, 4))})
         (path / "sub").chmod(0)
