@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from chaindiff import networks
-from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State, expand
+from chaindiff.bound import Bound
+from chaindiff.edm.denoiser import Denoiser, Prediction, State, expand
 from chaindiff.edm.levels import Path, grid, staggered
 from chaindiff.edm.noise import TrainingNoise, some_known
 from chaindiff.edm.precondition import Preconditioning
@@ -24,7 +24,7 @@ from chaindiff.formulation import preconditioning, training_noise
 from chaindiff.guidance.classifier_free import classifier_free, guidance_terms
 from chaindiff.networks.condition import Conditioner, Given, Link, training_level
 from chaindiff.networks.interface import Condition, Interface
-from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.specs.errors import UserError
 from chaindiff.specs.sampling import sampling_problems
 from chaindiff.specs.stage import (
     JointSpec,
@@ -35,6 +35,7 @@ from chaindiff.specs.stage import (
     SamplerSpec,
     published_noise,
 )
+from chaindiff.specs.validate import config
 from chaindiff.stage import Cost, Values, evaluating, subsets
 from chaindiff.variables import Variable
 
@@ -245,10 +246,10 @@ class Diffusion(nn.Module):
 
         Raises UserError for what the stage was not trained for.
         """
-        if isinstance(sampler, Mapping):
+        found = self.sampler if sampler is None else sampler
+        if isinstance(found, Mapping):
             own = self.sampler.model_dump(exclude_unset=True)
-            sampler = config(SamplerSpec, {**own, **sampler}, f"{self.name}.sampler")
-        found = sampler or self.sampler
+            found = cast(SamplerSpec, config(SamplerSpec, {**own, **found}, f"{self.name}.sampler"))
         for place, problem in sampling_problems({k.variable.name: k.spec for k in self.conditioner}, found):
             raise UserError(problem, f"stages.{self.name}.sample.{place}")
         return found
@@ -385,70 +386,7 @@ class Diffusion(nn.Module):
                 yield {name: value / (step.sigma[name] or 1.0) for name, value in step.items()}
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A stage's denoiser with its conditions bound."""
-
-    stage: Diffusion
-    condition: Condition
-    fixed: State = field(default_factory=dict)  # generated variables that are given
-
-    @property
-    def kin(self) -> int:
-        """Denoisers of one network are evaluated as one batch."""
-        return id(self.stage)
-
-    def evaluations(self, sigma: Levels) -> int:
-        return 1
-
-    def __call__(self, x: State, sigma: Levels) -> Prediction:
-        return self.batch([self], x, sigma)[0]
-
-    def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
-        """What each of several bound denoisers of this stage predicts, by one call of the network."""
-        like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
-        values, levels = {}, {}
-        for name in self.stage.generates:
-            value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
-            level = level.to(like) if isinstance(level, Tensor) else torch.full((count,), level).to(like)
-            levels[name] = level.repeat(terms)
-            values[name] = value.repeat(terms, *[1] * (value.ndim - 1))
-        found = self.stage.denoise(values, levels, _side_by_side([other.condition for other in others], count))
-        return [
-            Prediction(
-                {name: found.x0[name][rows] for name in x},
-                None if found.variance is None else {name: found.variance[name][rows] for name in x},
-            )
-            for rows in (slice(n * count, (n + 1) * count) for n in range(terms))
-        ]
-
-
-def _side_by_side(conditions: Sequence[Condition], count: int) -> Condition:
-    """Conditions as those of one batch; one that was bound without given variables is the same for every row."""
-
-    def join(part: str) -> Tensor | None:
-        found = [tensor for condition in conditions if (tensor := getattr(condition, part)) is not None]
-        whole = [tensor.expand(count, *tensor.shape[1:]) for tensor in found]
-        return torch.cat(whole) if len(whole) > 1 else whole[0] if whole else None
-
-    return Condition(*map(join, ("labels", "images", "context", "augment")))
-
-
 def _contiguous(module: nn.Module, tensors: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     for name, value in tensors.items():
         if isinstance(value, Tensor):
             tensors[name] = value.contiguous()
-
-
-def config(kind: Any, said: Any, where: str) -> Any:
-    """The config object that a mapping describes, or the object itself. Raises UserError for fields that do not fit."""
-    if not isinstance(said, Mapping):
-        return said
-    try:
-        return TypeAdapter(kind).validate_python(dict(said))
-    except ValidationError as errors:
-        error = errors.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in (where, *error["loc"]))
-        known = getattr(kind, "model_fields", {})
-        tail = did_you_mean(str(error["loc"][-1]), known) if error["type"] == "extra_forbidden" else ""
-        raise UserError(f"{error['msg'][:1].lower()}{error['msg'][1:]}{tail}", place) from errors

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from chaindiff.specs.code import CODE
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.fields import child, kinds, model_of, tagged
 from chaindiff.specs.stage import StageSpec
-from chaindiff.specs.yaml import Node, describe
+from chaindiff.specs.yaml import Node, describe, wrap
 
 # What sampling does to a link stands under `sample.links`; it stood beside what training does to it.
 MOVED = {"sample_noise": "noise", "sample_keep": "keep", "sample_absent": "absent"}
@@ -39,10 +39,21 @@ _LIMITS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def config(kind: Any, said: Any, where: str) -> Any:
+    """The config object that a mapping of Python describes, or the object itself, for a place in words.
+
+    Raises UserError as `validate` does.
+    """
+    return validate(kind, wrap(said, where)) if isinstance(said, Mapping) else said
+
+
 def validate(model: type[Model], tree: Node) -> Model:
-    """The config object that a tree describes. Raises one UserError that lists what is wrong."""
+    """The config object of a type (a model, or a union of them) that a tree describes.
+
+    Raises one UserError that lists what is wrong.
+    """
     try:
-        result = model.model_validate(tree.plain())
+        result = TypeAdapter(model).validate_python(tree.plain())
     except ValidationError as errors:
         raise_all(_merged([_translate(error, tree, model) for error in errors.errors(include_url=False)]))
         raise  # not reached: a ValidationError lists at least one error

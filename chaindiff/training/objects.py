@@ -15,11 +15,12 @@ from chaindiff.chain import Chain
 from chaindiff.data.augment import active
 from chaindiff.data.images import ImageData
 from chaindiff.data.items import Data, Items
-from chaindiff.diffusion import Diffusion, config
+from chaindiff.diffusion import Diffusion
 from chaindiff.encoders.base import Encoder
 from chaindiff.progress import Bar
 from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.stage import AugmentSpec, TrainSpec
+from chaindiff.specs.validate import config
 from chaindiff.stage import Stage, learns
 from chaindiff.training import checkpoint
 from chaindiff.training.batches import Batches, TextFeatures
