@@ -137,6 +137,9 @@ def _save_run(chain: Chain, assembly: Assembly, folder: Path) -> Path:
     from chaindiff.specs.lock import write_lock
 
     for name in chain.stages:
+        if learns(chain.stages.outlines[name]) and name in chain.stages.loaded and name not in chain.weights:
+            hint = "save_stage writes it alone, and the recipe's `weights` takes that file"
+            raise UserError(f"stage '{name}' was trained on other data than {assembly.recipe.name}'s", hint=hint)
         weights = assembly.find_weights(name)
         if learns(chain.stages.outlines[name]) and (name in chain.stages.loaded or weights is not None):
             stage = chain.stages[name]

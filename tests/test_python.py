@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import chaindiff as cd
+from chaindiff import chain as chain_module
+from chaindiff import commands
+from chaindiff.specs.load import load_recipe
 from chaindiff.training import checkpoint
 
 SIDE, POINT = cd.Variable.vector("side", 1), cd.Variable.vector("point", 2)
@@ -424,6 +427,29 @@ def test_a_saved_chain_of_a_recipe_is_a_run_that_loads_anywhere(tmp_path, monkey
     assert all(torch.equal(again.sample(2)[name], expected[name]) for name in expected)
     assert {path.is_relative_to(tmp_path / "there") for path in again.weights.values()} == {True}
     assert again.origin.fitted_path("clip").exists()
+
+
+def test_a_stage_trained_on_other_data_is_not_saved_as_the_recipes(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(RECIPE)
+    chain = cd.load("mine.yaml")
+    with pytest.raises(cd.UserError, match="a recipe's own training takes no folder"):
+        cd.train(chain, folder="x")
+    cd.train(chain, {"image8": torch.rand(16, 3, 8, 8) * 2 - 1}, images=16, batch=8)
+    assert chain.sample(1)["image8"].shape == (1, 3, 8, 8)
+    with pytest.raises(cd.UserError, match="stage 'image8' was trained on other data than mine's"):
+        chain.save("there")
+
+
+def test_a_run_is_planned_as_often_for_many_batches_as_for_one(tmp_path, monkeypatch) -> None:
+    counts, resolve = [], chain_module.resolve
+    for batch in (8, 1):
+        calls = []
+        monkeypatch.setattr(chain_module, "resolve", lambda *request, calls=calls: calls.append(1) or resolve(*request))
+        loaded = load_recipe("vcdm_emoji16", set=["stages.*.sample.steps=1", "sample.count=8", f"sample.batch={batch}"])
+        commands.sample(loaded, out=tmp_path / str(batch))
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
 
 
 def test_code_of_a_saved_chain_is_handed_in_again(tmp_path) -> None:

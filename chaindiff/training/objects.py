@@ -53,6 +53,11 @@ def train(
     Raises UserError for data and settings that do not fit.
     """
     if isinstance(what, Chain) and what.origin is not None and data is None:
+        for option, value in (("folder", folder), ("augment", augment), ("progress", progress)):
+            if value is not None:
+                raise UserError(
+                    f"train: a recipe's own training takes no {option}", hint="hand in data, or leave it out"
+                )
         _train_recipe(what, only, settings)
         return what
     if data is None:
@@ -72,6 +77,7 @@ def train(
         _train_stage(stage, batches, spec, place, progress)
         if isinstance(what, Chain):
             what.stages.loaded[name] = stage
+            what.weights.pop(name, None)  # they are no file's
     return what
 
 
@@ -86,6 +92,7 @@ def _train_recipe(chain: Chain, only: str | None, settings: Mapping[str, Any]) -
         path = train_stage(assembly, name)
         chain.stages.loaded[name] = assembly.load(name, path)
         chain.weights[name] = path
+    chain.origin = assembly  # whose settings its weights now are of
 
 
 def _train_stage(
