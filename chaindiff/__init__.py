@@ -9,37 +9,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chaindiff.chain import Chain, Source, load
-    from chaindiff.commands import evaluate, run
+    from chaindiff.chain.chain import Chain, Source
+    from chaindiff.chain.diffusion import Diffusion
+    from chaindiff.chain.request import Preview
+    from chaindiff.chain.saving import load_stage, save_stage
+    from chaindiff.chain.stage import Cost, Stage
+    from chaindiff.chain.variable import Variable
+    from chaindiff.commands.run import evaluate, run
     from chaindiff.data import open_data
     from chaindiff.data.items import Items
-    from chaindiff.diffusion import Diffusion
     from chaindiff.edm.denoiser import Denoiser, Prediction
     from chaindiff.edm.levels import Path, karras_sigmas, staggered, together
     from chaindiff.edm.random import Draws
     from chaindiff.edm.solvers import Churn, Row, Step, Update, evaluations, integrate, invert, solve, updates
     from chaindiff.evaluation.tensors import measure
     from chaindiff.guidance import Wrapper, classifier_free, guided, interval, known, thresholded
+    from chaindiff.io.errors import UserError
     from chaindiff.networks.interface import Condition, Interface, Network
-    from chaindiff.request import Preview
-    from chaindiff.saving import load_stage, save_stage
-    from chaindiff.specs.errors import UserError
+    from chaindiff.recipe.load import load
     from chaindiff.specs.stage import JointNetwork, LinkSampling, Prior, UNet
     from chaindiff.specs.stage import LinkSpec as Link
     from chaindiff.specs.stage import SamplerSpec as Sampler
-    from chaindiff.stage import Cost, Stage
     from chaindiff.training.objects import train
-    from chaindiff.variables import Variable
 
     __version__: str
 
 # Where each public name lives, by the name that it has there.
 _HOMES = {
-    "chaindiff.chain": ["Chain", "Source", "load"],
-    "chaindiff.commands": ["evaluate", "run"],
+    "chaindiff.chain.chain": ["Chain", "Source"],
+    "chaindiff.commands.run": ["evaluate", "run"],
     "chaindiff.data": ["open_data"],
     "chaindiff.data.items": ["Items"],
-    "chaindiff.diffusion": ["Diffusion"],
+    "chaindiff.chain.diffusion": ["Diffusion"],
     "chaindiff.edm.denoiser": ["Denoiser", "Prediction"],
     "chaindiff.edm.levels": ["Path", "karras_sigmas", "staggered", "together"],
     "chaindiff.edm.random": ["Draws"],
@@ -49,13 +50,14 @@ _HOMES = {
     "chaindiff.evaluation.tensors": ["measure"],
     "chaindiff.guidance": ["Wrapper", "classifier_free", "guided", "interval", "known", "thresholded"],
     "chaindiff.networks.interface": ["Condition", "Interface", "Network"],
-    "chaindiff.request": ["Preview"],
-    "chaindiff.saving": ["load_stage", "save_stage"],
-    "chaindiff.specs.errors": ["UserError"],
+    "chaindiff.chain.request": ["Preview"],
+    "chaindiff.chain.saving": ["load_stage", "save_stage"],
+    "chaindiff.io.errors": ["UserError"],
+    "chaindiff.recipe.load": ["load"],
     "chaindiff.specs.stage": ["JointNetwork", "LinkSampling", "Prior", "UNet"],
-    "chaindiff.stage": ["Cost", "Stage"],
+    "chaindiff.chain.stage": ["Cost", "Stage"],
     "chaindiff.training.objects": ["train"],
-    "chaindiff.variables": ["Variable"],
+    "chaindiff.chain.variable": ["Variable"],
 }  # fmt: skip
 _NAMES = {name: (home, name) for home, names in _HOMES.items() for name in names}
 _NAMES |= {"Link": ("chaindiff.specs.stage", "LinkSpec"), "Sampler": ("chaindiff.specs.stage", "SamplerSpec")}

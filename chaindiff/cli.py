@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from chaindiff import completion, memory
-from chaindiff.distributed import first_to_fail, processes
-from chaindiff.specs.errors import UserError
+from chaindiff.commands import completion
+from chaindiff.io import memory
+from chaindiff.io.errors import UserError
+from chaindiff.io.processes import first_to_fail, processes
 
 app = typer.Typer(
     name="chaindiff",
@@ -92,10 +93,10 @@ def _system(error: OSError) -> str:
 def _load(recipe: str, changes: list[str], allow_code: bool = False) -> Any:
     from chaindiff.specs.load import load_recipe
 
-    return load_recipe(recipe, set=changes, allow_code=allow_code)
+    return load_recipe(recipe, changes=changes, allow_code=allow_code)
 
 
-def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.commands") -> Any:
+def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.commands.run") -> Any:
     """The module that does the work, which imports torch. With `as_json`, its messages go to stderr."""
     import rich
 
@@ -178,7 +179,7 @@ def train(
     """Train the stages of a recipe, or go on with it."""
     loaded = _load(recipe, changes, allow_code)
     if stage is not None and stage not in loaded.recipe.stages:
-        from chaindiff.specs.errors import did_you_mean
+        from chaindiff.io.errors import did_you_mean
 
         raise UserError(f"there is no stage '{stage}'{did_you_mean(stage, loaded.recipe.stages)}", f"--stage {stage}")
     _work(quiet).train(loaded, stage=stage, more=more, out=out, fresh=fresh)
@@ -248,7 +249,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Show two or more runs side by side: the settings in which they differ, and their figures."""
-    from chaindiff.compare import compare
+    from chaindiff.commands.compare import compare
 
     found = compare(runs)
     _json(found.facts()) if as_json else print(found)
@@ -312,7 +313,7 @@ def import_(
     if recipe is None and (stage is not None or changes):
         raise UserError("--stage and --set belong to a recipe: say --recipe RECIPE")
     loaded = None if recipe is None else _load(recipe, changes, allow_code)
-    _work(quiet, module="chaindiff.importing").import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
+    _work(quiet, module="chaindiff.commands.importing").import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
 
 
 @app.command("list")
@@ -330,8 +331,8 @@ def list_(
     debug: Debug = False,
 ) -> None:
     """List recipes, stage cards, what else a recipe can name, weights and runs."""
-    from chaindiff.catalogue import GROUPS, TITLES
-    from chaindiff.specs.errors import did_you_mean
+    from chaindiff.commands.catalogue import GROUPS, TITLES
+    from chaindiff.io.errors import did_you_mean
 
     if group is not None and group not in GROUPS:
         raise UserError(f"there is no group '{group}' to list{did_you_mean(group, GROUPS)}")
@@ -365,7 +366,7 @@ def schema(
     """Print the JSON Schema of recipes, for editors."""
     import json
 
-    from chaindiff.specs.files import write_whole
+    from chaindiff.io.files import write_whole
     from chaindiff.specs.lock import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"

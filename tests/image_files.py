@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from chaindiff.data import open_data
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import DataSpec
 
 

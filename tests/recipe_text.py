@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.load import load_recipe
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -19,7 +19,7 @@ from image_files import lines, noise, png, refusal, write, zipped
 from PIL import Image
 
 from chaindiff.data import open_data
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import DataSpec
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from chaindiff import cli
-from chaindiff.specs.errors import UserError
-from chaindiff.training import checkpoint
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 
 RECIPE = """
 name: tiny
@@ -108,7 +108,7 @@ def test_weights_that_are_none(refused, finished, tmp_path, content, expected):
     elif content == "truncated":
         path.write_bytes(whole.read_bytes()[:-100])
     else:
-        save_file({"a": torch.zeros(1)}, path, checkpoint.metadata(whole))
+        save_file({"a": torch.zeros(1)}, path, tensorfile.metadata(whole))
     assert expected in refused("sample", "--set", f"stages.image.weights={path}")
     assert not (tmp_path / "run").exists()
 
@@ -255,7 +255,7 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int):
         self.room, self.written = room, 0
-        write_bytes, save = Path.write_bytes, checkpoint.save_file
+        write_bytes, save = Path.write_bytes, tensorfile.save_file
 
         def refuse(path: Path) -> None:
             self.written += 1
@@ -273,7 +273,7 @@ class Disk:
             save(tensors, path, metadata)
 
         monkeypatch.setattr(Path, "write_bytes", bytes_)
-        monkeypatch.setattr(checkpoint, "save_file", tensors)
+        monkeypatch.setattr(tensorfile, "save_file", tensors)
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -323,9 +323,9 @@ def test_a_full_disk_is_told_and_the_same_command_continues(recipe, finished, tm
     assert "Traceback" not in error and ".tmp" not in error
     assert [path.name for path in out.rglob("*.tmp")] == []
     for path in out.rglob("*.safetensors"):
-        assert checkpoint.load(path)[0]
+        assert tensorfile.load(path)[0]
     if room >= 1:
-        kept = checkpoint.metadata(out / "stages/image/state.safetensors")
+        kept = tensorfile.metadata(out / "stages/image/state.safetensors")
         assert kept["images"] == ("4" if room == 1 else "8")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("weights.safetensors")}
     assert status("run", recipe, "--out", out) == 0
@@ -373,7 +373,7 @@ def test_a_full_disk_at_tensorboard(recipe, tmp_path, capfd, monkeypatch):
     board = out / "stages/small/tensorboard"
     assert error.startswith(f"error: cannot write {board}/events.out.tfevents.")
     assert error.count("No space left on device") == 1 and "Traceback" not in error and "Exception" not in error
-    assert checkpoint.metadata(out / "stages/small/state.safetensors")["images"] == "4"
+    assert tensorfile.metadata(out / "stages/small/state.safetensors")["images"] == "4"
     assert scalars(board) == [4]
     assert status(*command) == 0
     assert scalars(board) == [4, 8]
@@ -384,7 +384,7 @@ def no_memory(*arguments, **options):
 
 
 def test_a_full_memory_in_training_says_where_and_what_helps(refused, monkeypatch):
-    monkeypatch.setattr("chaindiff.diffusion.Diffusion.denoise", no_memory)
+    monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.denoise", no_memory)
     assert refused("train", "--stage", "small") == (
         "error: the memory is full (1152921504606846976 bytes more were asked for)\n"
         "  while training stage 'small'\n"
@@ -413,7 +413,7 @@ def test_a_full_memory_in_sampling_says_where_and_what_helps(
     refused, finished, tmp_path, monkeypatch, command, options, expected
 ):
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
-    monkeypatch.setattr("chaindiff.diffusion.Diffusion.denoise", no_memory)
+    monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.denoise", no_memory)
     asked = "(1152921504606846976 bytes more were asked for)"
     message = f"error: the memory is full {asked}\n  while sampling stage 'image', {expected}"
     assert refused(command, *options, out=out) == message
@@ -425,7 +425,7 @@ def test_samples_that_cannot_be_deleted_are_not_taken_for_new_ones(refused, fini
     def fail(path, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("chaindiff.outputs.shutil.rmtree", fail)
+    monkeypatch.setattr("chaindiff.recipe.samples.shutil.rmtree", fail)
     message = refused("sample", "--seed", "9", out=out)
     assert f"{out}/samples: cannot be deleted: Permission denied\n  delete it by hand, or choose another" in message
     monkeypatch.undo()
@@ -445,7 +445,7 @@ def test_a_damaged_sample_is_named(refused, finished, tmp_path):
 
 
 def test_a_failed_write_is_an_error_for_people(tmp_path):
-    from chaindiff.specs.files import write_whole
+    from chaindiff.io.files import write_whole
 
     (tmp_path / "file").write_text("old")
     with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file lies where its folder should be"):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from chaindiff.data import ImageData, augment, open_data
 from chaindiff.encoders import build_encoder
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import DataSpec, VariableSpec
 from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training.cache import EmbeddingCache

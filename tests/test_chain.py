@@ -11,11 +11,11 @@ from exact import OneVariable
 from torch import Tensor, nn
 
 import chaindiff as cd
-from chaindiff.chain import Chain, Source
-from chaindiff.diffusion import Diffusion
-from chaindiff.specs.errors import UserError
+from chaindiff.chain.chain import Chain, Source
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
+from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import ChurnSpec, LinkSampling, LinkSpec, PriorSpec, SamplerSpec, UNetSpec
-from chaindiff.variables import Variable
 
 # A chain of Gaussians a -> b -> c, with a -> c as well: x = W parents + N(0, variance).
 VARIABLES = {name: Variable.vector(name, 2) for name in "abc"}

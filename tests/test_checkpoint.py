@@ -9,24 +9,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.conditioning import Given
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import Draws
-from chaindiff.networks.condition import Given
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import LinkSpec, UNetSpec
-from chaindiff.training import checkpoint
 from chaindiff.training.begin import Begun, begin_from
-from chaindiff.variables import Variable
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path) -> None:
     path = tmp_path / "state.safetensors"
-    checkpoint.save(path, {"a": torch.arange(3)}, {"images": "1"})
+    tensorfile.save(path, {"a": torch.arange(3)}, {"images": "1"})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # writing beyond it fails as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(UserError) as error:
-            checkpoint.save(path, {"a": torch.zeros(100_000)}, {"images": "2"})
+            tensorfile.save(path, {"a": torch.zeros(100_000)}, {"images": "2"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value).startswith(f"cannot write {path}: ")
@@ -34,7 +34,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path) -> None:
     assert error.value.hint == (
         "free some space or choose another folder with --out; the last complete file is untouched"
     )
-    tensors, kept = checkpoint.load(path)
+    tensors, kept = tensorfile.load(path)
     assert torch.equal(tensors["a"], torch.arange(3))
     assert kept == {"images": "1"}
     assert list(tmp_path.iterdir()) == [path]
@@ -51,7 +51,7 @@ def test_files_that_are_not_whole(tmp_path, damage) -> None:
     expected = (
         f"there is no weights file {path}" if damage == "missing" else f"{path} is not a complete safetensors file: "
     )
-    for read in (checkpoint.load, checkpoint.metadata):
+    for read in (tensorfile.load, tensorfile.metadata):
         with pytest.raises(UserError) as error:
             read(path)
         assert error.value.message.startswith(expected)
@@ -60,14 +60,14 @@ def test_files_that_are_not_whole(tmp_path, damage) -> None:
 def test_fill_names_what_does_not_fit() -> None:
     module = nn.Linear(3, 2)
     with pytest.raises(UserError) as error:
-        checkpoint.fill(module, {"weight": torch.zeros(2, 4), "bia": torch.zeros(2)}, "w.safetensors")
+        tensorfile.fill(module, {"weight": torch.zeros(2, 4), "bia": torch.zeros(2)}, "w.safetensors")
     assert str(error.value) == (
         "w.safetensors does not fit this stage: missing bias; unexpected bia; weight is [2, 4], expected [2, 3]\n"
         "  the file belongs to another network, or to other given variables"
     )
     many = {f"extra{i}": torch.zeros(1) for i in range(5)} | dict(module.state_dict())
     with pytest.raises(UserError, match="unexpected extra0; unexpected extra1; unexpected extra2; and 2 more"):
-        checkpoint.fill(module, many, "w.safetensors")
+        tensorfile.fill(module, many, "w.safetensors")
 
 
 # ------------------------------------------------------------ beginning from other weights

@@ -14,8 +14,8 @@ import pytest
 
 import chaindiff
 from chaindiff import cli
-from chaindiff.memory import noted
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
+from chaindiff.io.memory import noted
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RECIPE = str(FIXTURES / "recipes" / "vcdm_emoji.yaml")
@@ -23,8 +23,8 @@ RECIPE = str(FIXTURES / "recipes" / "vcdm_emoji.yaml")
 
 @pytest.fixture
 def work(monkeypatch):
-    """A stand-in for chaindiff.commands that records its calls; `work.error` is raised instead."""
-    module = types.ModuleType("chaindiff.commands")
+    """A stand-in for chaindiff.commands.run that records its calls; `work.error` is raised instead."""
+    module = types.ModuleType("chaindiff.commands.run")
     module.calls, module.error = [], None
 
     def record(command):
@@ -37,7 +37,7 @@ def work(monkeypatch):
 
     for command in ("run", "train", "sample", "plan"):
         setattr(module, command, record(command))
-    monkeypatch.setitem(sys.modules, "chaindiff.commands", module)
+    monkeypatch.setitem(sys.modules, "chaindiff.commands.run", module)
     return module
 
 
@@ -215,7 +215,16 @@ def python(code: str, *arguments: str, **options) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, **options)
 
 
-HEAVY = ("torch", "open_clip", "numpy", "PIL", "matplotlib", "networkx", "chaindiff.commands", "chaindiff.chain")
+HEAVY = (
+    "torch",
+    "open_clip",
+    "numpy",
+    "PIL",
+    "matplotlib",
+    "networkx",
+    "chaindiff.commands.run",
+    "chaindiff.chain.chain",
+)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +269,7 @@ def test_public_names():
     code = (
         "import sys, chaindiff\nassert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
         "assert set(chaindiff.__all__) <= set(dir(chaindiff))\n"
-        "from chaindiff.specs.errors import UserError\nassert chaindiff.UserError is UserError\n"
+        "from chaindiff.io.errors import UserError\nassert chaindiff.UserError is UserError\n"
         "from chaindiff import Variable\nassert Variable.vector('v', 3).shape == (3,)\n"
         "try: chaindiff.nothing\nexcept AttributeError as error: print(error)"
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chaindiff.encoders.clip_emoji import CLIP_EMOJI, local_options, open_clip_folder, open_clip_tokenizer
-from chaindiff.training.contrastive import load_emoji, resize, retrieval
+from tools.contrastive import load_emoji, resize, retrieval
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from chaindiff.compare import ABSENT, compare, differences
+from chaindiff.commands.compare import ABSENT, compare, differences
 from chaindiff.evaluation.provenance import Figure
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.lock import write_lock
 
@@ -20,7 +20,7 @@ def make(name: str, *changes: str, recipe: str = "vcdm_emoji16", figures: list[d
     """A run with a lock and, if there are figures, an evaluation."""
     folder = Path("runs") / name
     folder.mkdir(parents=True)
-    write_lock(folder, load_recipe(recipe, set=list(changes)).recipe, {})
+    write_lock(folder, load_recipe(recipe, changes=list(changes)).recipe, {})
     if figures is not None:
         (folder / "metrics.json").write_text(json.dumps({"parts": [], "figures": figures}))
     return folder

@@ -14,15 +14,15 @@ from torch import Tensor
 
 import chaindiff as cd
 from chaindiff import cli
-from chaindiff.assemble import Assembly
+from chaindiff.chain.variable import Variable
 from chaindiff.encoders import build_decoder
 from chaindiff.encoders.resize import resize
 from chaindiff.evaluation.rows import Row
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import SamplerSpec, UNetSpec
-from chaindiff.variables import Variable
 
 LATENT = """\
 name: latent
@@ -138,7 +138,7 @@ def test_trained_sampled_and_given(recipe, capsys) -> None:
             cli.main(command)
         assert ended.value.code == 0, capsys.readouterr().err
     weights = "stages.latent.weights=runs/latent/stages/latent/weights.safetensors"
-    made = cd.load(recipe, set=[weights]).sample(3, batch=2)
+    made = cd.load(recipe, changes=[weights]).sample(3, batch=2)
     torch.testing.assert_close(made["image"], resize(made["latent"], 32, "bilinear"))
     assert sorted(p.name for p in Path("runs/out/samples/image").glob("*.png")) == sorted(
         p.name for p in Path("runs/out/samples/latent").glob("*.png")
@@ -151,7 +151,7 @@ def test_trained_sampled_and_given(recipe, capsys) -> None:
         assert image.size == (8, 8) and image.convert("RGB").getpixel((4, 4)) == (255, 0, 0)
     row = Row("row", load_recipe(recipe), "image", Path("rows"), out=Path("runs/latent"))
     assert row.made == ["latent", "image"]
-    smooth = load_recipe(recipe, set=["variables.image.decoder.filter=bicubic"])
+    smooth = load_recipe(recipe, changes=["variables.image.decoder.filter=bicubic"])
     assert Row("row", smooth, "image", Path("rows"), out=Path("runs/latent")).key != row.key
 
 
@@ -164,7 +164,7 @@ def test_a_decoder_is_no_part_of_what_a_variable_is(recipe) -> None:
 
 @pytest.mark.parametrize("kernel", ["box", "bilinear", "bicubic"])
 def test_enlarging(recipe, kernel) -> None:
-    specs = load_recipe(recipe, set=[f"variables.image.decoder.filter={kernel}"]).recipe.variables
+    specs = load_recipe(recipe, changes=[f"variables.image.decoder.filter={kernel}"]).recipe.variables
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     out = build_decoder("image", specs)(x)
     assert out.shape == (2, 3, 32, 32) and float(out.abs().max()) <= 1

@@ -19,16 +19,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from chaindiff import cli
-from chaindiff.assemble import Assembly
+from chaindiff.chain.variable import Variable
+from chaindiff.commands.smoke import smoke_version
 from chaindiff.data import open_data
 from chaindiff.edm.random import Draws
-from chaindiff.smoke import smoke_version
+from chaindiff.io import tensorfile
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec
 from chaindiff.specs.stage import AugmentSpec
-from chaindiff.training import cache, checkpoint
+from chaindiff.training import cache
 from chaindiff.training.batches import Batches
-from chaindiff.variables import Variable
 
 IMAGES, BATCH = 12, 8
 CLIP = {
@@ -172,7 +173,7 @@ def metrics(run: Path, stage: str) -> list[dict]:
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(path)[0]
+    return tensorfile.load(path)[0]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -202,9 +203,9 @@ def test_every_weight_of_a_recipe_has_a_gradient(path: Path) -> None:
     """Averaging over processes waits for the gradient of every weight."""
     assembly = Assembly(smoke_version(load_recipe(path)))
     for name in assembly.recipe.stages:
-        stage = assembly.build(name)
+        stage = assembly.stages[name].build()
         batch = {"augment_labels": torch.zeros(2, stage.augment_dim)} if stage.augment_dim else {}
-        for variable in assembly.variables_of(name):
+        for variable in assembly.stages[name].variables:
             shape = () if variable.kind == "label" else variable.shape
             batch[variable.name] = torch.zeros(2, *shape, dtype=torch.long if variable.kind == "label" else None)
         stage.loss(batch, Draws(range(2), 0, name)).mean().backward()
@@ -231,7 +232,7 @@ def test_training_goes_on_under_another_number_of_processes(done: Done, then: st
     """One process and then two, or the other way round: as one that made all the steps."""
     one, two = done.one / "more/run", done.two / then / "run"
     assert [entry["images"] for entry in metrics(two, "image")] == [8, 16, 24, 32, 40, 48]
-    assert checkpoint.metadata(stage_file(two))["images"] == "48"
+    assert tensorfile.metadata(stage_file(two))["images"] == "48"
     mine, theirs = tensors(stage_file(one)), tensors(stage_file(two))
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-5, msg=name)

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from chaindiff import cli
-from chaindiff.assemble import Assembly
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.formulation import averages
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.ema import Average, PowerEma
 from chaindiff.edm.power_ema import coefficients, gamma_of, inner, power_decay, profile, sigma_rel_of
 from chaindiff.edm.random import normal
-from chaindiff.formulation import averages
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import EmaSpec, PowerEmaSpec, PriorSpec, TrainSpec
-from chaindiff.training import checkpoint, snapshots
+from chaindiff.training import snapshots
 from chaindiff.training.loop import train
 from chaindiff.training.snapshots import reconstruct, reconstruct_stage
-from chaindiff.variables import Variable
 
 # ------------------------------------------------------------ profiles
 
@@ -144,11 +145,11 @@ def test_another_width_as_if_it_had_been_kept(walk, tmp_path, sigma_rel: float, 
     """Within 0.5% of the average kept all along (1% from 8 snapshots), five times nearer than any snapshot."""
     folder, truth = walk
     done = reconstruct_stage(folder, sigma_rel, tmp_path / "out.safetensors", images)
-    tensors, kept = checkpoint.load(done.path)
+    tensors, kept = tensorfile.load(done.path)
     expected = truth[sigma_rel, images]
     error = far(tensors["moving"], expected)
     assert error < (0.005 if images == 4 * STEPS else 0.01)
-    assert error < 0.2 * min(far(checkpoint.load(path)[0]["moving"], expected) for path in snapshots._files(folder))
+    assert error < 0.2 * min(far(tensorfile.load(path)[0]["moving"], expected) for path in snapshots._files(folder))
     assert (kept["images"], kept["sigma_rel"], kept["identity"]) == (str(images), str(sigma_rel), "walk")
     assert done.snapshots == images // (4 * EVERY) * 2
     # What did not move is what it was, to the half precision of the snapshots; what halves do not hold is kept whole.
@@ -160,9 +161,9 @@ def test_another_width_as_if_it_had_been_kept(walk, tmp_path, sigma_rel: float, 
 def test_a_stored_track_is_given_back(walk, tmp_path) -> None:
     folder, truth = walk
     done = reconstruct_stage(folder, 0.05, tmp_path / "out.safetensors")
-    stored, _ = checkpoint.load(folder / "snapshots" / f"{4 * STEPS:09d}-0.05.safetensors")
+    stored, _ = tensorfile.load(folder / "snapshots" / f"{4 * STEPS:09d}-0.05.safetensors")
     assert stored["moving"].dtype == torch.float16
-    tensors, _ = checkpoint.load(done.path)
+    tensors, _ = tensorfile.load(done.path)
     torch.testing.assert_close(tensors["moving"], stored["moving"].float(), rtol=0, atol=1e-6)
     assert far(tensors["moving"], truth[0.05, 4 * STEPS]) < 2**-11  # rounding to halves
     assert done.error < 1e-6
@@ -192,12 +193,12 @@ def test_what_cannot_be_reconstructed_is_explained(walk, tmp_path) -> None:
     assert "the snapshots end at 2048 images, and none tells of 4096" in refusal(reconstruct, files, 0.07, 4096)
 
     other = tmp_path / "snapshots" / "000002048-0.07.safetensors"
-    tensors, kept = checkpoint.load(files[-1])
-    checkpoint.save(other, tensors, {**kept, "identity": "another"})
+    tensors, kept = tensorfile.load(files[-1])
+    tensorfile.save(other, tensors, {**kept, "identity": "another"})
     assert "are snapshots of different networks" in refusal(reconstruct, [*files, other], 0.07)
-    checkpoint.save(other, {"moving": torch.zeros(3)}, kept)
+    tensorfile.save(other, {"moving": torch.zeros(3)}, kept)
     assert "are snapshots of different networks" in refusal(reconstruct, [*files, other], 0.07)
-    checkpoint.save(other, tensors, META)
+    tensorfile.save(other, tensors, META)
     assert "is no snapshot of a power-function average" in refusal(reconstruct, [other], 0.07)
     assert "kind: power" in refusal(reconstruct_stage, tmp_path / "nothing", 0.07)
 
@@ -241,21 +242,21 @@ def test_resumed_tracks_and_snapshots_are_those_of_undisturbed_training(tmp_path
     names = [f"snapshots/{images:09d}-{track}.safetensors" for images in (24, 48, 64) for track in (0.05, 0.1)]
     assert sorted(whole) == sorted(killed) == sorted([*names, "state.safetensors", "weights.safetensors"])
     for name, path in whole.items():
-        (mine, _), (theirs, _) = checkpoint.load(path), checkpoint.load(killed[name])
+        (mine, _), (theirs, _) = tensorfile.load(path), tensorfile.load(killed[name])
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
 
 
 def test_the_weights_are_the_first_tracks_and_new_training_begins_without_old_snapshots(tmp_path) -> None:
     run_train(tmp_path)
-    weights, _ = checkpoint.load(tmp_path / "weights.safetensors")
-    state, _ = checkpoint.load(tmp_path / "state.safetensors")
+    weights, _ = tensorfile.load(tmp_path / "weights.safetensors")
+    state, _ = tensorfile.load(tmp_path / "state.safetensors")
     for name, value in weights.items():
         assert torch.equal(value, state[f"ema0.1.{name}"])
     assert any(not torch.equal(value, state[f"ema0.05.{name}"]) for name, value in weights.items())
     (tmp_path / "state.safetensors").unlink()
     run_train(tmp_path, steps=4, identity="other")
-    kept = [checkpoint.metadata(path) for path in snapshots._files(tmp_path)]
+    kept = [tensorfile.metadata(path) for path in snapshots._files(tmp_path)]
     assert [(k["images"], k["identity"]) for k in kept] == [("24", "other")] * 2
 
 
@@ -295,7 +296,7 @@ def test_reconstructed_weights_are_those_of_a_stage(tmp_path, capsys) -> None:
     status, out, err = command(*arguments)
     assert (status, err) == (0, "")
     assert out.startswith(f"{file}: std 0.15 at 96 images, of 24 snapshots; its profile is within ")
-    chain = Assembly(load_recipe(recipe, set=[f"stages.small.weights={file}"]), tmp_path / "elsewhere").chain()
+    chain = Assembly(load_recipe(recipe, changes=[f"stages.small.weights={file}"]), tmp_path / "elsewhere").chain()
     own = Assembly(load_recipe(recipe), run).chain()
     samples = [made.sample(2, seed=0)["small"] for made in (chain, own)]
     assert samples[0].isfinite().all() and not torch.equal(*samples)
@@ -305,8 +306,10 @@ def test_reconstructed_weights_are_those_of_a_stage(tmp_path, capsys) -> None:
 
 def test_how_often_snapshots_are_written_is_no_part_of_what_is_trained() -> None:
     def identity(*changes: str) -> str:
-        return Assembly(load_recipe("vcdm_emoji16", set=[f"stages.image16.train.ema.{c}" for c in changes])).identity(
-            "image16"
+        return (
+            Assembly(load_recipe("vcdm_emoji16", changes=[f"stages.image16.train.ema.{c}" for c in changes]))
+            .stages["image16"]
+            .identity
         )
 
     power = identity("kind=power")  # another kind drops the card's half-life, though the card names no kind
@@ -328,5 +331,5 @@ def test_how_often_snapshots_are_written_is_no_part_of_what_is_trained() -> None
 )
 def test_settings_that_make_no_sense(changes: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
-        load_recipe("vcdm_emoji16", set=[f"stages.image16.train.ema.{change}" for change in changes])
+        load_recipe("vcdm_emoji16", changes=[f"stages.image16.train.ema.{change}" for change in changes])
     assert message in str(error.value)

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from chaindiff.encoders import Statistics, build_encoder
 from chaindiff.encoders.resize import resize
+from chaindiff.io.errors import UserError
 from chaindiff.specs.clip_models import known_models
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import VariableSpec
 
 CONFIG = {

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from chaindiff import cli
-from chaindiff.assemble import Assembly
-from chaindiff.chain import Chain
+from chaindiff.chain.chain import Chain
+from chaindiff.chain.variable import digest
 from chaindiff.data import open_data
 from chaindiff.edm.random import Draws
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
@@ -40,12 +40,12 @@ from chaindiff.evaluation.tables import (
     number,
     training,
 )
-from chaindiff.pictures import to_uint8
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.show.images import to_uint8
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec
-from chaindiff.training import checkpoint
-from chaindiff.variables import digest
 
 RECIPE = """
 name: tiny
@@ -127,8 +127,8 @@ def test_every_figure_says_what_training_cost(recipe, run):
     row = Row("tiny", load_recipe(recipe), "image", run / "evaluation", out=run)
     counted = 0
     for name in ("small", "image"):
-        stage = row.assembly.build(name)
-        batch = {v.name: torch.zeros(1, *v.shape) for v in row.assembly.variables_of(name) if v.kind == "image"}
+        stage = row.assembly.stages[name].build()
+        batch = {v.name: torch.zeros(1, *v.shape) for v in row.assembly.stages[name].variables if v.kind == "image"}
         batch["group"] = torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             stage(batch, Draws([0], 0, name)).mean().backward()
@@ -146,10 +146,10 @@ def test_training_is_what_the_weights_saw_and_not_what_the_recipe_asks(tmp_path)
     shipped = Row("shipped", loaded, "image16", tmp_path)
     assert list(shipped.training_images.items()) == [("clip", 300_032), ("image16", 600_064)]  # whole batches
     assert [loaded.recipe.stages[n].train.images for n in ("clip", "image16")] == [300_000, 600_000]
-    tensors, kept = checkpoint.load(shipped.assembly.weights("clip"))
+    tensors, kept = tensorfile.load(shipped.assembly.stages["clip"].weights())
     begun = {"stage": json.dumps({**json.loads(kept["stage"]), "init": "other"})}
     for name, changes in (("imported", {"imported": "{}", "images": "0"}), ("begun", begun)):
-        checkpoint.save(tmp_path / f"{name}.safetensors", tensors, {**kept, **changes})
+        tensorfile.save(tmp_path / f"{name}.safetensors", tensors, {**kept, **changes})
         weights = {"stages": {"clip": {"weights": str(tmp_path / f"{name}.safetensors")}}}
         row = Row(name, loaded.override(weights), "image16", tmp_path)
         assert row.training_images == {"clip": None, "image16": 600_064} and row.training_pflop is None
@@ -302,7 +302,9 @@ def test_evaluate_given_as_json(recipe, run, tmp_path, capsys):
 
 
 def test_a_given_value_that_changes_nothing_is_refused(recipe, run, tmp_path):
-    loaded = load_recipe(recipe, set=["stages.image.given=[small]", "sample.given.group=a", "sample.given.small=s.npy"])
+    loaded = load_recipe(
+        recipe, changes=["stages.image.given=[small]", "sample.given.group=a", "sample.given.small=s.npy"]
+    )
     with pytest.raises(UserError, match="the given 'group' changes nothing of 'image'") as error:
         Rows(loaded, "image", tmp_path, 6, [0], run)("tiny")[0].plan  # noqa: B018
     assert error.value.hint == "leave it out: --set sample.given.group=null"
@@ -384,7 +386,7 @@ from chaindiff.evaluation.report import Report
 from chaindiff.evaluation.rows import CHUNK, Row
 from chaindiff.evaluation.study import Study
 from chaindiff.specs.load import load_recipe
-from chaindiff.training import checkpoint
+from chaindiff.io import tensorfile
 
 changes, folder, count = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 row = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", folder, count)
@@ -392,7 +394,7 @@ for first in row.firsts:  # in place of samples
     draw = torch.Generator().manual_seed(first)
     image = torch.randint(0, 256, (CHUNK, 3, 16, 16), dtype=torch.uint8, generator=draw)
     clip = 0.5 * torch.randn(CHUNK, 32, generator=draw)
-    checkpoint.save(row.path(first), {"image16": image, "clip": clip}, {"seconds": "1"})
+    tensorfile.save(row.path(first), {"image16": image, "clip": clip}, {"seconds": "1"})
 study, report = Study(folder, ["pixels:16"]), Report(folder)
 report.add_group(measure_group(Group("noise", "main", [[row]]), study))
 report.add_memorisation(study, row)

@@ -18,15 +18,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchvision.models import inception_v3
 
 from chaindiff.data import open_data
-from chaindiff.evaluation import judge
 from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, resize, weights_folder
 from chaindiff.evaluation.inception import Inception
 from chaindiff.evaluation.judge_networks import TRUNKS, Judge
 from chaindiff.evaluation.metrics import Moments, kid
 from chaindiff.evaluation.store import AsTheyAre, FeatureStore
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import DataSpec
-from chaindiff.training import checkpoint
+from tools import judge
 
 
 def pixels(n: int, side: int = 32, seed: int = 0) -> torch.Tensor:
@@ -232,9 +232,9 @@ def emoji() -> dict:
 def test_shipped_judges_know_unseen_emoji(kind, emoji):
     """As good as their file says, on concepts that training never showed; the most frequent class: 0.36, 0.15, 0.26."""
     path = JUDGES / f"judge_{kind}.safetensors"
-    tensors, about = checkpoint.load(path)
+    tensors, about = tensorfile.load(path)
     network = Judge(kind, json.loads(about["heads"]))
-    checkpoint.fill(network, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, str(path))
+    tensorfile.fill(network, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, str(path))
     labels = judge.Labels(emoji["test"], json.loads(about["tags"]))
     for side, figures in json.loads(about["test"]).items():
         found = judge.accuracy(network.eval(), emoji["test"], labels, int(side))

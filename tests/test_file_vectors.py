@@ -15,16 +15,16 @@ from recipe_text import message, write
 from safetensors.torch import save_file
 
 from chaindiff import cli
-from chaindiff.assemble import Assembly
+from chaindiff.chain.variable import Variable
+from chaindiff.commands.smoke import smoke_version
 from chaindiff.encoders import FileVectors, build_encoder
 from chaindiff.evaluation.oracle import DataValues
-from chaindiff.smoke import smoke_version
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.recipe.training import prepare
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import OpenClipSpec, VariableSpec
-from chaindiff.training import checkpoint
-from chaindiff.training.job import prepare
-from chaindiff.variables import Variable
 
 IMAGES, WIDTH = 9, 6
 NAMES = [f"{index}.png" for index in range(IMAGES)]
@@ -188,14 +188,14 @@ def test_principal_components_clusters_and_raw_vectors(here) -> None:
     asked = {"variables": {"clip": {"shape": [2], "encoder": {"reduce": {"kind": "pca", "k": 2}}}}}
     values = prepare(Assembly(load_recipe("r.yaml", **asked)), "clip")(list(range(IMAGES)))["clip"]
     torch.testing.assert_close(values.std(0, correction=0), torch.full((2,), 0.5), rtol=1e-4, atol=0)
-    batches = prepare(Assembly(load_recipe("r.yaml", set=["variables.clip.encoder.scaling=raw"])), "clip")
+    batches = prepare(Assembly(load_recipe("r.yaml", changes=["variables.clip.encoder.scaling=raw"])), "clip")
     assert torch.equal(batches([0, 1, 2])["clip"], numbers()[batches.rows([0, 1, 2])])
     group = {"kind": "label", "shape": [2], "encoder": {"kind": "file", "path": "clip.safetensors"}}
     group["encoder"]["reduce"] = {"kind": "kmeans", "k": 2}
     loaded = load_recipe("r.yaml", variables={"group": group}, stages={"image": {"given": ["group"]}})
     assembly = Assembly(loaded)
     labels = prepare(assembly, "image")(list(range(IMAGES)))["group"]
-    assert sorted(set(labels.tolist())) == [0, 1] and assembly.counts("group").sum() == IMAGES
+    assert sorted(set(labels.tolist())) == [0, 1] and assembly.columns["group"].counts.sum() == IMAGES
 
 
 def test_the_data_s_own_values_of_it(here) -> None:
@@ -241,9 +241,9 @@ def test_identity_is_what_the_numbers_are_not_where_they_lie(here) -> None:
     assert identity() == identity("else/where/clip.safetensors")
     assert identity("a.npy", identity="v1") == identity("b.safetensors", identity="v1")
     assert len({identity(), identity("a.npy"), identity(identity="v1"), identity(scaling="raw")}) == 4
-    one = Assembly(load_recipe("r.yaml")).fitted_digest("clip")
+    one = Assembly(load_recipe("r.yaml")).encoders["clip"].digest
     save_file({"features": numbers(1)}, "clip.safetensors")
-    assert Assembly(load_recipe("r.yaml")).fitted_digest("clip") != one
+    assert Assembly(load_recipe("r.yaml")).encoders["clip"].digest != one
 
 
 def test_smoke_embeds_the_smoke_data_instead(here) -> None:
@@ -252,7 +252,7 @@ def test_smoke_embeds_the_smoke_data_instead(here) -> None:
         "variables.clip.shape=[2]",
         "variables.clip.encoder.reduce={kind: pca, k: 2}",
     ]
-    spec = smoke_version(load_recipe("r.yaml", set=asked)).recipe.variables["clip"]
+    spec = smoke_version(load_recipe("r.yaml", changes=asked)).recipe.variables["clip"]
     assert isinstance(spec.encoder, OpenClipSpec) and (spec.encoder.of, spec.encoder.scaling) == ("image", "raw")
     assert spec.encoder.reduce is not None and spec.shape == [2]
     assert smoke_version(load_recipe("r.yaml")).recipe.variables["clip"].shape == [128]
@@ -278,6 +278,6 @@ def test_mistakes_are_explained_with_their_place(here, old, new, expected) -> No
 def test_weights_say_which_content_they_were_trained_on(here) -> None:
     assembly = Assembly(load_recipe("r.yaml"))
     prepare(assembly, "clip")
-    kept = assembly.metadata("clip")["variables"]["clip"]
-    assert kept["fitted"] == assembly.fitted_digest("clip") != ""
-    assert checkpoint.metadata(assembly.fitted_path("clip"))["rows"] == str(IMAGES)
+    kept = assembly.stages["clip"].metadata()["variables"]["clip"]
+    assert kept["fitted"] == assembly.encoders["clip"].digest != ""
+    assert tensorfile.metadata(assembly.encoders["clip"].path)["rows"] == str(IMAGES)

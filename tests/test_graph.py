@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pytest
 
-from chaindiff.graph import Plan, Producer, resolve
-from chaindiff.specs.errors import UserError
+from chaindiff.chain.graph import Plan, Producer, resolve
+from chaindiff.io.errors import UserError
 
 EXACT = 1e-8
 DIFFERENT = 1e-5  # far above rounding: a refused request must be off by more than this
@@ -548,7 +548,7 @@ def test_nothing_to_decode() -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, chaindiff.graph; print('torch' in sys.modules)"
+    code = "import sys, chaindiff.chain.graph; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
 

@@ -14,18 +14,18 @@ from published import module, snapshot
 from torch import Tensor, nn
 
 from chaindiff import cli
-from chaindiff.assemble import Assembly
+from chaindiff.chain.conditioning import Given
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import GEOMETRIC
-from chaindiff.diffusion import Diffusion
 from chaindiff.interop import load_edm_network, published
-from chaindiff.networks.condition import Given
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition
-from chaindiff.specs.errors import UserError
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import LinkSpec, SamplerSpec, UNetSpec
-from chaindiff.training import checkpoint
 from chaindiff.training.begin import Begun, begin, begin_from, columns
-from chaindiff.variables import Variable
 
 IMAGE = Variable.image("image", 3, 16)
 KINDS = ["ddpmpp", "ncsnpp", "adm"]
@@ -224,7 +224,7 @@ def test_import_writes_a_network_and_says_how_to_begin_from_it(tmp_path, edm, ca
     assert "EDMPrecond of SongUNet (ddpmpp), 16 x 16, 3 channels, " in said
     assert "parameters, no label, no augmentation label" in said
     _, expected, _ = whole()
-    tensors, kept = checkpoint.load(out)
+    tensors, kept = tensorfile.load(out)
     assert {f"model.{name}" for name in tensors} == expected.keys()
     assert all(torch.equal(value, expected[f"model.{name}"].float()) for name, value in tensors.items())
     assert (kept["format"], kept["class"], kept["sigma_data"]) == ("chaindiff-network/1", "EDMPrecond", "0.5")
@@ -237,8 +237,8 @@ def test_import_writes_a_network_and_says_how_to_begin_from_it(tmp_path, edm, ca
     path = tmp_path / "begun.yaml"
     head = "name: begun\ndata: {path: emoji64}\nvariables: {image: {kind: image, shape: [3, 16, 16]}}\n"
     path.write_text(head + stage)
-    loaded = load_recipe(path, set=["stages.image.train.images=8"])
-    begun = begin_from(Assembly(loaded).build("image"), Path(loaded.recipe.stages["image"].init or ""))
+    loaded = load_recipe(path, changes=["stages.image.train.images=8"])
+    begun = begin_from(Assembly(loaded).stages["image"].build(), Path(loaded.recipe.stages["image"].init or ""))
     assert begun == Begun(("network.map_augment.weight",), ())
 
 
@@ -248,12 +248,12 @@ def test_import_for_a_recipe_writes_weights_that_sample(tmp_path, edm, recipe, c
     assert (status, error) == (0, "")
     said_set = f"--set stages.image.weights={out}"
     assert said_set in said
-    assembly = Assembly(load_recipe(recipe, set=[f"stages.image.weights={out}"]), tmp_path / "run")
-    stage = assembly.load("image", assembly.weights("image"))
+    assembly = Assembly(load_recipe(recipe, changes=[f"stages.image.weights={out}"]), tmp_path / "run")
+    stage = assembly.stages["image"].load(assembly.stages["image"].weights())
     _, _, tensors = whole()
     denoised = stage.bind({})({"image": tensors["in.x"]}, {"image": tensors["in.sigma"].flatten()}).x0["image"]
     assert off(denoised, tensors["out.D"]) < 1e-5
-    assert "identity" not in checkpoint.metadata(out), "nobody may take it for trained here"
+    assert "identity" not in tensorfile.metadata(out), "nobody may take it for trained here"
     status, _, error = command(capsys, "sample", recipe, *said_set.split(), "--out", tmp_path / "run")
     assert (status, error) == (0, "")
     assert len(list((tmp_path / "run/samples/image").glob("0*.png"))) == 2
@@ -293,7 +293,7 @@ def test_another_preconditioning_goes_to_a_stage_that_has_it(tmp_path, recipe, c
     assert not out.exists()
     status, _, error = command(capsys, *asked[:-1], "stages.image.precondition.kind=vp")
     assert (status, error) == (0, "")
-    assert json.loads(checkpoint.metadata(out)["stage"])["precondition"]["kind"] == "vp"
+    assert json.loads(tensorfile.metadata(out)["stage"])["precondition"]["kind"] == "vp"
 
 
 def test_what_is_no_snapshot_of_an_image_network(tmp_path, capsys) -> None:

@@ -10,14 +10,14 @@ import torch
 from exact import Gaussians, JointGaussian, Mixture, OneVariable, distance, last, two_modes
 from torch import Tensor, nn
 
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.levels import karras_sigmas, staggered, together
 from chaindiff.edm.random import Draws, generator, normal_batch
 from chaindiff.edm.schedules import schedule
 from chaindiff.edm.solvers import SOLVERS, Churn, evaluations, invert, solve, updates
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import ChurnSpec, SamplerSpec
-from chaindiff.variables import Variable
 
 
 def data(count: int) -> Tensor:

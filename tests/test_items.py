@@ -14,18 +14,18 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import chaindiff as cd
-from chaindiff.assemble import Assembly
+from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
 from chaindiff.data.items import Items
 from chaindiff.encoders import build_encoder
 from chaindiff.evaluation.oracle import DataValues
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec, VariableSpec
 from chaindiff.specs.stage import AugmentSpec
 from chaindiff.training.batches import Batches
 from chaindiff.training.cache import EmbeddingCache
-from chaindiff.variables import Variable
 
 ROWS, SIDE = 6, 8
 STILL = AugmentSpec(flip=False)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import chaindiff as cd
-from chaindiff.assemble import Assembly
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.noise import some_known
 from chaindiff.edm.random import Draws
 from chaindiff.edm.solvers import evaluations
-from chaindiff.execution import sampler_settings
+from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition, Interface
 from chaindiff.networks.joint import Joint
-from chaindiff.specs.errors import UserError
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.recipe.execution import sampler_settings
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import JointNetworkSpec, JointSpec, LinkSpec, NoiseSpec, SamplerSpec
-from chaindiff.variables import Variable
 
 A, B = Variable.vector("a", 1), Variable.vector("b", 2)
 COVARIANCE = torch.tensor([[0.30, 0.20, -0.10], [0.20, 0.40, 0.05], [-0.10, 0.05, 0.20]], dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_the_first_leads_by_the_offset_and_what_is_given_rests_at_zero() -> None
 
 
 def test_a_plan_counts_only_what_moves() -> None:
-    skeleton = Assembly(load_recipe("joint_emoji16", set=["stages.both.sample.offset=1"])).chain()
+    skeleton = Assembly(load_recipe("joint_emoji16", changes=["stages.both.sample.offset=1"])).chain()
     assert skeleton.plan().costs["both"].nfe == 70
     assert skeleton.plan(["image16"], ["clip"]).costs["both"].nfe == 35
 
@@ -271,19 +271,19 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
 )  # fmt: skip
 def test_mistakes_are_explained(change: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_recipe("joint_emoji16", set=[change])
+        load_recipe("joint_emoji16", changes=[change])
     assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("change", ["stages.image16.joint.exact=0.5", "stages.image16.sample.offset=0.3"])
 def test_one_variable_has_nothing_to_go_together_with(change: str) -> None:
     with pytest.raises(UserError, match="is for stages that generate several variables together"):
-        load_recipe("vcdm_emoji16", set=[change])
+        load_recipe("vcdm_emoji16", changes=[change])
 
 
 def test_several_variables_need_a_joint_network() -> None:
     with pytest.raises(UserError, match="a unet generates one variable, not 2; use a joint network"):
-        load_recipe("vcdm_emoji16", set=["stages.image16.generates=[image16, image]"])
+        load_recipe("vcdm_emoji16", changes=["stages.image16.generates=[image16, image]"])
 
 
 def test_the_offset_is_part_of_what_samples_depend_on_for_several_variables_alone() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chaindiff.encoders import Statistics, build_encoder
 from chaindiff.encoders.kmeans import assign, cluster, lloyd, nearest, plus_plus
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import VariableSpec
 
@@ -182,35 +182,35 @@ def test_what_does_not_fit_is_explained(change: str, message: str) -> None:
     if change.endswith("pca"):
         changes.append("variables.clusters.encoder.reduce.k=64")
     with pytest.raises(UserError) as error:
-        load_recipe("kmeans_emoji16", set=changes)
+        load_recipe("kmeans_emoji16", changes=changes)
     assert message in str(error.value)
 
 
 def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> None:
     """Sources draw as often as the training data has each class; a class is given by number, or by a picture of it."""
-    from chaindiff import commands
-    from chaindiff.assemble import Assembly
-    from chaindiff.given import check_given, read_given
-    from chaindiff.pictures import save_png, to_image
-    from chaindiff.smoke import smoke_version
-    from chaindiff.training import checkpoint
+    from chaindiff.commands import run as commands
+    from chaindiff.commands.smoke import smoke_version
+    from chaindiff.io import tensorfile
+    from chaindiff.recipe.assembly import Assembly
+    from chaindiff.recipe.given import check_given, read_given
+    from chaindiff.show.images import save_png, to_image
 
     changes = ["variables.clusters.shape=[8]", "variables.clusters.encoder.reduce.k=8"]
-    loaded = load_recipe("kmeans_emoji16", set=changes)
+    loaded = load_recipe("kmeans_emoji16", changes=changes)
     commands.run(loaded, out=tmp_path, smoke=True)
     assembly = Assembly(smoke_version(loaded), tmp_path)
     chain = assembly.chain()
-    encoder, rows = assembly.encoder("clusters"), range(len(assembly.data))
+    encoder, rows = assembly.encoders["clusters"].build(), range(len(assembly.data))
 
     # The source against the classes of the data itself (in smoke runs one augmented variant of each stands for it).
-    counts = assembly.counts("clusters")
+    counts = assembly.columns["clusters"].counts
     assert list(chain.sources["clusters"].frequencies) == counts.tolist() and counts.sum() == len(rows)
-    assert checkpoint.metadata(assembly.fitted_path("clusters"))["rows"] == str(len(rows))
+    assert tensorfile.metadata(assembly.encoders["clusters"].path)["rows"] == str(len(rows))
     drawn = chain.sources["clusters"].sample(range(4000), 0).bincount(minlength=8) / 4000
     share = counts / counts.sum()
     assert ((drawn - share).abs() < 4 * (share * (1 - share) / 4000).sqrt()).all()
 
-    sampled = checkpoint.load(tmp_path / "samples/clusters/000000.safetensors")[0]["clusters"]
+    sampled = tensorfile.load(tmp_path / "samples/clusters/000000.safetensors")[0]["clusters"]
     assert sampled.dtype == torch.int64 and sampled.shape == (4,)
 
     images = assembly.data.images(list(rows)[:6], 64)
@@ -230,7 +230,7 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
 
     # A run that finds these weights beside itself finds the clusters that they were trained with, too.
     beside = Assembly(smoke_version(loaded), tmp_path.with_name(f"{tmp_path.name}-beside"))
-    assert beside.fitted_path("clusters") == assembly.fitted_path("clusters") != Path()
+    assert beside.encoders["clusters"].path == assembly.encoders["clusters"].path != Path()
     assert beside.chain().sources["clusters"].frequencies == counts.tolist()
 
     with pytest.raises(UserError, match=r"'8' is no class of clusters"):

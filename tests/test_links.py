@@ -7,13 +7,13 @@ import torch
 from exact import OneVariable
 from torch import nn
 
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.conditioning import LEVEL_WIDTH, Given, Link
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import Draws
-from chaindiff.networks.condition import LEVEL_WIDTH, Given, Link
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.stage import LinkSpec
-from chaindiff.variables import Variable
 
 SCALE = 0.5 * 8**0.5  # of a vector of eight entries, each of deviation 0.5
 CLIP, GROUP, X = Variable.vector("clip", 8), Variable.label("group", 3), Variable.vector("x", 4)
@@ -96,8 +96,8 @@ def test_sampling_gives_what_it_is_told_to(options, count):
 def test_what_sampling_does_not_look_at_need_not_be_made():
     assert [v.name for v in stage(keep=0).given] == ["group"]
     assert [v.name for v in stage(absent=True).given] == ["group"]
-    recipe = load_recipe("vcdm_emoji_class", set=["stages.image16.sample.links.clip.keep=0"])
-    from chaindiff.assemble import Assembly
+    recipe = load_recipe("vcdm_emoji_class", changes=["stages.image16.sample.links.clip.keep=0"])
+    from chaindiff.recipe.assembly import Assembly
 
     assert Assembly(recipe).request.running == ["image16", "image"]
 
@@ -122,5 +122,5 @@ def test_what_sampling_does_not_look_at_need_not_be_made():
 )
 def test_mistakes_are_explained(change, expected):
     with pytest.raises(UserError) as caught:
-        load_recipe("vcdm_emoji_class", set=[change])
+        load_recipe("vcdm_emoji_class", changes=[change])
     assert expected in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from recipe_text import RECIPE
 
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.load import available, load_recipe
 from chaindiff.specs.lock import json_schema, resolved, write_lock
 from chaindiff.specs.recipe import Recipe
@@ -24,7 +24,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_lock_is_the_same_recipe(here):
-    recipe = load_recipe(RECIPE, set=["stages.clip.train.optimizer.eps=1e-9"]).recipe
+    recipe = load_recipe(RECIPE, changes=["stages.clip.train.optimizer.eps=1e-9"]).recipe
     extra = {"versions": {"torch": "2.6"}, "execution": "eager", "digests": ["0e1"], "path": Path("x")}
     path = write_lock(here, recipe, extra)
     assert os.listdir(here) == ["recipe.lock.yaml"] and path == here / "recipe.lock.yaml"

@@ -13,14 +13,14 @@ import torch
 from exact import OneVariable
 from torch import Tensor, nn
 
-from chaindiff.chain import Chain
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.chain import Chain
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import Draws, normal
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import EmaSpec, LinkSpec, OptimizerSpec, PriorSpec, SamplerSpec, TrainSpec
-from chaindiff.training import checkpoint
 from chaindiff.training.loop import compiles, learning_rate, train
-from chaindiff.variables import Variable
 
 
 def vector_stage(seed: int = 0, **settings) -> Diffusion:
@@ -42,7 +42,7 @@ def settings(**changes) -> TrainSpec:
 def run_train(folder: Path, stage: Diffusion, spec: TrainSpec, batches=vectors) -> dict[str, Tensor]:
     for _ in train(stage, batches, spec, folder, total=spec.images, metadata={"identity": "i"}):
         pass
-    return checkpoint.load(folder / "weights.safetensors")[0]
+    return tensorfile.load(folder / "weights.safetensors")[0]
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(tmp_path) -> None:
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_ends_training_and_spares_the_checkpoint(tmp_p
         "the loss of stage 'v' is nan after 32 images\n"
         "  lower train.optimizer.lr or lengthen its warmup; the last checkpoint is kept"
     )
-    tensors, kept = checkpoint.load(tmp_path / "state.safetensors")
+    tensors, kept = tensorfile.load(tmp_path / "state.safetensors")
     assert kept["images"] == "24"
     assert all(value.isfinite().all() for value in tensors.values())
 
@@ -143,7 +143,7 @@ def test_learns_a_constant(tmp_path) -> None:
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] / 10
     trained = vector_stage(1, network=PriorSpec(kind="prior", width=32, depth=1, heads=2), sampler=sampler)
-    checkpoint.fill(trained, weights, "the weights")
+    tensorfile.fill(trained, weights, "the weights")
     samples = Chain([trained]).sample(16)["v"]
     assert float((samples - value).abs().max()) < 0.05
 

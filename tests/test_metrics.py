@@ -31,7 +31,7 @@ from chaindiff.evaluation.metrics import (
 )
 from chaindiff.evaluation.provenance import Figure, compare
 from chaindiff.evaluation.store import AsTheyAre, FeatureStore
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 
 def normal(rows: int, width: int, seed: int = 0) -> torch.Tensor:

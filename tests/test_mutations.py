@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recipe_text import FIXTURES
 
 from chaindiff import cli
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.load import SHIPPED, load_recipe
 from chaindiff.specs.lock import resolved
 from chaindiff.specs.recipe import Recipe
@@ -171,7 +171,7 @@ def test_mutated_options(data):
     )
     option = f"{spot}{tail}={new}"
     try:
-        load_recipe(path, set=[option])
+        load_recipe(path, changes=[option])
     except UserError as error:
         assert "--set" in str(error) or ".yaml" in str(error)
 

@@ -9,13 +9,13 @@ import torch
 from conftest import fixture
 from exact import call
 
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.conditioning import Given, Link, training_level
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.precondition import EDM, SMALLEST_SIGMA, Direct, noise_label
-from chaindiff.networks.condition import Given, Link, training_level
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.stage import LinkSpec, UNetSpec
-from chaindiff.variables import Variable
 
 
 def reference_unet(name: str, arch: str) -> tuple[UNet, dict[str, torch.Tensor]]:

@@ -17,14 +17,15 @@ from recipe_text import message, write
 from safetensors.torch import load_file
 
 import chaindiff as cd
-from chaindiff import cli, code
-from chaindiff.assemble import Assembly
-from chaindiff.smoke import smoke_version
+from chaindiff import cli
+from chaindiff.commands.smoke import smoke_version
+from chaindiff.io import code
+from chaindiff.io.errors import UserError
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.recipe.training import prepare
 from chaindiff.specs.code import CodeDataSpec, CodeEncoderSpec, CodeSpec
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.lock import json_schema, write_lock
-from chaindiff.training.job import prepare
 
 # A network of one's own; its `forward` is the signature that all networks have.
 NETWORK = """
@@ -184,7 +185,7 @@ def chaindiff(capsys):
 def assembly(*changes: str, text: str | None = None) -> Assembly:
     if text is not None:
         write(Path(), text)
-    return Assembly(load_recipe("r.yaml", set=changes, allow_code=True))
+    return Assembly(load_recipe("r.yaml", changes=changes, allow_code=True))
 
 
 def refused(*changes: str, text: str | None = None, of=lambda a: a.build("colour")) -> str:
@@ -497,26 +498,29 @@ def test_a_lock_of_a_stage_of_ones_own_loads(here):
 
 
 def test_identity_is_name_and_settings(here):
-    base = assembly().identity("colour")
-    assert base == assembly("stages.colour.sample.steps=9").identity("colour")
+    base = assembly().stages["colour"].identity
+    assert base == assembly("stages.colour.sample.steps=9").stages["colour"].identity
     changes = ("stages.colour.network.settings.width=8", "stages.colour.network.kind=my_code:MLQ",
                "variables.colour.encoder.settings={times: 2.0}", "data.split=train")  # fmt: skip
-    others = [assembly(change).identity("colour") for change in changes]
-    own = [assembly(*change, text=OWN_STAGE).identity("colour") for change in ((), ("stages.colour.settings.steps=6",))]
+    others = [assembly(change).stages["colour"].identity for change in changes]
+    own = [
+        assembly(*change, text=OWN_STAGE).stages["colour"].identity
+        for change in ((), ("stages.colour.settings.steps=6",))
+    ]
     assert len({base, *others, *own}) == 1 + len(changes) + 2
 
 
 def test_what_is_shipped_is_found_as_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = Assembly(load_recipe("deep_emoji"))
-    weights = [shipped.find_weights(name) for name in shipped.recipe.stages]
+    weights = [shipped.stages[name].find_weights() for name in shipped.recipe.stages]
     assert all(path is not None and path.parent.name == "weights" for path in weights)
 
 
 def test_another_kind_drops_settings_and_the_same_keeps_them(here):
-    network = load_recipe("r.yaml", set=["stages.colour.network.settings.depth=2"]).recipe.stages["colour"].network
+    network = load_recipe("r.yaml", changes=["stages.colour.network.settings.depth=2"]).recipe.stages["colour"].network
     assert network == CodeSpec(kind="my_code:MLP", settings={"width": 16, "depth": 2})
-    other = load_recipe("r.yaml", set=["stages.colour.network={kind: 'a.b:C'}"]).recipe.stages["colour"].network
+    other = load_recipe("r.yaml", changes=["stages.colour.network={kind: 'a.b:C'}"]).recipe.stages["colour"].network
     assert other == CodeSpec(kind="a.b:C")
 
 

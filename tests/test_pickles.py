@@ -23,7 +23,7 @@ from torch import nn
 from chaindiff.interop.pickles import SNAPSHOT as LISTED
 from chaindiff.interop.pickles import Array, Object, interpret, read_pickle
 from chaindiff.interop.snapshots import state_dict
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 TENSORS = {
     "map_layer0.weight": torch.arange(6.0).reshape(2, 3),

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from chaindiff import drawing
-from chaindiff.pictures import Arrow, Box, chain_png, chain_svg, grid, png_bytes, save_png, to_image, to_uint8
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
+from chaindiff.show import drawing
+from chaindiff.show.images import Arrow, Box, chain_png, chain_svg, grid, png_bytes, save_png, to_image, to_uint8
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -225,6 +225,6 @@ def test_png_shows_the_layout(tmp_path: Path) -> None:
 
 
 def test_drawing_imports_no_torch() -> None:
-    code = "import sys, chaindiff.drawing; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    code = "import sys, chaindiff.show.drawing; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False False"

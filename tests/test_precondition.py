@@ -15,15 +15,16 @@ from exact import Mixture, OneVariable, distance, last
 from recipe_text import changed, message, write
 from torch import Tensor, nn
 
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.formulation import preconditioning, training_noise
+from chaindiff.chain.variable import Variable
 from chaindiff.edm.denoiser import Prediction
 from chaindiff.edm.random import Draws, normal_batch
 from chaindiff.edm.schedules import VP, iddpm_levels
 from chaindiff.edm.solvers import solve
-from chaindiff.formulation import preconditioning, training_noise
+from chaindiff.io.errors import UserError
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import (
     CosineNoiseSpec,
     IddpmSpec,
@@ -37,7 +38,6 @@ from chaindiff.specs.stage import (
     VpSpec,
     precondition_of,
 )
-from chaindiff.variables import Variable
 
 KINDS = ["edm", "x0", "v", "flow", "vp", "ve", "iddpm"]
 SPREAD = 0.5  # sigma_data
@@ -373,7 +373,7 @@ def test_random_features_of_ncsnpp_do_not_take_times(tmp_path, monkeypatch) -> N
 
 
 def test_levels_outside_are_found_when_a_recipe_is_planned(tmp_path, monkeypatch) -> None:
-    from chaindiff.assemble import Assembly
+    from chaindiff.recipe.assembly import Assembly
     from chaindiff.specs.load import load_recipe
 
     monkeypatch.chdir(tmp_path)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from chaindiff.assemble import Assembly
-from chaindiff.smoke import smoke_version
+from chaindiff.commands.smoke import smoke_version
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import available, load_recipe
 
 # EDM, tables 1 and 7 and the snapshots' parameter counts; VCDM, appendix.
@@ -74,7 +74,7 @@ def test_the_smoke_version_of_every_recipe_plans(name: str) -> None:
     assert assembly.request.running
     for variable, spec in loaded.recipe.variables.items():
         if spec.kind == "label" and spec.encoder is None:
-            assert len(assembly.classes(variable)) == spec.shape[0]
+            assert len(assembly.columns[variable].classes) == spec.shape[0]
 
 
 def smoke(name: str, folder: Path) -> None:

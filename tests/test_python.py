@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import chaindiff as cd
-from chaindiff import chain as chain_module
-from chaindiff import commands
+from chaindiff.chain import chain as chain_module
+from chaindiff.commands import run as commands
+from chaindiff.io import tensorfile
 from chaindiff.specs.load import load_recipe
-from chaindiff.training import checkpoint
 
 SIDE, POINT = cd.Variable.vector("side", 1), cd.Variable.vector("point", 2)
 UNET = cd.UNet(channels=16, mult=[1, 1], blocks=1, attention=[], dropout=0.3)
@@ -169,7 +169,7 @@ def test_gradients_are_as_they_were_while_a_preview_is_in_hand() -> None:
 
 
 def test_labels_and_texts_by_name_need_no_tensors() -> None:
-    chain = cd.load("deep_emoji", set=["stages.*.sample.steps=2"])
+    chain = cd.load("deep_emoji", changes=["stages.*.sample.steps=2"])
     by_name, by_number = (chain.sample(2, given={"group": v}, want=["clip"]) for v in ("Objects", 3))
     names = chain.origin.classes("group")
     assert torch.equal(chain.sample(2, given={"group": names.index("Objects")}, want=["clip"])["clip"], by_name["clip"])
@@ -181,7 +181,7 @@ def test_labels_and_texts_by_name_need_no_tensors() -> None:
 
 
 def test_a_caption_is_encoded_on_the_way() -> None:
-    chain = cd.load("text_emoji", set=["stages.*.sample.steps=2"])
+    chain = cd.load("text_emoji", changes=["stages.*.sample.steps=2"])
     red, mixed = (
         chain.sample(2, given={"caption": c}, want=["clip"])["clip"] for c in ("red heart", ["red heart", "dog"])
     )
@@ -219,7 +219,7 @@ def test_what_differs_between_two_variables_is_said() -> None:
         assert expected in str(caught.value)
     recipe = cd.load("vcdm_emoji16").variables["clip"]
     with pytest.raises(cd.UserError, match=r"its encoder\.reduce\.k is 16, not 32"):
-        other = cd.load("vcdm_emoji16", set=["variables.clip.encoder.reduce.k=16", "variables.clip.shape=[16]"])
+        other = cd.load("vcdm_emoji16", changes=["variables.clip.encoder.reduce.k=16", "variables.clip.shape=[16]"])
         twin = cd.Variable(recipe.name, "vector", (32,), meaning=other.variables["clip"].meaning)
         cd.Chain([cd.Diffusion(recipe, network=UNET_OF_NONE), cd.Diffusion(POINT, given=[twin], network=UNET_OF_NONE)])
 
@@ -365,9 +365,9 @@ def test_a_stage_file_runs_no_code_that_nobody_allowed(tmp_path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     cd.save_stage(small(), "point.safetensors")
-    tensors, kept = checkpoint.load(Path("point.safetensors"))
+    tensors, kept = tensorfile.load(Path("point.safetensors"))
     said = json.loads(kept["stage"]) | {"network": {"kind": "evil_net:Net", "settings": {}}}
-    checkpoint.save(Path("evil.safetensors"), tensors, {**kept, "stage": said})
+    tensorfile.save(Path("evil.safetensors"), tensors, {**kept, "stage": said})
     with pytest.raises(cd.UserError, match="the network is code, 'evil_net:Net', which runs only where you allow it"):
         cd.load_stage("evil.safetensors")
     assert not Path("ran").exists()
@@ -419,14 +419,14 @@ def test_a_stage_of_python_in_a_recipe_and_the_other_way_round(tmp_path, monkeyp
 
 
 def test_a_saved_chain_of_a_recipe_is_a_run_that_loads_anywhere(tmp_path, monkeypatch) -> None:
-    chain = cd.load("vcdm_emoji16", set=["stages.*.sample.steps=2"])
+    chain = cd.load("vcdm_emoji16", changes=["stages.*.sample.steps=2"])
     expected = chain.sample(2)
     chain.save(tmp_path / "there")
     monkeypatch.chdir(tmp_path)
     again = cd.load(tmp_path / "there")
     assert all(torch.equal(again.sample(2)[name], expected[name]) for name in expected)
     assert {path.is_relative_to(tmp_path / "there") for path in again.weights.values()} == {True}
-    assert again.origin.fitted_path("clip").exists()
+    assert again.origin.assembly.encoders["clip"].path.exists()
 
 
 def test_a_stage_trained_on_other_data_is_not_saved_as_the_recipes(tmp_path, monkeypatch) -> None:
@@ -446,7 +446,9 @@ def test_a_run_is_planned_as_often_for_many_batches_as_for_one(tmp_path, monkeyp
     for batch in (8, 1):
         calls = []
         monkeypatch.setattr(chain_module, "resolve", lambda *request, calls=calls: calls.append(1) or resolve(*request))
-        loaded = load_recipe("vcdm_emoji16", set=["stages.*.sample.steps=1", "sample.count=8", f"sample.batch={batch}"])
+        loaded = load_recipe(
+            "vcdm_emoji16", changes=["stages.*.sample.steps=1", "sample.count=8", f"sample.batch={batch}"]
+        )
         commands.sample(loaded, out=tmp_path / str(batch))
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0

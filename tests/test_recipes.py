@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 import chaindiff as cd
-from chaindiff.assemble import Assembly
 from chaindiff.data import open_data
-from chaindiff.given import read_given
-from chaindiff.outputs import read_image
+from chaindiff.io import tensorfile
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.recipe.given import read_given
+from chaindiff.recipe.samples import read_image
 from chaindiff.specs.load import available, load_recipe
 from chaindiff.specs.recipe import DataSpec
-from chaindiff.training import checkpoint
 
 RECIPES = sorted(available("recipe"))
 TRAINED = ["edm_emoji16", "vcdm_emoji16", "vcdm_emoji", "deep_emoji"]
@@ -61,29 +61,29 @@ def test_the_prior_costs_at_most_five_percent_of_the_image_stages() -> None:
 def test_shipped_weights_are_found_and_load(name: str, tmp_path: Path) -> None:
     assembly = Assembly(load_recipe(name), tmp_path / name)
     for stage in assembly.recipe.stages:
-        path = assembly.find_weights(stage)
+        path = assembly.stages[stage].find_weights()
         assert path is not None, f"no shipped weights for stage '{stage}'"
         assert "assets" in path.parts
-        assert int(checkpoint.metadata(path)["images"]) >= assembly.recipe.stages[stage].train.images
+        assert int(tensorfile.metadata(path)["images"]) >= assembly.recipe.stages[stage].train.images
         assert path.stat().st_size < 25e6
     assembly.chain()
 
 
 def test_recipes_share_weights_by_identity() -> None:
     chains = [Assembly(load_recipe(name)) for name in ("vcdm_emoji16", "vcdm_emoji", "deep_emoji")]
-    assert len({chain.identity("image16") for chain in chains}) == 1
-    assert chains[0].identity("clip") == chains[1].identity("clip") != chains[2].identity("clip")
-    assert Assembly(load_recipe("edm_emoji16")).identity("image16") != chains[0].identity("image16")
+    assert len({chain.stages["image16"].identity for chain in chains}) == 1
+    assert chains[0].stages["clip"].identity == chains[1].stages["clip"].identity != chains[2].stages["clip"].identity
+    assert Assembly(load_recipe("edm_emoji16")).stages["image16"].identity != chains[0].stages["image16"].identity
 
 
 def test_64_pixels_without_a_cascade_need_one_stage_to_be_trained(tmp_path: Path) -> None:
     """The prior and its encoder's statistics are those of vcdm_emoji, shipped; the image stage has no weights yet."""
     chain, plain = (Assembly(load_recipe(f"{kind}_emoji64"), tmp_path / kind) for kind in ("vcdm", "edm"))
     shipped = Assembly(load_recipe("vcdm_emoji"), tmp_path / "other")
-    assert chain.find_weights("clip") == shipped.find_weights("clip") != None  # noqa: E711
-    assert chain.fitted_path("clip") == shipped.fitted_path("clip")
-    assert chain.fitted_path("clip").exists()
-    assert chain.find_weights("image64") is plain.find_weights("image64") is None
+    assert chain.stages["clip"].find_weights() == shipped.stages["clip"].find_weights() != None  # noqa: E711
+    assert chain.encoders["clip"].path == shipped.encoders["clip"].path
+    assert chain.encoders["clip"].path.exists()
+    assert chain.stages["image64"].find_weights() is plain.stages["image64"].find_weights() is None
     assert 10e6 < chain.request.costs["image64"].parameters < 20e6
 
 
@@ -95,10 +95,19 @@ def test_the_baseline_has_the_same_network_and_budget_as_the_chain(stage: str) -
 
 
 def test_training_settings_are_part_of_the_identity_and_logging_is_not() -> None:
-    plain = Assembly(load_recipe("vcdm_emoji")).identity("image16")
-    assert Assembly(load_recipe("vcdm_emoji", set=["stages.image16.train.batch=64"])).identity("image16") != plain
-    assert Assembly(load_recipe("vcdm_emoji", set=["stages.image16.train.log_every=7"])).identity("image16") == plain
-    assert Assembly(load_recipe("vcdm_emoji", set=["stages.image16.sample.steps=7"])).identity("image16") == plain
+    plain = Assembly(load_recipe("vcdm_emoji")).stages["image16"].identity
+    assert (
+        Assembly(load_recipe("vcdm_emoji", changes=["stages.image16.train.batch=64"])).stages["image16"].identity
+        != plain
+    )
+    assert (
+        Assembly(load_recipe("vcdm_emoji", changes=["stages.image16.train.log_every=7"])).stages["image16"].identity
+        == plain
+    )
+    assert (
+        Assembly(load_recipe("vcdm_emoji", changes=["stages.image16.sample.steps=7"])).stages["image16"].identity
+        == plain
+    )
 
 
 def test_missing_data_is_explained(tmp_path: Path) -> None:
@@ -191,7 +200,7 @@ def test_a_picture_given_for_its_embedding(tmp_path: Path) -> None:
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture)
     assembly = Assembly(load_recipe("vcdm_emoji"), tmp_path / "run")
     value = read_given(assembly, {"clip": str(picture)})["clip"]
-    encoder = assembly.encoder("clip")
+    encoder = assembly.encoders["clip"].build()
     assert torch.allclose(value, encoder(pixels[None].float() / 127.5 - 1), atol=1e-5)
     chain = assembly.chain({"image16", "image"})
     assert set(chain.sample(2, given={"clip": value})) == {"image16", "image"}
@@ -206,10 +215,10 @@ def test_training_goes_on_from_shipped_weights(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    tensors, metadata = checkpoint.load(out / "stages/image16/weights.safetensors")
-    shipped = Assembly(load_recipe("edm_emoji16"), tmp_path / "other").find_weights("image16")
+    tensors, metadata = tensorfile.load(out / "stages/image16/weights.safetensors")
+    shipped = Assembly(load_recipe("edm_emoji16"), tmp_path / "other").stages["image16"].find_weights()
     assert shipped is not None
-    before, kept = checkpoint.load(shipped)
+    before, kept = tensorfile.load(shipped)
     assert int(metadata["images"]) == int(kept["images"]) + 256
     change = max((tensors[k] - before[k].float()).abs().max().item() for k in tensors)
     assert 0 < change < 0.05
@@ -247,7 +256,7 @@ def test_a_prior_given_text_trains_and_samples(tmp_path: Path) -> None:
     done = command("run", "text.yaml", "--given", "caption=a red heart", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "text_prior"
-    embeddings, _ = checkpoint.load(out / "samples" / "clip" / "000000.safetensors")
+    embeddings, _ = tensorfile.load(out / "samples" / "clip" / "000000.safetensors")
     assert embeddings["clip"].shape == (4, 16)
     assert embeddings["clip"].isfinite().all()
     fitted = sorted(path.name.split("-")[0] for path in (out / "encoders").iterdir())

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from chaindiff.drawing import Arrow, Box, chain_svg
-from chaindiff.pictures import grid, png_bytes
-from chaindiff.report import Page, Picture, Section, StageRow, count, html, write_report
+from chaindiff.show.drawing import Arrow, Box, chain_svg
+from chaindiff.show.images import grid, png_bytes
+from chaindiff.show.page import Page, Picture, Section, StageRow, count, html, write_report
 
 NASTY = "<script>alert('x')</script> & \"quoted\" $body ${title}"
 VOID = {"meta", "img", "br"}

@@ -236,7 +236,7 @@ def test_a_mistake_leaves_stdout_empty(command):
 
 # ---------------------------------------------------------------- no waiting
 
-HEAVY = ("torch", "numpy", "PIL", "networkx", "chaindiff.commands")
+HEAVY = ("torch", "numpy", "PIL", "networkx", "chaindiff.commands.run")
 CODE = f"""
 import resource, sys
 from chaindiff.cli import main

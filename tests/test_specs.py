@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_text import FIXTURES, LINES, RECIPE, changed, message, write
 
+from chaindiff.io.errors import UserError
 from chaindiff.specs import load as load_module
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.load import available, load_recipe
 from chaindiff.specs.stage import LinkSpec, PriorSpec, UNetSpec
 from chaindiff.specs.yaml import MAX_DEPTH, assignment, dump, parse, read
@@ -163,7 +163,7 @@ def test_cards_and_what_stands_beside_use():
 
 
 def test_fields_know_whether_recipe_or_card_said_them():
-    loaded = load_recipe(RECIPE, set=["stages.image.sample.steps=20"])
+    loaded = load_recipe(RECIPE, changes=["stages.image.sample.steps=20"])
     places = {
         "stages.image": "recipes/vcdm_emoji.yaml:28",
         "stages.image.network.channels": "recipes/vcdm_emoji.yaml:32",
@@ -194,7 +194,12 @@ def test_cards_in_a_circle_are_refused(here):
 def test_set_parses_its_value_as_yaml():
     recipe = load_recipe(
         RECIPE,
-        set=["stages.image.train.optimizer.lr=1e-4", "sample.exact=true", "sample.want=[image, clip]", "name=no"],
+        changes=[
+            "stages.image.train.optimizer.lr=1e-4",
+            "sample.exact=true",
+            "sample.want=[image, clip]",
+            "name=no",
+        ],
     ).recipe
     assert recipe.stages["image"].train.optimizer.lr == 1e-4
     assert recipe.sample.exact is True and recipe.sample.want == ["image", "clip"] and recipe.name == "no"
@@ -203,7 +208,7 @@ def test_set_parses_its_value_as_yaml():
 
 def test_keyword_overrides_are_the_same_merge():
     by_keyword = load_recipe(RECIPE, stages={"image": {"sample": {"steps": 20}}}, sample={"count": 3}).recipe
-    by_text = load_recipe(RECIPE, set=["stages.image.sample.steps=20", "sample.count=3"]).recipe
+    by_text = load_recipe(RECIPE, changes=["stages.image.sample.steps=20", "sample.count=3"]).recipe
     assert by_keyword == by_text
     assert by_keyword.stages["image"].sample.steps == 20 and by_keyword.stages["image"].network.channels == 48
     prior = PriorSpec(kind="prior", width=32, heads=4)
@@ -214,9 +219,9 @@ def test_keyword_overrides_are_the_same_merge():
 
 
 def test_later_overrides_win():
-    recipe = load_recipe(RECIPE, set=["sample.count=3", "sample.count=4"]).recipe
+    recipe = load_recipe(RECIPE, changes=["sample.count=3", "sample.count=4"]).recipe
     assert recipe.sample.count == 4
-    assert load_recipe(RECIPE, set=["sample.count=3"], sample={"count": 5}).recipe.sample.count == 5
+    assert load_recipe(RECIPE, changes=["sample.count=3"], sample={"count": 5}).recipe.sample.count == 5
 
 
 def test_another_kind_drops_the_fields_of_the_old_one(here):
@@ -226,7 +231,7 @@ def test_another_kind_drops_the_fields_of_the_old_one(here):
     network = load_recipe("r.yaml").recipe.stages["image"].network
     assert network == UNetSpec(kind="unet", channels=32, mult=[1, 2], attention=[16])
     write(here, LINES)
-    text = message("r.yaml", set=["stages.image.network.kind=prior"])
+    text = message("r.yaml", changes=["stages.image.network.kind=prior"])
     assert text == (
         "--set stages.image.network.kind=prior: stages.image.network.kind: "
         "a prior generates vectors, not an image; use a unet"
@@ -236,7 +241,9 @@ def test_another_kind_drops_the_fields_of_the_old_one(here):
 def test_another_kind_outside_a_union_keeps_the_other_fields():
     optimizer = {"kind": "adam", "lr": 0.5}
     recipe = load_recipe(
-        RECIPE, set=["stages.clip.train.optimizer.kind=adamw"], stages={"clip": {"train": {"optimizer": {"lr": 0.5}}}}
+        RECIPE,
+        changes=["stages.clip.train.optimizer.kind=adamw"],
+        stages={"clip": {"train": {"optimizer": {"lr": 0.5}}}},
     ).recipe
     assert recipe.stages["clip"].train.optimizer.model_dump(include=set(optimizer)) == {"kind": "adamw", "lr": 0.5}
 
@@ -246,7 +253,7 @@ def test_an_override_of_use_changes_the_card_below(here):
     write(here, "network: {kind: unet, mult: [2, 2]}\ntrain: {images: 7}\n", "stages/two.yaml")
     write(here, changed("    train: {images: 1000}\n    sample", "    sample").replace("given: [clip]", "use: one"))
     assert load_recipe("r.yaml").recipe.stages["image"].train.images == 5
-    recipe = load_recipe("r.yaml", set=["stages.image.use=two"]).recipe
+    recipe = load_recipe("r.yaml", changes=["stages.image.use=two"]).recipe
     assert recipe.stages["image"].train.images == 7
     assert recipe.stages["image"].network.mult == [1, 2]  # said beside `use`, so it still overrides the card
 
@@ -268,7 +275,7 @@ def test_an_override_of_use_changes_the_card_below(here):
     ],
 )
 def test_set_mistakes_name_the_option(text, expected):
-    assert f"--set {text}: {expected}" in message(RECIPE, set=[text])
+    assert f"--set {text}: {expected}" in message(RECIPE, changes=[text])
 
 
 def test_keyword_mistakes_say_so():
@@ -279,7 +286,7 @@ def test_keyword_mistakes_say_so():
 def test_an_override_may_add_a_whole_stage(here):
     write(here, LINES)
     network = "{kind: unet, mult: [1], attention: []}"
-    recipe = load_recipe("r.yaml", set=[f"stages.image16={{network: {network}, train: {{images: 5}}}}"]).recipe
+    recipe = load_recipe("r.yaml", changes=[f"stages.image16={{network: {network}, train: {{images: 5}}}}"]).recipe
     assert recipe.stages["image16"].train.images == 5 and list(recipe.stages) == ["clip", "image", "image16"]
 
 
@@ -294,18 +301,20 @@ def test_assignments_keep_equals_signs_of_the_value():
 def test_a_star_stands_for_every_name_in_its_place(here):
     """Stages of cards too; a later override of one stage goes over it, and an earlier one is gone over."""
     changes = ["stages.image.sample.steps=3", "stages.*.sample.steps=9", "stages.clip.sample.steps=5"]
-    stages = load_recipe(RECIPE, set=changes).recipe.stages
+    stages = load_recipe(RECIPE, changes=changes).recipe.stages
     assert {name: stage.sample.steps for name, stage in stages.items()} == {"clip": 5, "image16": 9, "image": 9}
-    assert load_recipe(RECIPE, set=["stages.*.use=ddpmpp_small"], stages={"clip": {"use": "clip_prior"}}).recipe.stages
+    assert load_recipe(
+        RECIPE, changes=["stages.*.use=ddpmpp_small"], stages={"clip": {"use": "clip_prior"}}
+    ).recipe.stages
     by_keyword = load_recipe(RECIPE, stages={"*": {"sample": {"steps": 9}}, "clip": {"sample": {"steps": 5}}})
-    assert by_keyword.recipe.stages == load_recipe(RECIPE, set=changes[1:]).recipe.stages
+    assert by_keyword.recipe.stages == load_recipe(RECIPE, changes=changes[1:]).recipe.stages
     again = load_recipe(RECIPE).override(
         {"stages": {"*": {"train": {"images": 8}}}, "variables": {"*": {"sigma_data": 1}}}
     )
     assert {stage.train.images for stage in again.recipe.stages.values()} == {8}
     assert {variable.sigma_data for variable in again.recipe.variables.values()} == {1}
     write(here, changed("want: [image]", "given: {category: 1}"))
-    assert load_recipe("r.yaml", set=["sample.given.*=2"]).recipe.sample.given == {"category": 2}
+    assert load_recipe("r.yaml", changes=["sample.given.*=2"]).recipe.sample.given == {"category": 2}
 
 
 STANDS = "`*` stands for the names of stages, variables or given values: stages.*, variables.*, sample.given.*"
@@ -323,7 +332,7 @@ STANDS = "`*` stands for the names of stages, variables or given values: stages.
     ],
 )
 def test_stars_that_mean_nothing(text, expected):
-    assert f"--set {text}: {expected}" in message(RECIPE, set=[text])
+    assert f"--set {text}: {expected}" in message(RECIPE, changes=[text])
 
 
 def test_values_of_names_are_cleared_and_taken_away(here):
@@ -336,13 +345,13 @@ def test_values_of_names_are_cleared_and_taken_away(here):
         ("sample.given.*=null", {}),
         ("sample={}", {"category": 1, "clip": "x.npy"}),  # of a model, nothing is said
     ):
-        assert load_recipe("r.yaml", set=[change]).recipe.sample.given == left, change
-    cleared = load_recipe("r.yaml", set=["sample.given={}", "sample.given.category=2", "data.where={}"]).recipe
+        assert load_recipe("r.yaml", changes=[change]).recipe.sample.given == left, change
+    cleared = load_recipe("r.yaml", changes=["sample.given={}", "sample.given.category=2", "data.where={}"]).recipe
     assert cleared.sample.given == {"category": 2} and cleared.data.where == {}
     assert load_recipe("r.yaml").override({"sample": {"given": {"category": None}}}).recipe.sample.given == {
         "clip": "x.npy"
     }
     assert "there is no variable 'catgory'; did you mean 'category'?" in message(
-        "r.yaml", set=["sample.given.catgory=null"]
+        "r.yaml", changes=["sample.given.catgory=null"]
     )
-    assert len(load_recipe("r.yaml", set=["stages={}", "variables={}"]).recipe.stages) == 2
+    assert len(load_recipe("r.yaml", changes=["stages={}", "variables={}"]).recipe.stages) == 2

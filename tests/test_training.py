@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from chaindiff import cli
+from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
+from chaindiff.io import tensorfile
 from chaindiff.specs.recipe import DataSpec
 from chaindiff.specs.stage import AugmentSpec
-from chaindiff.training import checkpoint
 from chaindiff.training.batches import Batches
-from chaindiff.variables import Variable
 
 IMAGES, BATCH, TOTAL = 12, 8, 240  # rows of the data, so that batches cross epochs; images a step; images in all
 RECIPE = """
@@ -92,7 +92,7 @@ def logged(run: Path) -> list[int]:
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    (mine, _), (theirs, _) = checkpoint.load(one), checkpoint.load(other)
+    (mine, _), (theirs, _) = tensorfile.load(one), tensorfile.load(other)
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
@@ -135,7 +135,7 @@ def test_killed_training_ends_with_the_weights_of_undisturbed_training(recipe, f
 
 
 def test_a_finished_run_has_its_files_and_is_left_alone(recipe, finished, capsys) -> None:
-    kept = checkpoint.metadata(stage_file(finished))
+    kept = tensorfile.metadata(stage_file(finished))
     assert (kept["format"], kept["images"], kept["total"]) == ("chaindiff-stage/1", "240", "240")
     assert (finished / "stages/image/previews/000000160.png").exists()
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
@@ -145,8 +145,8 @@ def test_a_finished_run_has_its_files_and_is_left_alone(recipe, finished, capsys
 
 
 def test_fresh_begins_anew_where_training_had_ended(recipe, finished, again) -> None:
-    tensors, kept = checkpoint.load(stage_file(again))
-    checkpoint.save(stage_file(again), {k: torch.zeros_like(v) for k, v in tensors.items()}, kept)
+    tensors, kept = tensorfile.load(stage_file(again))
+    tensorfile.save(stage_file(again), {k: torch.zeros_like(v) for k, v in tensors.items()}, kept)
     assert chaindiff_train(recipe, again, "--fresh", "--set", "stages.image.train.preview_every=0") == 0
     assert_same_tensors(stage_file(again), stage_file(finished))
     assert logged(again) == list(range(BATCH, TOTAL + 1, BATCH))
@@ -165,17 +165,17 @@ def prolonged(recipe: str, finished: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_more_goes_on_by_so_many_images(recipe, prolonged, again) -> None:
-    assert checkpoint.metadata(stage_file(prolonged))["images"] == "272"
+    assert tensorfile.metadata(stage_file(prolonged))["images"] == "272"
     assert logged(prolonged) == list(range(BATCH, 273, BATCH))
     for images in ("256", "272"):
         assert chaindiff_train(recipe, again, "--more", "16") == 0
-        assert checkpoint.metadata(stage_file(again))["images"] == images
+        assert tensorfile.metadata(stage_file(again))["images"] == images
 
 
 # Files are written three times: the state after 16 and 32 images, the weights at the end.
 @pytest.mark.parametrize(("write", "done"), [(1, False), (1, True), (2, False), (2, True), (3, False)])
 def test_more_that_was_killed_ends_where_it_would_have(recipe, prolonged, again, monkeypatch, write, done) -> None:
-    save, calls = checkpoint.save, []
+    save, calls = tensorfile.save, []
 
     def save_or_die(*arguments) -> None:
         calls.append(arguments)
@@ -185,12 +185,12 @@ def test_more_that_was_killed_ends_where_it_would_have(recipe, prolonged, again,
         if len(calls) == write:
             raise Killed
 
-    monkeypatch.setattr(checkpoint, "save", save_or_die)
+    monkeypatch.setattr(tensorfile, "save", save_or_die)
     with pytest.raises(Killed):
         cli.main(["train", recipe, "--out", str(again), "--more", "32"])
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(tensorfile, "save", save)
     assert chaindiff_train(recipe, again, "--more", "32") == 0
-    assert checkpoint.metadata(stage_file(again))["images"] == "272"
+    assert tensorfile.metadata(stage_file(again))["images"] == "272"
     assert_same_tensors(stage_file(again), stage_file(prolonged))
 
 

@@ -10,12 +10,12 @@ from statistics import fmean
 import torch
 
 from benchmarks.quality.plan import JUDGES, Experiment
-from chaindiff.evaluation import plots
 from chaindiff.evaluation.evaluate import Group, measure_group
 from chaindiff.evaluation.report import Report, kid_bars, kid_curves, kid_of, provenance
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import Measured, Results, Table, figures_table, link_costs, markdown
-from chaindiff.specs.files import write_whole
+from chaindiff.io.files import write_whole
+from chaindiff.show import plots
 
 FINDINGS = Path(__file__).parent / "findings.md"
 KID_OF_SWEEPS = ("kid", "fd", "recall")

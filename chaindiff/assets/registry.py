@@ -26,18 +26,18 @@ def ship(run: Path) -> list[Path]:
     """Copy a run's finished weights into the package; statistics of encoders stay in full precision."""
     import torch
 
-    from chaindiff.training import checkpoint
+    from chaindiff.io import tensorfile
 
     written = []
     for path in sorted(run.glob("stages/*/weights.safetensors")):
-        tensors, metadata = checkpoint.load(path)
+        tensors, metadata = tensorfile.load(path)
         halves = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
         written.append(SHIPPED / file_name(path.parent.name, metadata["identity"]))
-        checkpoint.save(written[-1], halves, metadata)
+        tensorfile.save(written[-1], halves, metadata)
     for path in sorted(run.glob("encoders/*.safetensors")):
         if re.fullmatch(r"\w+-[0-9a-f]{16}\.safetensors", path.name):
             written.append(SHIPPED / path.name)
-            checkpoint.save(written[-1], *checkpoint.load(path))
+            tensorfile.save(written[-1], *tensorfile.load(path))
     return written
 
 

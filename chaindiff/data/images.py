@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from chaindiff.code import create
 from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
 from chaindiff.data.sources import METADATA, Source, open_source
+from chaindiff.io.code import create
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.code import CodeDataSpec
-from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import Data, DataSpec
 
 if TYPE_CHECKING:

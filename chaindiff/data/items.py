@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chaindiff.data.images import ImageData, square
 from chaindiff.encoders.resize import resize
-from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.io.errors import UserError, did_you_mean
 
 LOOKED_AT = 16  # items that the fingerprint and the resolution look at, spread over the set
 ROUNDING = 1e-3  # how far a float image may leave [-1, 1]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from chaindiff.data.sources import METADATA, Source
-from chaindiff.specs.errors import UserError, did_you_mean, nearest
+from chaindiff.io.errors import UserError, did_you_mean, nearest
 
 Row = dict[str, Any]
 _LABELS = "{'labels': [[file, class], ...]}"

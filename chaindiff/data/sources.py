@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}

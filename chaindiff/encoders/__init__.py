@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from chaindiff.code import create
 from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.clip import OpenClipImage, OpenClipText
 from chaindiff.encoders.embedding import Embedding
@@ -13,8 +12,9 @@ from chaindiff.encoders.file import FileVectors
 from chaindiff.encoders.own import OwnEncoder
 from chaindiff.encoders.resize import Resize
 from chaindiff.encoders.statistics import Statistics
+from chaindiff.io.code import create
+from chaindiff.io.errors import UserError
 from chaindiff.specs.code import CodeEncoderSpec
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import FileSpec, ResizeSpec, VariableSpec
 
 __all__ = [

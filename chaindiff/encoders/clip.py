@@ -13,7 +13,7 @@ from torch import Tensor
 from chaindiff.encoders.clip_files import find
 from chaindiff.encoders.embedding import Embedding
 from chaindiff.encoders.resize import resize
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import OpenClipSpec
 
 BATCH = 256  # inputs embedded at once

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.encoders.base import file_digest
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.clip_models import CONFIG, known_models, model_folder
-from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import OpenClipSpec
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")

@@ -11,7 +11,7 @@ from torch import Tensor
 from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.kmeans import nearest
 from chaindiff.encoders.statistics import Statistics
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import FileSpec, KMeansSpec, OpenClipSpec, PcaSpec
 
 

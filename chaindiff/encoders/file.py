@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chaindiff.encoders.base import file_digest
 from chaindiff.encoders.embedding import Embedding
-from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import FileSpec
 
 CHUNK = 4096  # rows looked at together

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.edm.random import generator
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 RESTARTS, ITERATIONS = 4, 300
 

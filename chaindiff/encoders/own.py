@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from chaindiff.encoders.base import Encoder
+from chaindiff.io.errors import UserError
 from chaindiff.specs.code import CodeEncoderSpec
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import VariableSpec
 
 

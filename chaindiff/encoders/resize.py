@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.encoders.base import Encoder
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import EnlargeSpec, ResizeSpec
 
 Filter = Literal["box", "bilinear", "bicubic"]

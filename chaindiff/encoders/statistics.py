@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chaindiff.encoders.base import fingerprint
 from chaindiff.encoders.kmeans import Chunks, cluster
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 if TYPE_CHECKING:
     import chaindiff.encoders.embedding

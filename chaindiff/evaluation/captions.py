@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chaindiff.assemble import Assembly
 from chaindiff.data.items import Data
 from chaindiff.encoders.base import fingerprint
 from chaindiff.encoders.clip import OpenClipText
 from chaindiff.encoders.clip_files import find
 from chaindiff.evaluation.features import clip_spec
+from chaindiff.recipe.assembly import Assembly
 
 FIELDS = ("caption", "text")  # of the metadata, where the recipe declares no text
 
@@ -24,7 +24,7 @@ def captions(assembly: Assembly, data: Data) -> list[str] | None:
 
     Images of which nothing is said have an empty text; None if all are such.
     """
-    declared = [assembly.column(name) for name, spec in assembly.recipe.variables.items() if spec.kind == "text"]
+    declared = [assembly.columns[name].field for name, spec in assembly.recipe.variables.items() if spec.kind == "text"]
     field = next((name for name in (*declared, *FIELDS) if name in data.fields), None)
     texts = data.field(field) if field is not None else []
     return texts if any(texts) else None

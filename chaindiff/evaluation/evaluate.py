@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from chaindiff.assemble import Assembly
-from chaindiff.distributed import processes
 from chaindiff.evaluation.report import Report
 from chaindiff.evaluation.rows import BATCH, Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import Measured, Results
-from chaindiff.memory import noted
-from chaindiff.progress import Bar
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
+from chaindiff.io.memory import noted
+from chaindiff.io.processes import processes
+from chaindiff.io.progress import Bar
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import Loaded, load_recipe
 from chaindiff.specs.merge import nest
 from chaindiff.specs.yaml import Node, assignment

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from chaindiff.encoders.base import fingerprint
-from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import OpenClipSpec
 
 RESIZE = "PIL bicubic, antialiased, 8 bits"
@@ -149,7 +149,7 @@ def _efficientnet(name: str, argument: str, weights: Path | None, device: torch.
         raise UserError(f"the extractor '{name}' needs its weights, which a package brings", hint=hint)
     import timm
 
-    from chaindiff.training.published_towers import load_vision, package_file
+    from tools.published_towers import load_vision, package_file
 
     weights = weights or package_file(package, "models/*.pth")
     trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
@@ -260,7 +260,7 @@ BUILDERS: dict[str, Callable[[str, str, Path | None, torch.device], Network]] = 
 
 def weights_folder() -> Path:
     """Where files of weights are looked for that no package brings."""
-    from chaindiff.training.job import cache_folder
+    from chaindiff.io.files import cache_folder
 
     return cache_folder() / "weights"
 
@@ -282,9 +282,9 @@ def _found(name: str, files: tuple[str, ...]) -> Path:
 def _tensors(name: str, path: Path) -> dict[str, Tensor]:
     """A state dictionary: safetensors, or a pickle of tensors alone, which executes nothing."""
     if path.suffix == ".safetensors":
-        from chaindiff.training import checkpoint
+        from chaindiff.io import tensorfile
 
-        return checkpoint.load(path)[0]
+        return tensorfile.load(path)[0]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

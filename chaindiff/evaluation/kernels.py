@@ -12,7 +12,7 @@ from torch import Tensor
 from chaindiff.edm.random import generator
 from chaindiff.evaluation.interval import REPLICATES, Interval, resamples
 from chaindiff.evaluation.stored import Vectors
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from chaindiff.specs.errors import UserError
-from chaindiff.training import checkpoint
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 
 FORMAT = "chaindiff-moments/1"
 
@@ -77,12 +77,12 @@ class Moments:
     def save(self, path: Path, **about: str) -> None:
         """Write a safetensors file; `about` goes into its metadata (which extractor, which images)."""
         tensors = {"mean": self.mean, "scatter": self.scatter}
-        checkpoint.save(path, tensors, {**about, "format": FORMAT, "count": str(self.count)})
+        tensorfile.save(path, tensors, {**about, "format": FORMAT, "count": str(self.count)})
 
     @classmethod
     def load(cls, path: Path, **about: str) -> Moments:
         """Read a file that was saved with the same `about`. Raises UserError if it is missing, broken or another's."""
-        tensors, metadata = checkpoint.load(path)
+        tensors, metadata = tensorfile.load(path)
         for name, expected in {"format": FORMAT, **about}.items():
             if metadata.get(name) != expected:
                 raise UserError(f"{name} is '{metadata.get(name)}', expected '{expected}'", str(path))

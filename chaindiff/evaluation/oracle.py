@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from chaindiff.assemble import Assembly
+from chaindiff.chain.variable import digest
 from chaindiff.data import open_data
 from chaindiff.data.items import Data
 from chaindiff.edm.random import generator
 from chaindiff.encoders import Encoder, FileVectors
-from chaindiff.progress import Bar
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
+from chaindiff.io.progress import Bar
+from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.recipe import DataSpec, FileSpec
-from chaindiff.training import checkpoint
 from chaindiff.training.batches import Features
-from chaindiff.variables import digest
 
 BATCH = 128
 
@@ -61,7 +61,7 @@ class DataValues:
 
     def _kept(self, name: str) -> Tensor:
         variable = self.assembly.variables[name]
-        key = digest([variable.identity, self.assembly.fitted_digest(name), self.data.digest, len(self.data)])
+        key = digest([variable.identity, self.assembly.encoders[name].digest, self.data.digest, len(self.data)])
         path = self.folder / f"{name}-{key}.safetensors"
         if not path.exists():
             parts = []
@@ -69,8 +69,8 @@ class DataValues:
                 for first in range(0, len(self.data), BATCH):
                     parts.append(self._compute(name, range(first, min(first + BATCH, len(self.data)))))
                     bar.update(first + len(parts[-1]))
-            checkpoint.save(path, {"values": torch.cat(parts)}, {"variable": name})
-        return checkpoint.load(path)[0]["values"]
+            tensorfile.save(path, {"values": torch.cat(parts)}, {"variable": name})
+        return tensorfile.load(path)[0]["values"]
 
     def _compute(self, name: str, rows: Sequence[int]) -> Any:
         """A tensor, or for a text the list of it."""
@@ -83,10 +83,10 @@ class DataValues:
             with torch.no_grad():
                 return self._encoder(name)(self._compute(spec.reads, rows))
         if spec.kind == "label":
-            return torch.tensor(self.data.categories(assembly.column(name))[1])[list(rows)]
+            return torch.tensor(self.data.categories(assembly.columns[name].field)[1])[list(rows)]
         if spec.kind != "text":
-            return self.data.column(assembly.column(name))[list(rows)]
-        return [self.data.field(assembly.column(name))[row] for row in rows]
+            return self.data.column(assembly.columns[name].field)[list(rows)]
+        return [self.data.field(assembly.columns[name].field)[row] for row in rows]
 
     def _vectors(self, name: str) -> Features:
         if name not in self._files:
@@ -98,7 +98,7 @@ class DataValues:
 
     def _encoder(self, name: str) -> Encoder:
         if name not in self._encoders:
-            self._encoders[name] = self.assembly.encoder(name)
+            self._encoders[name] = self.assembly.encoders[name].build()
         return self._encoders[name]
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from chaindiff.edm.random import generator
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 SMALLEST = 16  # side of the coarsest level
 BINOMIAL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16  # Burt & Adelson 1983, a = 0.375

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 
 class Figure(BaseModel):

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chaindiff.evaluation import plots
 from chaindiff.evaluation.metrics import vector_report
 from chaindiff.evaluation.oracle import DataValues
 from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
-from chaindiff.pictures import grid, png_bytes
-from chaindiff.report import Picture, Section
-from chaindiff.specs.files import write_whole
+from chaindiff.io.files import write_whole
+from chaindiff.show import plots
+from chaindiff.show.images import grid, png_bytes
+from chaindiff.show.page import Picture, Section
 
 METRICS = "metrics.json"
 FLATTERS = "* a judge of an architecture family that the chain itself uses: it flatters the chain"

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chaindiff.assemble import Assembly
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.plan import ChainPlan
+from chaindiff.chain.request import Value, rows_of
+from chaindiff.chain.variable import digest
 from chaindiff.evaluation.oracle import DataValues, oracle, split_of
-from chaindiff.execution import chosen_execution, depends_on, prepare
-from chaindiff.given import read_given
-from chaindiff.pictures import to_uint8
-from chaindiff.planning import ChainPlan
-from chaindiff.request import Value, rows_of
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.recipe.execution import chosen_execution, depends_on, prepare
+from chaindiff.recipe.given import read_given
+from chaindiff.show.images import to_uint8
 from chaindiff.specs.load import Loaded
-from chaindiff.training import checkpoint
-from chaindiff.variables import digest
 
 BATCH = 125  # samples of one call: one shape for every row, so that a network compiles once
 CHUNK = 2 * BATCH  # samples of one file
@@ -96,7 +96,7 @@ class Row:
     @cached_property
     def key(self) -> str:
         """Fingerprint of all that the samples depend on but their number."""
-        weights = {name: self.assembly.weights(name) for name in self.plan.running}
+        weights = {name: self.assembly.stages[name].weights() for name in self.plan.running}
         depends = depends_on(self.assembly, self.plan, weights, self.values)
         for irrelevant in ("count", "want", "batch"):
             depends["sample"].pop(irrelevant)
@@ -144,19 +144,19 @@ class Row:
                 chunk = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
                 images = {n for n in chunk if assembly.variables[n].kind == "image"}
                 kept = {n: to_uint8(v) if n in images else v.contiguous() for n, v in chunk.items()}
-                checkpoint.save(self.path(first), kept, {"seconds": str(time.perf_counter() - began)})
+                tensorfile.save(self.path(first), kept, {"seconds": str(time.perf_counter() - began)})
                 began, parts, first = time.perf_counter(), [], first + CHUNK
                 yield min(first, self.count)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The samples of a variable, a chunk at a time: images as uint8 [n, 3, h, w], others as sampled."""
         for first in self.firsts:
-            yield checkpoint.load(self.path(first))[0][name][: self.count - first]
+            yield tensorfile.load(self.path(first))[0][name][: self.count - first]
 
     @property
     def seconds_per_image(self) -> float:
         """Median over chunks, so that a compilation does not count."""
-        seconds = [float(checkpoint.metadata(self.path(first))["seconds"]) for first in self.firsts]
+        seconds = [float(tensorfile.metadata(self.path(first))["seconds"]) for first in self.firsts]
         return float(torch.tensor(seconds).median()) / CHUNK
 
     @property
@@ -171,7 +171,7 @@ class Row:
     @cached_property
     def training_images(self) -> dict[str, int | None]:
         """The images that each running stage has seen, in the order in which stages run; `trained_images`."""
-        return {n: trained_images(checkpoint.metadata(self.assembly.weights(n))) for n in self.plan.running}
+        return {n: trained_images(tensorfile.metadata(self.assembly.stages[n].weights())) for n in self.plan.running}
 
     @property
     def training_pflop(self) -> float | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from chaindiff.encoders.base import fingerprint
 from chaindiff.evaluation.moments import Moments
 from chaindiff.evaluation.stored import Stored
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 ROWS = 4096  # read at once by `moments`
 

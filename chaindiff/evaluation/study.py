@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chaindiff.assemble import Assembly
+from chaindiff.chain.variable import digest
 from chaindiff.data.items import Data
 from chaindiff.evaluation.captions import TextTower, captions
 from chaindiff.evaluation.features import Extractor, encoder_family, extractor
@@ -36,11 +36,11 @@ from chaindiff.evaluation.provenance import Figure
 from chaindiff.evaluation.rows import CHUNK, Row
 from chaindiff.evaluation.store import AsTheyAre, Embedder, FeatureStore
 from chaindiff.evaluation.stored import Stored, Vectors
-from chaindiff.pictures import to_uint8
-from chaindiff.progress import Bar
-from chaindiff.specs.errors import UserError
-from chaindiff.specs.files import write_whole
-from chaindiff.variables import digest
+from chaindiff.io.errors import UserError
+from chaindiff.io.files import write_whole
+from chaindiff.io.progress import Bar
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.show.images import to_uint8
 
 PATCHES = "patches"  # stands for a judge where a metric needs none
 EACH = {"patches": 16, "directions": 256}  # an eighth of the published counts: small images have few patches
@@ -48,7 +48,11 @@ EACH = {"patches": 16, "directions": 256}  # an eighth of the published counts: 
 
 def families(assembly: Assembly) -> set[str | None]:
     """Families of the encoders within a chain: a judge of one of these flatters the chain."""
-    return {encoder_family(assembly.encoder(name).features_identity) for name in assembly.encoded}
+    return {
+        encoder_family(assembly.encoders[name].build().features_identity)
+        for name, spec in assembly.recipe.variables.items()
+        if spec.reads
+    }
 
 
 def distances(real: Vectors, fake: Vectors, judge: str, seed: int) -> dict[str, float | Interval]:

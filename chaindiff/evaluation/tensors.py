@@ -11,8 +11,8 @@ from torch import Tensor
 from chaindiff.evaluation.features import extractor
 from chaindiff.evaluation.provenance import Figure
 from chaindiff.evaluation.study import distances
-from chaindiff.pictures import to_uint8
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
+from chaindiff.show.images import to_uint8
 
 
 def measure(

@@ -16,7 +16,7 @@ from chaindiff.evaluation.memorisation import memorisation
 from chaindiff.evaluation.moments import Moments, frechet_distance
 from chaindiff.evaluation.neighbours import density_coverage, precision_recall
 from chaindiff.evaluation.stored import Vectors
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 BLOCK = 4096  # rows read at once
 

@@ -15,10 +15,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.networks.arch import ARCHS
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.base import Spec
-from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.stage import IddpmSpec, Precondition, PreconditionSpec, UNetSpec, VeSpec, VpSpec
 
 # Constructors of the published classes: their arguments in order, with defaults; ... must be said.

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 Table = Mapping[str, Callable[[str, tuple], Any]]  # a global's name -> what stands for a call of it
 

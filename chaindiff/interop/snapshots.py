@@ -11,8 +11,8 @@ from torch import Tensor
 
 from chaindiff.interop.edm import PRECONDITIONERS, Published, load_edm_network, published
 from chaindiff.interop.pickles import Array, Object, read_pickle
+from chaindiff.io.errors import UserError
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.errors import UserError
 
 LONGEST = 200  # characters of a module's full name, at most
 AUGMENT = ("p", "xflip", "yflip", "scale", "rotate_frac", "aniso", "translate_frac")  # strengths of EDM's augmentation

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from chaindiff.code import create
+from chaindiff.io.code import create
+from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition, Interface, Network
 from chaindiff.networks.joint import Joint
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.code import CodeSpec
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import JointNetworkSpec, PriorSpec, UNetSpec
 
 __all__ = ["Condition", "Interface", "Joint", "Network", "Prior", "UNet", "build"]

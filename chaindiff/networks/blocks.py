@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from chaindiff.networks.arch import Arch, Init
 
+LEVEL_FREQUENCIES = 8  # of the features of a noise level
+
 
 def init_weight(shape: tuple[int, ...], init: Init) -> Tensor:
     """Initial weights of EDM's networks: xavier or kaiming uniform, times a gain (EDM, appendix F.2 and its tables)."""
@@ -204,3 +206,9 @@ class Block(nn.Module):
             k, v = torch.cat([k, extra[0]], dim=2), torch.cat([v, extra[1]], dim=2)
         y = F.scaled_dot_product_attention(q, k, v)
         return y.transpose(-1, -2).reshape(batch, channels, height, width)
+
+
+def sinusoids(label: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
+    """Cosines and sines of a noise label, at frequencies that double."""
+    angle = label[:, None] * (2.0 ** torch.arange(LEVEL_FREQUENCIES, device=label.device)).to(label.dtype)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from chaindiff.edm.denoiser import State
-from chaindiff.networks.condition import LEVEL_FREQUENCIES, sinusoids
+from chaindiff.networks.blocks import LEVEL_FREQUENCIES, sinusoids
 from chaindiff.networks.interface import Condition, Interface
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from chaindiff.io.errors import UserError
 from chaindiff.specs.check_variables import A, Where, check_variables, circle_of, shape_problem, unknown
 from chaindiff.specs.code import CodeSpec, is_code
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.recipe import Recipe, VariableSpec
 from chaindiff.specs.sampling import sampling_problems
 from chaindiff.specs.stage import (

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import PurePath
 
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.clip_models import known_models, model_folder
 from chaindiff.specs.code import CodeSpec
-from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import (
     DataSpec,
     FileSpec,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.check import check
 from chaindiff.specs.code import HINT, code_in
-from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.merge import merge, nest, refuse_strangers, spread
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import StageSpec
@@ -66,10 +66,10 @@ class Loaded:
         raise_all([UserError(f"{path}: '{kind}' {what}", self.where(path), HINT) for path, kind in named])
 
 
-def load_recipe(source: str | Path, set: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Loaded:
+def load_recipe(source: str | Path, changes: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Loaded:
     """The recipe at a path, of a name, or of a run's directory.
 
-    `set` holds texts such as "stages.image.sample.steps=20"; keyword overrides are nested mappings of the same names.
+    `changes` are texts such as "stages.image.sample.steps=20"; keyword overrides are nested mappings of the same names.
     Code that the recipe names is not imported here, and later only with `allow_code`.
     Raises UserError with file, line, what is wrong and the nearest valid name.
     """
@@ -81,7 +81,7 @@ def load_recipe(source: str | Path, set: Sequence[str] = (), allow_code: bool = 
     lock = recipe.value.pop("lock", Node({}, None))
     if not isinstance(lock.value, dict):
         raise UserError(f"lock: expected fields (a mapping), not {describe(lock.value)}", lock.where)
-    layers = [nest(*assignment(text)) for text in set]
+    layers = [nest(*assignment(text)) for text in changes]
     if overrides:
         layers.append(wrap(overrides, "keyword argument"))
     return _finish(_assemble(recipe, layers, path), path, lock.plain(), allow_code)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chaindiff.specs.files import write_whole
+from chaindiff.io.files import write_whole
 from chaindiff.specs.load import LOCK
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.yaml import dump

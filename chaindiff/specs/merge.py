@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.fields import child, default_kind, kinds, model_of, named, named_values
 from chaindiff.specs.yaml import Node, position
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from chaindiff.specs.errors import did_you_mean
+from chaindiff.io.errors import did_you_mean
 from chaindiff.specs.stage import LinkSpec, SamplerSpec
 
 

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.code import CODE
-from chaindiff.specs.errors import UserError, did_you_mean
 from chaindiff.specs.fields import child, kinds, model_of, tagged
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import Node, describe, wrap

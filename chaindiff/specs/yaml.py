@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 50, 100_000
 MAX_INT = 2**63 - 1

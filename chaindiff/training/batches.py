@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chaindiff.chain.variable import Variable
 from chaindiff.data import augment
 from chaindiff.data.items import Data
 from chaindiff.edm.random import generator
 from chaindiff.encoders import Encoder
-from chaindiff.specs.errors import UserError
+from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import AugmentSpec
-from chaindiff.variables import Variable
 
 
 @runtime_checkable

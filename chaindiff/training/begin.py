@@ -17,14 +17,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.conditioning import Link
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.formulation import preconditioning
 from chaindiff.edm.precondition import IDDPM
-from chaindiff.formulation import preconditioning
-from chaindiff.networks.condition import Link
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.errors import UserError
 from chaindiff.specs.stage import LinkSpec, Precondition
-from chaindiff.training import checkpoint
 
 LABEL, LABEL_BIAS, AUGMENT = (f"network.map_{part}" for part in ("label.weight", "label.bias", "augment.weight"))
 INPUT = re.compile(r"network\.enc\.\d+x\d+_(conv|aux_residual)\.weight")  # convolutions of the noisy image itself
@@ -48,7 +48,7 @@ def begin_from(stage: Diffusion, path: Path) -> Begun:
     """
     if not path.is_file():
         raise UserError(f"there is no weights file {path}", hint="correct the path, or leave `init` out")
-    read = checkpoint.shapes if next(stage.parameters()).is_meta else checkpoint.load
+    read = tensorfile.shapes if next(stage.parameters()).is_meta else tensorfile.load
     try:
         tensors, kept = read(path)
     except UserError as error:

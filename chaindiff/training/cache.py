@@ -16,9 +16,9 @@ from chaindiff.data import augment
 from chaindiff.data.items import Data
 from chaindiff.encoders import Encoder
 from chaindiff.encoders.base import fingerprint
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import AugmentSpec
-from chaindiff.training import checkpoint
 
 Numbers = Sequence[int] | np.ndarray
 
@@ -73,7 +73,7 @@ class EmbeddingCache:
                 done += len(parts[-1])
                 if start + batch >= rows.stop:  # rows count as done for good once their file is there
                     metadata = {"key": self.key, "encoder": self.encoder.features_identity}
-                    checkpoint.save(self._path(shard), {"features": torch.cat(parts)}, metadata)
+                    tensorfile.save(self._path(shard), {"features": torch.cat(parts)}, metadata)
                 yield done, total
 
     def rows(self, indices: Numbers, variants: Numbers) -> Float[Tensor, "n width"]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from chaindiff.encoders import Embedding, Statistics
 from chaindiff.encoders.statistics import FORMAT
+from chaindiff.io import tensorfile
 from chaindiff.specs.recipe import KMeansSpec
-from chaindiff.training import checkpoint
 from chaindiff.training.batches import Features
 
 
@@ -29,6 +29,6 @@ def fit(encoder: Embedding, features: Features, path: Path) -> Path:
         "rows": len(features),
         "explained": round(explained, 6),
     }
-    checkpoint.save(path, statistics.tensors(), metadata)
+    tensorfile.save(path, statistics.tensors(), metadata)
     encoder.statistics = statistics
     return path

@@ -20,13 +20,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from chaindiff.diffusion import Diffusion
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.formulation import averages
 from chaindiff.edm.ema import Average
 from chaindiff.edm.random import Draws, seed
-from chaindiff.formulation import averages
-from chaindiff.specs.errors import UserError
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
-from chaindiff.training import checkpoint, snapshots
+from chaindiff.training import snapshots
 
 Batches = Callable[[list[int]], dict[str, Tensor]]  # sample numbers -> variables and augment_labels
 COMPILE_PAYS = 50_000  # images; a cold compilation takes as long as some thousands of them
@@ -76,9 +77,9 @@ def restore(
     def part(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-    checkpoint.fill(stage, part("model."), where)
+    tensorfile.fill(stage, part("model."), where)
     for name, ema in emas.items():
-        checkpoint.fill(ema.model, part(f"{name}."), where)
+        tensorfile.fill(ema.model, part(f"{name}."), where)
     state: dict[int, dict[str, Tensor]] = {}
     parameters = list(stage.parameters())
     for key, value in part("optimizer.").items():
@@ -153,7 +154,7 @@ def train(
     optimizer = build_optimizer(spec.optimizer, stage)
     images = begin
     if state_path.exists():
-        tensors, kept = checkpoint.load(state_path)
+        tensors, kept = tensorfile.load(state_path)
         if kept.get("identity") != metadata["identity"]:
             raise UserError(
                 f"{state_path} is the state of another stage or of other training settings",
@@ -169,14 +170,14 @@ def train(
         from chaindiff.training.metrics import Metrics  # imports TensorBoard, which only training needs
 
         metrics = Metrics(folder, images)
-        checkpoint.remove_leftovers(folder)
+        tensorfile.remove_leftovers(folder)
         snapshots.remove_after(folder, images if state_path.exists() else 0)
     parameters = list(stage.parameters())
 
     def save_state() -> None:
         if accelerator.is_main_process:
             everything = {**metadata, "images": str(images)}
-            checkpoint.save(state_path, state_tensors(stage, emas, optimizer.optimizer), everything)
+            tensorfile.save(state_path, state_tensors(stage, emas, optimizer.optimizer), everything)
         accelerator.wait_for_everyone()
 
     model.train()
@@ -223,7 +224,7 @@ def train(
             save_state()
         yield Progress(images, total, speed, mean, ema.model if crossed[1] else None)
     if accelerator.is_main_process:
-        checkpoint.save(folder / "weights.safetensors", ema.model.state_dict(), {**metadata, "images": str(images)})
+        tensorfile.save(folder / "weights.safetensors", ema.model.state_dict(), {**metadata, "images": str(images)})
     accelerator.wait_for_everyone()
 
 

@@ -15,8 +15,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ign
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from chaindiff.specs.errors import UserError
-from chaindiff.specs.files import UNWRITABLE, write_whole
+from chaindiff.io.errors import UserError
+from chaindiff.io.files import UNWRITABLE, write_whole
 
 
 class Metrics:

@@ -10,23 +10,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from chaindiff import saving
-from chaindiff.chain import Chain
+from chaindiff.chain import saving
+from chaindiff.chain.chain import Chain
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.stage import Stage, learns
+from chaindiff.chain.variable import Variable, digest
 from chaindiff.data.augment import active
 from chaindiff.data.images import ImageData
 from chaindiff.data.items import Data, Items
-from chaindiff.diffusion import Diffusion
 from chaindiff.encoders.base import Encoder
-from chaindiff.progress import Bar
-from chaindiff.specs.errors import UserError, did_you_mean
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec, TrainSpec
 from chaindiff.specs.validate import config
-from chaindiff.stage import Stage, learns
-from chaindiff.training import checkpoint
 from chaindiff.training.batches import Batches, TextFeatures
 from chaindiff.training.loop import Progress
 from chaindiff.training.loop import train as steps_of
-from chaindiff.variables import Variable, digest
 
 What = TypeVar("What", bound=Stage | Chain)
 ENCODED_AT_ONCE = 128
@@ -58,7 +58,8 @@ def train(
                 raise UserError(
                     f"train: a recipe's own training takes no {option}", hint="hand in data, or leave it out"
                 )
-        _train_recipe(what, only, settings)
+        learning = [name for name, stage in what.stages.outlines.items() if learns(stage)]
+        what.origin.train(what, [only] if only else learning, settings)
         return what
     if data is None:
         raise UserError("train needs data: a dataset of items, columns of tensors, or a function of sample numbers")
@@ -81,20 +82,6 @@ def train(
     return what
 
 
-def _train_recipe(chain: Chain, only: str | None, settings: Mapping[str, Any]) -> None:
-    """By the recipe's own settings and data, into its run's directory, as `chaindiff train` does."""
-    from chaindiff.training.job import train_stage
-
-    assert chain.origin is not None
-    changes = {"stages": {name: {"train": dict(settings)} for name in ([only] if only else chain.stages)}}
-    assembly = chain.origin.altered(changes) if settings else chain.origin
-    for name in [only] if only else [name for name, stage in chain.stages.outlines.items() if learns(stage)]:
-        path = train_stage(assembly, name)
-        chain.stages.loaded[name] = assembly.load(name, path)
-        chain.weights[name] = path
-    chain.origin = assembly  # whose settings its weights now are of
-
-
 def _train_stage(
     stage: nn.Module,
     batches: Callable[[list[int]], dict[str, Tensor]],
@@ -113,7 +100,7 @@ def _train_stage(
             bar.update(min(step.images, step.total), said or None)
             if progress is not None:
                 progress(step)
-        checkpoint.fill(stage, checkpoint.load(place / "weights.safetensors")[0], str(place))
+        tensorfile.fill(stage, tensorfile.load(place / "weights.safetensors")[0], str(place))
     if isinstance(stage, Diffusion):
         stage.autocast = None  # the precision was that of training
     stage.eval()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from chaindiff.edm.ema import Average, PowerEma
 from chaindiff.edm.power_ema import UNIFORM, coefficients, gamma_of
-from chaindiff.specs.errors import UserError
-from chaindiff.training import checkpoint
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
 
 TOLERANCE = 0.1  # relative L2 error of a profile beyond which an average is not what it says it is
 
@@ -26,7 +26,7 @@ def write(folder: Path, averages: Iterable[Average[Any]], images: int, metadata:
             path = folder / "snapshots" / f"{images:09d}-{average.sigma_rel}.safetensors"
             halves = {name: _half(tensor) for name, tensor in average.model.state_dict().items()}
             said = {"images": str(images), "sigma_rel": str(average.sigma_rel)}
-            checkpoint.save(path, halves, {**metadata, **said})
+            tensorfile.save(path, halves, {**metadata, **said})
 
 
 def _half(tensor: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _half(tensor: Tensor) -> Tensor:
 
 def remove_after(folder: Path, images: int) -> None:
     """Delete snapshots of what is about to be trained (again), and what a killed process left."""
-    checkpoint.remove_leftovers(folder / "snapshots")
+    tensorfile.remove_leftovers(folder / "snapshots")
     for path in _files(folder):
         if int(path.name.split("-")[0]) > images:
             path.unlink()
@@ -62,7 +62,7 @@ class Snapshot:
     @classmethod
     def read(cls, path: Path) -> Snapshot:
         """Raises UserError if the file is broken, or not a snapshot."""
-        kept = checkpoint.metadata(path)
+        kept = tensorfile.metadata(path)
         if "sigma_rel" not in kept or "profile_error" in kept:
             raise UserError(f"{path} is no snapshot of a power-function average")
         return cls(path, int(kept["images"]), float(kept["sigma_rel"]), kept)
@@ -130,7 +130,7 @@ def reconstruct(files: Sequence[Path], sigma_rel: float, at_images: int | None =
             hint=_reachable(found, at_images),
         )
     said = {**found[-1].metadata, "images": str(at_images), "sigma_rel": str(sigma_rel), "profile_error": str(error)}
-    checkpoint.save(out, _combine(found, weights), said)
+    tensorfile.save(out, _combine(found, weights), said)
     return Reconstruction(out, sigma_rel, at_images, len(found), error)
 
 
@@ -145,7 +145,7 @@ def _combine(found: Sequence[Snapshot], weights: Sequence[float]) -> dict[str, T
     """The weighted sum of the snapshots' tensors; numbers that are not floating point are the last one's."""
     total: dict[str, Tensor] = {}
     for snapshot, weight in zip(found, weights, strict=True):
-        tensors, _ = checkpoint.load(snapshot.path)
+        tensors, _ = tensorfile.load(snapshot.path)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if total and shapes != {name: tensor.shape for name, tensor in total.items()}:
             raise UserError(f"{snapshot.path} and {found[0].path} are snapshots of different networks")

@@ -1,0 +1,65 @@
+"""A diffusion stage under its conditions: the denoiser that guidance wraps and solvers follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from chaindiff.edm.denoiser import Levels, Prediction, State
+from chaindiff.networks.interface import Condition
+
+if TYPE_CHECKING:
+    from chaindiff.chain.diffusion import Diffusion
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A stage's denoiser with its conditions bound."""
+
+    stage: Diffusion
+    condition: Condition
+    fixed: State = field(default_factory=dict)  # generated variables that are given
+
+    @property
+    def kin(self) -> int:
+        """Denoisers of one network are evaluated as one batch."""
+        return id(self.stage)
+
+    def evaluations(self, sigma: Levels) -> int:
+        return 1
+
+    def __call__(self, x: State, sigma: Levels) -> Prediction:
+        return self.batch([self], x, sigma)[0]
+
+    def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
+        """What each of several bound denoisers of this stage predicts, by one call of the network."""
+        like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
+        values, levels = {}, {}
+        for name in self.stage.generates:
+            value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
+            level = level.to(like) if isinstance(level, Tensor) else torch.full((count,), level).to(like)
+            levels[name] = level.repeat(terms)
+            values[name] = value.repeat(terms, *[1] * (value.ndim - 1))
+        found = self.stage.denoise(values, levels, _side_by_side([other.condition for other in others], count))
+        return [
+            Prediction(
+                {name: found.x0[name][rows] for name in x},
+                None if found.variance is None else {name: found.variance[name][rows] for name in x},
+            )
+            for rows in (slice(n * count, (n + 1) * count) for n in range(terms))
+        ]
+
+
+def _side_by_side(conditions: Sequence[Condition], count: int) -> Condition:
+    """Conditions as those of one batch; one that was bound without given variables is the same for every row."""
+
+    def join(part: str) -> Tensor | None:
+        found = [tensor for condition in conditions if (tensor := getattr(condition, part)) is not None]
+        whole = [tensor.expand(count, *tensor.shape[1:]) for tensor in found]
+        return torch.cat(whole) if len(whole) > 1 else whole[0] if whole else None
+
+    return Condition(*map(join, ("labels", "images", "context", "augment")))

@@ -1,0 +1,362 @@
+"""Chains: stages over shared variables. A chain plans what a request runs, and samples any variable given others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.graph import Plan, Producer, resolve
+from chaindiff.chain.graph import Step as PlanStep
+from chaindiff.chain.request import Given, Preview, Request, Value, checked, plain_values, rows_of, tuned
+from chaindiff.chain.stage import Cost, Stage, Stages, evaluating
+from chaindiff.chain.variable import Variable, difference
+from chaindiff.edm.denoiser import State
+from chaindiff.edm.random import Draws, generator
+from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.memory import noted
+
+if TYPE_CHECKING:
+    from chaindiff.chain.plan import ChainPlan
+
+Values = dict[str, Tensor]
+
+
+class Encoder(Protocol):
+    """A deterministic map from the variable `of` to the variable `name`; a decoder too is one."""
+
+    name: str
+    of: str
+
+    def __call__(self, value: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A label that nothing produces: `weights` are in proportion to the classes' probabilities, or give them when
+    they are first needed."""
+
+    variable: Variable
+    weights: Sequence[float] | Callable[[], Sequence[float]]
+
+    @cached_property
+    def frequencies(self) -> Sequence[float]:
+        return self.weights() if callable(self.weights) else self.weights
+
+    @cached_property
+    def _edges(self) -> Tensor:
+        edges = list(accumulate(weight / sum(self.frequencies) for weight in self.frequencies))
+        return torch.tensor([*edges[:-1], 1.0], dtype=torch.float64)
+
+    def sample(self, samples: Sequence[int], seed: int) -> Tensor:
+        """Labels [len(samples)], each a function of (seed, sample number, variable)."""
+        uniform = [generator(seed, sample, "source", self.variable.name).random() for sample in samples]
+        return torch.searchsorted(self._edges, torch.tensor(uniform, dtype=torch.float64), right=True)
+
+
+class Origin(Protocol):
+    """What a chain was made from, if not from objects: a recipe, which has its own way to train and to save it."""
+
+    def train(self, chain: Chain, names: Sequence[str], settings: Mapping[str, Any]) -> None: ...
+    def save(self, chain: Chain, folder: Path) -> None: ...
+
+
+class Chain:
+    """Stages, encoders and sources over shared variables: p(everything) = product of p(generated | given).
+
+    Decoders make variables of generated ones. `read` turns what a person gives (names of classes, files) into values.
+    Raises UserError when stages form a cycle, or one variable is generated twice.
+    """
+
+    def __init__(
+        self,
+        stages: Iterable[Stage] | Stages,
+        encoders: Sequence[Encoder] = (),
+        sources: Sequence[Source] = (),
+        name: str = "chain",
+        variables: Mapping[str, Variable] | None = None,
+        *,
+        decoders: Sequence[Encoder] = (),
+        read: Callable[[Given], Mapping[str, Value]] | None = None,
+    ):
+        self.stages = stages if isinstance(stages, Stages) else Stages(stages)
+        self.name, self.variables, self.seconds = name, dict(variables or {}), dict[str, float]()
+        self.weights: dict[str, Path] = {}
+        self.origin: Origin | None = None
+        for stage in self.stages.outlines.values():
+            for variable in (*stage.generates.values(), *stage.given):
+                known = self.variables.setdefault(variable.name, variable)
+                if known.identity != variable.identity:
+                    raise UserError(
+                        f"stage '{stage.name}' has another '{variable.name}' than the rest of the chain: "
+                        f"{difference(variable, known)}",
+                        hint="a link joins variables of one meaning: the same encoder, shape and scaling",
+                    )
+        self.encoders = {e.name: e for e in encoders}
+        self.decoders = {d.name: d for d in decoders}
+        self.sources = {s.variable.name: s for s in sources}
+        self._read = read
+
+    # ------------------------------------------------------------ planning
+
+    @property
+    def producers(self) -> list[Producer]:
+        """What the resolver sees."""
+        found = [Producer(s, "source", (s,)) for s in self.sources]
+        found += [
+            Producer(name, "stage", tuple(s.generates), tuple(v.name for v in s.given), s.conditionals)
+            for name, s in self.stages.outlines.items()
+        ]
+        found += [Producer(d.name, "decoder", (d.name,), (d.of,)) for d in self.decoders.values()]
+        return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders.values()]
+
+    def resolve(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> Plan:
+        """Which steps a request runs; everything that is generated is wanted unless told otherwise.
+
+        Raises UserError for unknown names, and for requests that sampling would answer wrongly.
+        """
+        given = tuple(given)
+        return resolve(self.producers, want or self.generated(given), given)
+
+    def generated(self, given: Sequence[str] = ()) -> list[str]:
+        """The variables that stages generate and what is decoded from them, without the given ones."""
+        names = [name for stage in self.stages.outlines.values() for name in stage.generates]
+        for _ in self.decoders:  # they may decode each other's outputs, in any order
+            names += [d.name for d in self.decoders.values() if d.of in names and d.name not in names]
+        return [name for name in names if name not in given]
+
+    def plan(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> ChainPlan:
+        """The plan of a request with its costs, ready to print or draw; needs no weights."""
+        from chaindiff.chain.plan import ChainPlan
+
+        return ChainPlan.of(self, self.resolve(want, given))
+
+    def cost(self, name: str, moving: Sequence[str] | None = None) -> Cost:
+        """What a sample of a stage's variables costs, of all of them unless told otherwise."""
+        stage = self.stages.outlines[name]
+        return stage.cost(tuple(stage.generates) if moving is None else moving)
+
+    def __repr__(self) -> str:
+        made = "; ".join(
+            f"{', '.join(stage.generates)}{' given ' * bool(given)}{', '.join(given)}"
+            for stage in self.stages.outlines.values()
+            for given in [[variable.name for variable in stage.given]]
+        )
+        return f"Chain({self.name}: {made})"
+
+    def _repr_svg_(self) -> str:
+        """The chain's picture, for notebooks."""
+        return self.plan(given=[n for n in self._roots() if n not in self.sources]).svg()
+
+    def _roots(self) -> list[str]:
+        """The variables that stages are given and nothing makes."""
+        made = {name for producer in self.producers for name in producer.outputs}
+        given = [v.name for stage in self.stages.outlines.values() for v in stage.given]
+        texts = [e.of for e in self.encoders.values() if e.name in given and e.name not in self.generated()]
+        return [name for name in dict.fromkeys([*given, *texts]) if name not in made]
+
+    # ------------------------------------------------------------ sampling
+
+    def sample(
+        self,
+        count: int,
+        *,
+        given: Given | None = None,
+        want: Sequence[str] | None = None,
+        seed: int = 0,
+        batch: int = 64,
+        exact: bool = False,
+        noise: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        stages: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Values:
+        """`count` samples of every wanted variable, on the CPU: name -> [count, *shape].
+
+        `given` holds known values, [count, *shape] or [1, *shape] for all; labels as numbers or names, texts as str
+        or lists. Sample i is the same whatever the batch size, to rounding, and to the bit with `exact`. It takes the
+        noise of sample number `noise[i]`, by default i; one number for all rows shares its noise between them.
+
+        `steps`, `solver` and `guidance` are those of every diffusion stage for this call; `stages` has more by stage,
+        all that its `sample` takes: {"image16": {"sampler": {"eta": 1.0}, "wrap": my_guidance, "path": my_path}}.
+        `device` and `dtype` say where and in which precision networks compute, for this call.
+        Raises UserError for requests that cannot be answered.
+        """
+        options = {"given": given, "want": want, "seed": seed, "batch": batch, "exact": exact, "noise": noise}
+        options |= {"steps": steps, "solver": solver, "guidance": guidance, "device": device, "dtype": dtype}
+        parts = list(self.stream(count, **options, stages=stages))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def stream(self, count: int, *, first: int = 0, **options: Any) -> Iterator[Values]:
+        """`sample` a batch at a time, samples `first` to `count`, holding no more than one batch."""
+        request = self.request(count, **options)
+        start = first - first % request.size if request.exact else first
+        for begin in range(start, count, request.size):
+            yield self.part(request, begin, max(first, begin))
+
+    def part(self, request: Request, begin: int, first: int | None = None) -> Values:
+        """The samples of one batch of a request, from number `begin` (those before `first` are cut off)."""
+        return _drained(self._batch(request, begin, begin if first is None else first))
+
+    def previews(self, count: int, **options: Any) -> Iterator[Preview]:
+        """`sample` step by step: every stage's variables, predictions and levels after each step, batch after batch.
+
+        The last preview of a stage holds its samples.
+        """
+        request = self.request(count, **options)
+        for begin in range(0, count, request.size):
+            yield from self._batch(request, begin, begin)
+
+    def request(
+        self,
+        count: int,
+        *,
+        given: Given | None = None,
+        want: Sequence[str] | None = None,
+        seed: int = 0,
+        batch: int = 64,
+        exact: bool = False,
+        noise: int | Sequence[int] | None = None,
+        stages: Mapping[str, Mapping[str, Any]] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **sampler: Any,
+    ) -> Request:
+        """A request, read, checked and planned; see `sample`."""
+        read = self._read or (lambda given: plain_values(given, self.variables))
+        values = {name: checked(name, value, self.variables, count) for name, value in read(given or {}).items()}
+        numbers = list(range(count)) if noise is None else [noise] * count if isinstance(noise, int) else list(noise)
+        if len(numbers) != count:
+            raise UserError(f"noise has {len(numbers)} numbers for {count} samples")
+        settings = {name: dict(more) for name, more in (stages or {}).items()}
+        if strange := [name for name in settings if name not in self.stages]:
+            raise UserError(f"there is no stage '{strange[0]}'{did_you_mean(strange[0], self.stages)}")
+        plan = self.resolve(want, tuple(values))
+        if said := {key: value for key, value in sampler.items() if value is not None}:
+            running = [self.stages[step.producer.name] for step in plan.steps if step.producer.kind == "stage"]
+            for name, own in tuned(running, said).items():
+                mine = settings.setdefault(name, {})
+                whole = mine.get("sampler") or {}  # a whole sampler stands as it is
+                mine["sampler"] = {**own, **whole} if isinstance(whole, Mapping) else whole
+        return Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype))
+
+    def _batch(self, request: Request, begin: int, first: int) -> Generator[Preview, None, Values]:
+        """One batch: yields previews, returns the wanted values."""
+        end = begin + request.size if request.exact else min(begin + request.size, request.count)
+        # Rows past the end repeat the last given values; they fill the tile and are cut off again.
+        rows = [min(s, request.count - 1) for s in range(begin, end)]
+        numbers = [request.noise[s] if s < request.count else s for s in range(begin, end)]
+        values: dict[str, Any] = {name: rows_of(value, rows) for name, value in request.given.items()}
+        running = [step for step in request.plan.steps if step.producer.kind == "stage"]
+        with self._placed(request, [step.producer.name for step in running]):
+            for step in request.plan.steps:
+                name = step.producer.name
+                if step.producer.kind == "stage":
+                    place = (begin / request.count, (end - begin) / request.count, running.index(step) / len(running))
+                    values |= yield from self._stage(request, step, values, numbers, place)
+                elif step.producer.kind == "source":
+                    values[name] = self.sources[name].sample(numbers, request.seed)
+                else:
+                    maps = self.encoders if step.producer.kind == "encoder" else self.decoders
+                    with torch.no_grad():
+                        values[name] = maps[name](values[maps[name].of])
+                for gone in step.drop:
+                    del values[gone]
+        keep = slice(first - begin, request.count - begin)
+        return {name: values[name][keep].cpu() for name in request.plan.want}
+
+    def _stage(
+        self, request: Request, step: PlanStep, values: Values, numbers: Sequence[int], place: tuple[float, ...]
+    ) -> Generator[Preview, None, Values]:
+        """One stage at work. Noise is a function of (seed, sample, candidate, stage, variable, role, number)."""
+        name, stage = step.producer.name, self.stages[step.producer.name]
+        own = [v for v in stage.generates if v not in step.outputs]
+        given = {v: values[v] for v in (*(variable.name for variable in stage.given), *own)}
+        draws = Draws(numbers, request.seed, 0, name, dtype=torch.float64)
+        batches, share, before = place
+        stages = sum(s.producer.kind == "stage" for s in request.plan.steps)
+        began, state = time.perf_counter(), None
+        with evaluating(stage), noted(f"while sampling stage '{name}', {len(numbers)} at a time"):
+            states = stage.sample(given, draws, **request.settings.get(name, {}))
+            for count, state in enumerate(_without_gradients(iter(states)), 1):
+                at, of = getattr(state, "number", count), getattr(state, "total", count)
+                done = min(batches + share * (before + at / of / stages), 1.0)
+                sigma, x0 = getattr(state, "sigma", {}), getattr(state, "x0", {})
+                yield Preview(name, numbers, dict(state), x0, sigma, at, of, done)
+        made = self._made(stage, step.outputs, state, len(numbers))
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return made
+
+    def _made(self, stage: Stage, outputs: Sequence[str], state: Mapping[str, Tensor] | None, count: int) -> Values:
+        """The last state of a stage as values. Raises UserError for a stage that does not give what it generates."""
+        made = {}
+        for name in outputs:
+            variable, value = self.variables[name], (state or {}).get(name)
+            if value is None or len(value) != count or tuple(value.shape[1:]) not in variable.value_shapes:
+                found = "nothing" if value is None else f"shape {list(value.shape)}"
+                raise UserError(
+                    f"stage '{stage.name}' should give {count} samples of {variable}, but its `sample` gave {found}"
+                )
+            made[name] = value.float() if value.is_floating_point() else value
+        return made
+
+    @contextmanager
+    def _placed(self, request: Request, running: Sequence[str]) -> Iterator[None]:
+        """Stages on the request's device and in its precision; as they were afterwards."""
+        device, dtype = request.placement
+        with ExitStack() as after:
+            for stage in (self.stages[name] for name in running):
+                if isinstance(stage, nn.Module) and device is not None:
+                    at = next((p.device for p in stage.parameters()), torch.device("cpu"))
+                    after.callback(stage.to, at)
+                    stage.to(device)
+                if isinstance(stage, Diffusion) and dtype is not None:
+                    after.callback(setattr, stage, "autocast", stage.autocast)
+                    stage.autocast = None if dtype == torch.float32 else dtype
+            yield
+
+    # ------------------------------------------------------------ objects
+
+    def to(self, device: str | torch.device) -> Chain:
+        """Move the stages; those that are not loaded yet will follow. Returns the chain itself."""
+        self.stages.to(device)
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the chain with its weights into a folder that `chaindiff.load` reads anywhere."""
+        from chaindiff.chain.saving import save_chain
+
+        folder = Path(folder)
+        (save_chain if self.origin is None else self.origin.save)(self, folder)
+        return folder
+
+
+def _without_gradients(states: Iterator[State]) -> Iterator[State]:
+    """What a stage yields; gradients are as they were while the caller has a state in hand."""
+    while True:
+        with torch.no_grad():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state
+
+
+def _drained(states: Generator[Any, None, Values]) -> Values:
+    """What a generator returns when it is done."""
+    while True:
+        try:
+            next(states)
+        except StopIteration as done:
+            return done.value

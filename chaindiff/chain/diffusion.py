@@ -1,0 +1,392 @@
+"""The stage that most stages are: a diffusion model, made of a network, its conditioning and its noise levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from chaindiff import networks
+from chaindiff.chain.bound import Bound
+from chaindiff.chain.conditioning import Conditioner, Given, Link, training_level
+from chaindiff.chain.formulation import preconditioning, training_noise
+from chaindiff.chain.stage import Cost, Values, evaluating, subsets
+from chaindiff.chain.variable import Variable
+from chaindiff.edm.denoiser import Denoiser, Prediction, State, expand
+from chaindiff.edm.levels import Path, grid, staggered
+from chaindiff.edm.noise import TrainingNoise, some_known
+from chaindiff.edm.precondition import Preconditioning
+from chaindiff.edm.random import Draws
+from chaindiff.edm.schedules import schedule
+from chaindiff.edm.solvers import Churn, Step, Update, integrate, updates
+from chaindiff.guidance.classifier_free import classifier_free, guidance_terms
+from chaindiff.io.errors import UserError
+from chaindiff.networks.interface import Condition, Interface
+from chaindiff.specs.sampling import sampling_problems
+from chaindiff.specs.stage import (
+    JointSpec,
+    LinkSpec,
+    Network,
+    NoiseLevels,
+    Precondition,
+    SamplerSpec,
+    published_noise,
+)
+from chaindiff.specs.validate import config
+
+Wrap = Callable[[Denoiser], Denoiser]  # guidance of one's own, around the bound denoiser
+Config = Mapping[str, Any]  # what a recipe says in the same place
+
+PURE_NOISE = 80.0  # the level at which nothing of the data is left: where EDM's sampler begins
+
+
+class Diffusion(nn.Module):
+    """A diffusion model of p(generated | given) on the EDM core (Karras et al. 2022).
+
+    It may generate several variables together, each with its own noise level: then any of them can be given instead
+    (UniDiffuser, arXiv 2303.06555), if `joint.exact` is above 0, and `sampler.offset` says how much the first leads.
+
+    `network` is the config of one of ours, a module with the signature of `chaindiff.Network`, or what makes one from
+    an `Interface`. `given` are variables, alone or each with what training does to its link. Configs are objects such
+    as `chaindiff.Sampler(steps=12)`, or mappings as recipes have them. `precondition` and `noise` may be objects of
+    one's own; `noise` is the one that the preconditioning was published with unless given.
+    Raises UserError if the network does not fit the variables, or the sampler's levels lie outside those that the
+    parametrisation knows.
+    """
+
+    def __init__(
+        self,
+        generates: Variable | Sequence[Variable],
+        *,
+        given: Sequence[Variable | tuple[Variable, LinkSpec | Config]] = (),
+        network: Network | nn.Module | Callable[[Interface], nn.Module] | Config,
+        precondition: Precondition | Preconditioning | Config | str = "edm",
+        noise: NoiseLevels | TrainingNoise | Config | None = None,
+        sampler: SamplerSpec | Config | None = None,
+        joint: JointSpec | Config | None = None,
+        augment_dim: int = 0,
+        name: str | None = None,
+    ):
+        super().__init__()
+        variables = [generates] if isinstance(generates, Variable) else list(generates)
+        self.name, self.augment_dim = name or variables[0].name, augment_dim
+        self.generates = {variable.name: variable for variable in variables}
+        self.joint: JointSpec = config(JointSpec, joint or {}, f"{self.name}.joint")
+        pairs = [item if isinstance(item, tuple) else (item, {}) for item in given]
+        links = [Link(variable, self._link(variable, said), self.target) for variable, said in pairs]
+        self.conditioner = Conditioner(links)
+        self.sampler = self.tuned(config(SamplerSpec, sampler or {}, f"{self.name}.sampler"))
+        precondition = {"kind": precondition} if isinstance(precondition, str) else precondition
+        self.precondition_spec = config(Precondition, precondition, f"{self.name}.precondition")
+        self.precondition: Preconditioning = self.precondition_spec
+        if not isinstance(self.precondition_spec, Preconditioning):
+            self.precondition = preconditioning(self.precondition_spec, variables[0].sigma_data)
+            noise = published_noise(self.precondition_spec) if noise is None else noise
+        self.noise_spec = config(NoiseLevels, {} if noise is None else noise, f"{self.name}.noise")
+        own = callable(self.noise_spec)
+        self.noise: TrainingNoise = cast(Any, self.noise_spec) if own else training_noise(self.noise_spec)
+        self.network_spec, self.network = self._network(network)
+        self._levels(self.sampler)
+        self.autocast: torch.dtype | None = None
+        # Weights may lie in memory as convolutions like them; files hold them in order.
+        self.register_state_dict_post_hook(_contiguous)
+
+    def _link(self, variable: Variable, said: LinkSpec | Config) -> LinkSpec:
+        said = {"variable": variable.name, **said} if isinstance(said, Mapping) else said
+        return config(LinkSpec, said, f"{self.name}.given.{variable.name}")
+
+    def _network(self, said: Any) -> tuple[Any, nn.Module]:
+        """The config of the network, None where it is code of somebody's, and the network."""
+        if isinstance(said, nn.Module):
+            return None, said
+        if callable(said) and not hasattr(said, "model_fields"):
+            return None, cast(nn.Module, said(self.interface))
+        spec = config(Network, said, f"{self.name}.network")
+        return spec, networks.build(spec, self.interface)
+
+    @property
+    def interface(self) -> Interface:
+        """What the network must fit."""
+        return Interface(
+            {name: variable.shape for name, variable in self.generates.items()},
+            label_dim=self.conditioner.label_dim,
+            image_channels=self.conditioner.image_channels,
+            context=self.conditioner.context,
+            augment_dim=self.augment_dim,
+            label_span=getattr(self.precondition, "label_span", 1.0),
+        )
+
+    @property
+    def given(self) -> list[Variable]:
+        """What sampling needs."""
+        return [link.variable for link in self.conditioner if self.sampler.link(link.variable.name).sampled]
+
+    @property
+    def target(self) -> Variable:
+        """The variable that given images are resized to: the image that is generated, if any."""
+        found = list(self.generates.values())
+        return next((variable for variable in found if variable.kind == "image"), found[0])
+
+    @property
+    def conditionals(self) -> frozenset[frozenset[str]]:
+        """The sets of its own variables that the stage can be given, generating the others."""
+        return subsets([*self.generates]) if self.joint.exact else frozenset()
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the device and the floating-point type of the stage."""
+        return next((p for p in self.parameters()), torch.zeros(()))
+
+    def __repr__(self) -> str:
+        given = f" given {', '.join(link.variable.name for link in self.conditioner)}" if len(self.conditioner) else ""
+        made, size = ", ".join(map(str, self.generates.values())), sum(p.numel() for p in self.parameters())
+        return f"Diffusion({self.name}: {made}{given}; {type(self.network).__name__}, {size:,} parameters)"
+
+    # ------------------------------------------------------------ denoising
+
+    def denoise(self, x: State, sigma: Mapping[str, Tensor], condition: Condition) -> Prediction:
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, eq. 7), for every variable at its own levels [batch].
+
+        The network alone runs in bf16.
+        """
+        scales = {name: self.precondition(sigma[name]) for name in self.generates}
+        seen = {name: expand(c.input, x[name]) * x[name] for name, c in scales.items()}
+        with torch.autocast(self.like.device.type, self.autocast, enabled=self.autocast is not None):
+            found = self.network(seen, {name: c.noise for name, c in scales.items()}, condition)
+        clean, variance = {}, {}
+        for name, c in scales.items():
+            raw, noisy = found[name], x[name]
+            if getattr(self.network, "learns_variances", False):  # they come behind (Nichol & Dhariwal 2021)
+                raw, variance[name] = raw.chunk(2, dim=1)
+            clean[name] = expand(c.skip, noisy) * noisy + expand(c.out, noisy) * raw.to(noisy.dtype)
+        return Prediction(clean, variance or None)
+
+    # ------------------------------------------------------------ training
+
+    def loss(self, batch: Values, draws: Draws) -> Float[Tensor, " batch"]:
+        """Denoising loss of every sample, mean over elements, weighted by lambda(sigma) (EDM, eq. 2 and table 1).
+
+        Of several variables the mean, those that are known exactly counting as 0. `batch` holds the generated and given
+        variables, and "augment_labels" if the stage was built for them.
+        """
+        clean = {name: batch[name] for name in self.generates}
+        like = next(iter(clean.values()))
+        given = {}
+        for link in self.conditioner:
+            name, spec = link.variable.name, link.spec
+            present = draws.uniform(f"{name}/present") >= spec.dropout if spec.dropout else None
+            sigma = training_level(draws.uniform(f"{name}/level"), spec.noise) if spec.noise else None
+            noise = draws.normal(f"{name}/noise", shape=link.received) if spec.noise else None
+            keep = torch.tensor(spec.keep)[draws.integers(f"{name}/keep", below=len(spec.keep))] if spec.keep else None
+            on = [None if t is None else t.to(like.device) for t in (present, sigma, noise, keep)]
+            given[name] = Given(batch[name], *on)
+        own = {name: draws if len(clean) == 1 else draws.of(name) for name in clean}
+        levels = {name: self.noise(drawn) for name, drawn in own.items()}
+        pure = min(PURE_NOISE, self.precondition.sigma_max)
+        levels = some_known(levels, draws, self.joint.exact, self.joint.pure, pure)
+        levels = {name: level.to(like.device) for name, level in levels.items()}
+        noisy = {
+            name: value + expand(levels[name], value) * own[name].normal("noise", shape=value.shape[1:]).to(value)
+            for name, value in clean.items()
+        }
+        condition = replace(self.conditioner(given, like.shape[0], like), augment=batch.get("augment_labels"))
+        denoised = self.denoise(noisy, levels, condition).x0
+        losses = []
+        for name, level in levels.items():
+            error = (denoised[name] - clean[name]).square().flatten(1).mean(1)
+            weight = self.precondition.weight(level.masked_fill(level == 0, 1.0))
+            losses.append((weight * error).masked_fill(level == 0, 0.0))
+        return torch.stack(losses).mean(0)
+
+    forward = loss  # a module is called by something
+
+    # ------------------------------------------------------------ levels
+
+    def _levels(self, sampler: SamplerSpec) -> tuple[float, float]:
+        """(sigma_min, sigma_max) of a sampler: as said, else as published within what the parametrisation knows.
+
+        Raises UserError if what was said lies outside.
+        """
+        known = self.precondition
+        for bound in ("sigma_min", "sigma_max"):
+            said = getattr(sampler, bound)
+            if said is not None and not known.sigma_min <= said <= known.sigma_max:
+                raise UserError(
+                    f"{said:g} is none of the levels that a network of kind {known.kind} knows, "
+                    f"from {known.sigma_min:g} to {known.sigma_max:g}",
+                    f"stages.{self.name}.sample.{bound}",
+                    "leave it out: the sampler then takes what the network knows",
+                )
+        low, high = sampler.levels
+        return max(low, known.sigma_min), min(high, known.sigma_max)
+
+    def path(self, moving: Iterable[str] | None = None, sampler: SamplerSpec | Config | None = None) -> Path:
+        """The noise levels of a sampler, from sigma_max down to 0, rounded to those that the stage knows.
+
+        `moving` are the variables that are sampled, all that the stage generates unless told otherwise.
+        """
+        s = self.tuned(sampler)
+        low, high = self._levels(s)
+        chosen = schedule(s.schedule, low, high)
+        try:
+            sigmas = grid(s.discretisation, s.steps, low, high, s.rho, chosen)
+        except ValueError as error:
+            raise UserError(str(error), f"stages.{self.name}.sample.steps") from error
+        levels = [self.precondition.round(level) for level in sigmas]
+        names = [name for name in self.generates if moving is None or name in set(moving)]
+        return staggered(dict.fromkeys(names, levels), s.offset, dict.fromkeys(names, chosen))
+
+    def tuned(self, sampler: SamplerSpec | Config | None) -> SamplerSpec:
+        """The stage's sampler, or the one given; a mapping changes fields of the stage's own.
+
+        Raises UserError for what the stage was not trained for.
+        """
+        found = self.sampler if sampler is None else sampler
+        if isinstance(found, Mapping):
+            own = self.sampler.model_dump(exclude_unset=True)
+            found = cast(SamplerSpec, config(SamplerSpec, {**own, **found}, f"{self.name}.sampler"))
+        for place, problem in sampling_problems({k.variable.name: k.spec for k in self.conditioner}, found):
+            raise UserError(problem, f"stages.{self.name}.sample.{place}")
+        return found
+
+    def table(self, path: Path, sampler: SamplerSpec | Config | None = None) -> list[Update]:
+        """The solver's table on a path. Raises UserError for settings that have no meaning together."""
+        s = self.tuned(sampler)
+        churn = Churn(s.churn.amount, s.churn.min, math.inf if s.churn.max is None else s.churn.max, s.churn.noise)
+        try:
+            return updates(path, s.solver, churn=churn, eta=s.eta, round=self.precondition.round)
+        except ValueError as error:
+            raise UserError(str(error), f"stages.{self.name}.sample") from error
+
+    def droppable(self, sampler: SamplerSpec) -> list[str]:
+        """The given variables that sampling looks at and training went without at times."""
+        links = {link.variable.name: link.spec for link in self.conditioner}
+        return [name for name, spec in links.items() if spec.can_be_absent and sampler.link(name).sampled]
+
+    def cost(self, moving: Collection[str], sampler: SamplerSpec | Config | None = None) -> Cost:
+        """What one sample of these variables costs; NFE counts every term of the guidance."""
+        from chaindiff.chain.cost import measure  # torch's counters, which sampling does without
+
+        s = self.tuned(sampler)
+        levels = [row.sigma for row in self.table(self.path(moving, s), s) if row.sigma is not None]
+        weights = [weight for _, weight in guidance_terms(s.guidance, self.droppable(s), s.guidance_interval)]
+        nfe = sum(bool(w(sigma) if callable(w) else w) for sigma in levels for w in weights)
+        noisy = {n: f"noise {s.link(n).noise:g}" for n in (k.variable.name for k in self.conditioner if k.tells_level)}
+        return measure(self, self.network, self.interface, nfe, f"{s.solver}, {s.steps} steps", noisy)
+
+    # ------------------------------------------------------------ sampling
+
+    def bind(
+        self,
+        given: Values,
+        draws: Draws | None = None,
+        *,
+        absent: Collection[str] = (),
+        sampler: SamplerSpec | Config | None = None,
+    ) -> Bound:
+        """A denoiser under these conditions: everything that does not move is computed here, once per sample.
+
+        `given` may hold some of the variables that the stage generates: these are known exactly, and do not move.
+        `draws` give the noise of links that sampling gives some. Raises UserError for a variable that is not given.
+        """
+        s, like = self.tuned(sampler), self.like
+        batch = len(next(iter(given.values()))) if given else 1
+        values = {}
+        for link in self.conditioner:
+            name, how = link.variable.name, s.link(link.variable.name)
+            value = None
+            if how.sampled and name not in absent:
+                if name not in given:
+                    raise UserError(f"stage '{self.name}' samples given '{name}', which is not there")
+                value = given[name].to(like.device)
+            sigma = torch.full((batch,), how.noise, device=like.device) if link.tells_level else None
+            noise = None
+            if how.noise and value is not None:
+                if draws is None:
+                    raise ValueError(f"sampling noises '{name}': bind needs draws")
+                noise = draws.of(name).normal("link", 0, shape=link.received).to(like)
+            keep = None if how.keep is None else torch.full((batch,), how.keep, device=like.device)
+            values[name] = Given(value, None, sigma, noise, keep)
+        fixed = {name: given[name].to(like) for name in self.generates if name in given}
+        return Bound(self, self.conditioner(values, batch, like), fixed)
+
+    def denoiser(
+        self, given: Values, draws: Draws | None = None, sampler: SamplerSpec | Config | None = None
+    ) -> Denoiser:
+        """The bound denoiser with the sampler's guidance."""
+        s = self.tuned(sampler)
+        return classifier_free(
+            lambda absent: self.bind(given, draws, absent=absent, sampler=s),
+            s.guidance,
+            self.droppable(s),
+            within=s.guidance_interval,
+        )
+
+    def sample(
+        self,
+        given: Values,
+        draws: Draws,
+        *,
+        sampler: SamplerSpec | Config | None = None,
+        path: Path | None = None,
+        wrap: Wrap = lambda denoiser: denoiser,
+        start: State | None = None,
+    ) -> Iterator[Step]:
+        """Samples of the generated variables that are not given, one for each of `draws`: yields every step.
+
+        `sampler`: another one than the stage's, or fields that differ; `path`: levels of one's own; `wrap` goes around
+        the guided denoiser; `start`: unit noise to begin from, which is drawn otherwise.
+        Raises UserError for a stage without weights, and settings that the stage cannot follow.
+        """
+        if self.like.is_meta:
+            raise UserError(f"stage '{self.name}' has no weights: it was built to be planned with")
+        s, device = self.tuned(sampler), self.like.device
+        shapes = {name: v.shape for name, v in self.generates.items() if name not in given}
+        path = self.path(shapes, s) if path is None else path
+
+        def noise(name: str, role: str, number: int) -> Tensor:
+            return draws.of(name).normal(role, number, shape=shapes[name]).to(device)
+
+        unit = start or {name: noise(name, "start", 0) for name in shapes}
+        x = {name: unit[name] * level for name, level in path.sigma(0).items()}
+        with evaluating(self):
+            denoiser, table = wrap(self.denoiser(given, draws, s)), self.table(path, s)
+            yield from integrate(denoiser, x, table, lambda name, number: noise(name, "churn", number))
+
+    def invert(
+        self,
+        values: State,
+        given: Values,
+        draws: Draws | None = None,
+        *,
+        sampler: SamplerSpec | Config | None = None,
+        path: Path | None = None,
+        wrap: Wrap = lambda denoiser: denoiser,
+    ) -> Iterator[State]:
+        """From values to noise: yields the variables after every step, in units of their levels.
+
+        The last is the `start` from which `sample`, with a deterministic sampler, returns the values. A variable that
+        has not left 0 yet is yielded as it is. Raises UserError if the stage's sampler adds noise.
+        """
+        s = self.tuned(sampler)
+        if s.churn.amount or s.eta:
+            raise UserError(
+                "no noise leads to a given value while sampling adds more of it",
+                f"stages.{self.name}.sample.{'eta' if s.eta else 'churn.amount'}",
+                "set it to 0 to invert this stage",
+            )
+        path = (self.path(values, s) if path is None else path).reversed()
+        with evaluating(self):
+            for step in integrate(wrap(self.denoiser(given, draws, s)), values, self.table(path, s)):
+                yield {name: value / (step.sigma[name] or 1.0) for name, value in step.items()}
+
+
+def _contiguous(module: nn.Module, tensors: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value.contiguous()

@@ -1,0 +1,181 @@
+"""What a request runs and what it costs, as text and as a picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from chaindiff.chain.graph import Plan
+from chaindiff.chain.stage import Cost
+from chaindiff.chain.variable import Variable
+from chaindiff.show.drawing import Arrow, Box, chain_svg
+
+if TYPE_CHECKING:
+    from chaindiff.chain.chain import Chain
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """A plan with its costs. `str()` gives a table, `svg()` and `drawing()` the chain's picture."""
+
+    name: str
+    plan: Plan
+    variables: dict[str, Variable]
+    chain: Chain
+
+    @classmethod
+    def of(cls, chain: Chain, plan: Plan) -> ChainPlan:
+        return cls(chain.name, plan, chain.variables, chain)
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """Of every stage of the chain, those that do not run included; counted when they are first asked for."""
+        moving = {step.producer.name: step.outputs for step in self.plan.steps if step.producer.kind == "stage"}
+        return {name: self.chain.cost(name, moving.get(name)) for name in self.chain.stages}
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the stages that run, in order."""
+        return [s.producer.name for s in self.plan.steps if s.producer.kind == "stage"]
+
+    def share(self, stage: str) -> float:
+        """The stage's part of all floating-point operations of this request."""
+        total = sum(self.costs[name].total_flops for name in self.running)
+        return self.costs[stage].total_flops / total if stage in self.running and total else 0.0
+
+    @property
+    def table(self) -> list[dict[str, str]]:
+        """One row a step: what runs, what it reads and makes, and what that costs for one sample."""
+        rows = []
+        for step in self.plan.steps:
+            name, kind = step.producer.name, step.producer.kind
+            row = {
+                "step": f"{kind} {name}",
+                "makes": ", ".join(str(self.variables[v]) if v in self.variables else v for v in step.outputs),
+                "from": ", ".join(step.inputs) or "-",
+                "drops": ", ".join(step.drop) or "-",
+            }
+            if kind == "stage":
+                cost = self.costs[name]
+                row |= {
+                    "sampler": cost.how,
+                    "parameters": f"{cost.parameters:,}",
+                    "NFE": str(cost.nfe),
+                    "FLOPs/NFE": amount(cost.flops),
+                    "FLOPs": amount(cost.total_flops),
+                    "share": f"{self.share(name):.1%}",
+                    "memory": f"{amount(cost.weight_bytes)}B + {amount(cost.activation_bytes)}B a sample",
+                }
+            rows.append(row)
+        return rows
+
+    def facts(self) -> dict[str, Any]:
+        """The plan and its costs as plain data: for one sample, bytes in float32."""
+        steps = []
+        for step in self.plan.steps:
+            name = step.producer.name
+            facts: dict[str, Any] = {
+                "kind": step.producer.kind,
+                "name": name,
+                "makes": {v: list(self.variables[v].shape) if v in self.variables else None for v in step.outputs},
+                "reads": list(step.inputs),
+                "drops": list(step.drop),
+            }
+            if step.producer.kind == "stage":
+                cost = self.costs[name]
+                plain = asdict(cost)
+                facts |= {"sampler": plain.pop("how"), **plain, "total_flops": cost.total_flops}
+                facts["share"] = self.share(name)
+            steps.append(facts)
+        costs = [self.costs[name] for name in self.running]
+        return {
+            "name": self.name,
+            "want": list(self.plan.want),
+            "given": list(self.plan.given),
+            "unused": list(self.plan.unused),
+            "steps": steps,
+            "nfe": sum(cost.nfe for cost in costs),
+            "total_flops": sum(cost.total_flops for cost in costs),
+            "weight_bytes": sum(cost.weight_bytes for cost in costs),
+            "activation_bytes": max((cost.activation_bytes for cost in costs), default=0),
+        }
+
+    def __str__(self) -> str:
+        given = f", given {', '.join(self.plan.given)}" if self.plan.given else ""
+        lines = [f"{self.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
+        if not self.plan.steps:
+            lines.append("nothing runs: everything that is wanted is given")
+        for number, row in enumerate(self.table, 1):
+            lines.append(f"{number}. {row['step']}: {row['makes']} from {row['from']}")
+            if "sampler" in row:
+                lines.append(f"     {row['sampler']}; NFE {row['NFE']}; {row['parameters']} parameters")
+                lines.append(
+                    f"     {row['FLOPs']}FLOP a sample ({row['FLOPs/NFE']}FLOP x {row['NFE']}), {row['share']} of all"
+                )
+                lines.append(f"     memory {row['memory']}")
+            if row["drops"] != "-":
+                lines.append(f"     then drops {row['drops']}")
+        facts = self.facts()
+        weights, peak = amount(facts["weight_bytes"]), amount(facts["activation_bytes"])
+        lines += [
+            "",
+            f"in all: NFE {facts['nfe']}, {amount(facts['total_flops'])}FLOP a sample, weights {weights}B, "
+            f"activations {peak}B a sample (float32)",
+        ]
+        if self.plan.unused:
+            lines.append(f"given but not needed: {', '.join(self.plan.unused)}")
+        return "\n".join(lines)
+
+    def sketch(self) -> str:
+        """The steps in one line: clip -> image16 -> image; given variables in brackets."""
+        parts = [f"[{name}]" for name in self.plan.given if name not in self.plan.unused]
+        said = {"encoder": " (encoded)", "decoder": " (decoded)"}
+        parts += [f"{'+'.join(s.outputs)}{said.get(s.producer.kind, '')}" for s in self.plan.steps]
+        return "  " + " -> ".join(parts)
+
+    def drawing(self) -> tuple[list[Box], list[Arrow]]:
+        """Boxes and arrows: variables, what makes them; a decoder is an arrow, an encoder a dashed one."""
+        known = {v for step in self.plan.steps for v in step.outputs} | set(self.plan.given)
+        parts = [(p.name, p.kind, p.outputs, p.inputs) for p in self.chain.producers]
+        shown = {v for _, kind, outputs, inputs in parts if kind != "encoder" for v in (*outputs, *inputs)} | known
+        runs = {(s.producer.kind, s.producer.name) for s in self.plan.steps}
+        boxes, arrows = [], []
+        unsaid = sorted(shown - self.variables.keys())  # encoded or decoded in Python, and not declared
+        for name in (*(v for v in self.variables if v in shown), *unsaid):
+            variable = self.variables.get(name)
+            style = "given" if name in self.plan.given else "wanted" if name in self.plan.want else "variable"
+            small = (f"{variable.kind} {' x '.join(map(str, variable.shape))}",) if variable else ()
+            boxes.append(Box(name, small, style if name in known else "idle"))
+        for name, kind, outputs, inputs in parts:
+            on = (kind, name) in runs
+            if kind == "decoder":
+                arrows.append(Arrow(inputs[0], outputs[0], "", "decoder" if on else "idle"))
+                continue
+            if kind == "encoder":
+                if inputs[0] in shown and outputs[0] in shown:
+                    arrows.append(
+                        Arrow(inputs[0], outputs[0], "", "encoder" if on or not known & {inputs[0]} else "idle")
+                    )
+                continue
+            box = f"{kind} {name}"
+            small = [] if kind == "source" else [f"{amount(self.costs[name].parameters)} parameters"]
+            if on and kind == "stage":
+                small += [f"NFE {self.costs[name].nfe}", f"{self.share(name):.1%} of the FLOPs"]
+            boxes.append(Box(box, tuple(small), ("source" if kind == "source" else "stage") if on else "idle"))
+            arrows += [Arrow(box, output, "", "link" if on else "idle") for output in outputs]
+            for reads in inputs:
+                note = self.costs[name].notes.get(reads, "")
+                arrows.append(Arrow(reads, box, note, ("noisy" if note else "link") if on else "idle"))
+        return boxes, arrows
+
+    def svg(self) -> str:
+        return chain_svg(*self.drawing())
+
+
+def amount(value: float) -> str:
+    """A number with a unit prefix: 83.7 G."""
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.3g} {prefix}"
+    return f"{value:.3g} "

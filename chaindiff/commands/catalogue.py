@@ -1,0 +1,121 @@
+"""What there is: recipes, stage cards, encoders, networks, weights and runs, a line each. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chaindiff.assets.registry import SHIPPED
+from chaindiff.io.errors import UserError
+from chaindiff.specs.fields import kinds
+from chaindiff.specs.load import LOCK, What, available, load_recipe, summary
+from chaindiff.specs.recipe import Encoder, Reducer
+from chaindiff.specs.stage import Network
+
+JUDGES = {  # the names that `chaindiff.evaluation.features.extractor` knows
+    "pixels": "the image itself, at `pixels:SIDE`",
+    "judge_conv": "a small convolutional classifier of emoji",
+    "judge_vit": "a small vision transformer, classifier of emoji",
+    "efficientnet_lite0": "an ImageNet classifier, from a package",
+    "inception_2015": "the network of FID, from a local file",
+    "open_clip": "an image tower: `open_clip:MODEL` or `open_clip:MODEL:TAG`",
+    "dinov2": "a self-supervised transformer: `dinov2:small`, `base`, `large` or `giant`",
+}
+HEADER = 100_000_000  # bytes; the format allows no more
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A thing that a recipe or the command line can name. `path` is its file, if it is one."""
+
+    name: str
+    description: str
+    path: Path | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return {"name": self.name, "description": self.description, "path": str(self.path) if self.path else None}
+
+
+def _files(what: What) -> list[Entry]:
+    return [Entry(name, summary(path), path) for name, path in available(what).items()]
+
+
+def _kinds(union: Any) -> list[Entry]:
+    """The members of a union of specs, by their `kind`, with the first sentence of what each says of itself."""
+    found = [(kind, model.__doc__ or "") for kind, model in kinds(union).items()]
+    return [Entry(kind, " ".join(doc.split("\n\n")[0].split())) for kind, doc in found]
+
+
+def _weights() -> list[Entry]:
+    """Shipped files, and those of the runs in this directory."""
+    runs = sorted(Path("runs").glob("*/stages/*/weights.safetensors"))
+    shipped = [Entry(path.stem, _trained(path), path) for path in sorted(SHIPPED.glob("*.safetensors"))]
+    return shipped + [Entry(str(path), _trained(path), path) for path in runs]
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Of a safetensors file: its length in eight bytes, then JSON."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(min(length, HEADER)))
+
+
+def runs() -> dict[str, Path]:
+    """The runs in this directory by name: the folders of `runs` that have begun to sample."""
+    return {path.parent.name: path.parent for path in sorted(Path("runs").glob(f"*/{LOCK}"))}
+
+
+def _run(path: Path) -> str:
+    """What a run holds, or what is wrong with it."""
+    try:
+        asked = load_recipe(path).recipe.sample.count
+        made: dict[str, list[str]] = {}
+        for folder in sorted(path.glob("samples/*/")):
+            made.setdefault(_counted(folder, asked), []).append(folder.name)
+        trained = sorted(file.parent.name for file in path.glob("stages/*/weights.safetensors"))
+    except (UserError, OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        return f"(broken: {error.message if isinstance(error, UserError) else 'a file of samples is not complete'})"
+    held = [f"{count} samples of {', '.join(names)}" for count, names in made.items()] or ["no samples"]
+    held += ["evaluated" if (path / "metrics.json").exists() else "not evaluated"]
+    return "; ".join([*held, *([f"trained {', '.join(trained)}"] if trained else [])])
+
+
+def _counted(folder: Path, asked: int) -> str:
+    """The samples of one variable: an image a file, of others a batch a file, named after its first."""
+    count = sum(1 for file in folder.glob("*.png") if file.stem.isdecimal())
+    for file in folder.glob("*.safetensors"):
+        count += _header(file)[folder.name]["shape"][0]
+    return f"{count}" if count == asked else f"{count} of {asked}"
+
+
+def _trained(path: Path) -> str:
+    """What a weights file says of itself, or what is wrong with it."""
+    try:
+        metadata = _header(path)["__metadata__"]
+        size = f"{path.stat().st_size / 1e6:.2f} MB"
+        if "stage" not in metadata:
+            return f"statistics of an encoder, fitted on {int(metadata['rows']):,} rows; {size}"
+        made, *given = json.loads(metadata["variables"])  # the generated one is written first
+        stage, data = json.loads(metadata["stage"]), json.loads(metadata["data"])
+        kind, data = (stage["network"] or stage)["kind"], data.get("path") or data["kind"]
+        images = int(metadata["images"])
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return "(not a complete weights file)"
+    return f"{kind}: {made}{' given ' * bool(given)}{', '.join(given)}; {images:,} images of {data}; {size}"
+
+
+GROUPS: dict[str, Callable[[], list[Entry]]] = {
+    "recipes": lambda: _files("recipe"),
+    "cards": lambda: _files("card"),
+    "encoders": lambda: _kinds(Encoder),
+    "reducers": lambda: _kinds(Reducer),
+    "networks": lambda: _kinds(Network),
+    "judges": lambda: [Entry(name, description) for name, description in JUDGES.items()],
+    "weights": _weights,
+    "runs": lambda: [Entry(name, _run(path), path) for name, path in runs().items()],
+}
+TITLES = {"cards": "stage cards", "runs": "runs, in the folder runs"}

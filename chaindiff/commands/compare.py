@@ -1,0 +1,194 @@
+"""What `chaindiff compare` shows: the settings in which runs differ, and their figures. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from chaindiff.commands.catalogue import runs
+from chaindiff.evaluation.provenance import LIKE, Figure
+from chaindiff.evaluation.tables import NAMES, Measured, cell, plain
+from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.specs.load import LOCK, Loaded, load_recipe
+
+WIDEST = 40  # characters of a setting in the table
+ABSENT = object()  # a field that a recipe does not have
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was named, its locked recipe, and the rows of its evaluation; None if there was none."""
+
+    name: str
+    folder: Path
+    loaded: Loaded
+    rows: list[list[dict[str, Any]]] | None  # the figures of every row, the chain's own first
+
+    @classmethod
+    def open(cls, name: str) -> Run:
+        """By path, or by name under `runs`. Raises UserError for what is no run, and for broken figures."""
+        folder = next((path for path in (Path(name), Path("runs") / name) if (path / LOCK).is_file()), None)
+        if folder is None:
+            hint = f"a run is a directory with {LOCK}; `chaindiff list runs` shows those under runs"
+            raise UserError(f"there is no run '{name}'{did_you_mean(name, runs())}", hint=hint)
+        return cls(name.rstrip("/"), folder, load_recipe(folder), rows_of(folder / "metrics.json"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Without those of the evaluation: the lock was written for the samples, and figures carry their own."""
+        return self.loaded.recipe.model_dump(mode="json", exclude={"name", "description", "evaluate"})
+
+    @property
+    def evaluate(self) -> str:
+        """The command that measures this run."""
+        usual = self.folder == Path("runs") / self.loaded.recipe.name
+        return f"chaindiff evaluate {self.folder}" + ("" if usual else f" --out {self.folder}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`settings`: each field that differs, with its value in every run. `figures`: what two or more runs measured."""
+
+    runs: Sequence[Run]
+    settings: dict[str, list[Any]]
+    figures: list[dict[str, Any]]
+    notes: list[str]
+
+    def facts(self) -> dict[str, Any]:
+        """As plain data for scripts; a field that a recipe does not have is left out of its values."""
+        names = [run.name for run in self.runs]
+        settings = {
+            path: {name: v for name, v in zip(names, values, strict=True) if v is not ABSENT}
+            for path, values in self.settings.items()
+        }
+        figures = [{key: value for key, value in line.items() if key != "cells"} for line in self.figures]
+        return {"runs": names, "settings": settings, "figures": figures, "notes": self.notes}
+
+    def __str__(self) -> str:
+        names = [run.name for run in self.runs]
+        parts = ["no setting differs"]
+        if self.settings:
+            table = [[path, *map(shown, values)] for path, values in self.settings.items()]
+            parts = [plain([["setting", *names], *table])]
+        if self.figures:
+            told = ["; ".join(unlike(line["unlike"])) for line in self.figures]
+            table = [
+                [line["row"], title(line), *line["cells"], text] for line, text in zip(self.figures, told, strict=True)
+            ]
+            parts.append(plain([["row", "figure", *names, "not measured alike" if any(told) else ""], *table]))
+        return "\n\n".join([*parts, *(["\n".join(self.notes)] if self.notes else [])])
+
+
+def compare(names: Sequence[str]) -> Comparison:
+    """Two or more runs. Raises UserError for fewer, and for what is no run."""
+    found = [Run.open(name) for name in names]
+    if len({run.folder.resolve() for run in found}) < max(2, len(found)):
+        raise UserError("compare takes two or more different runs", hint="chaindiff compare RUN RUN")
+    notes = [f"{run.name} was not evaluated; evaluate it: {run.evaluate}" for run in found if run.rows is None]
+    lines = figures(found)
+    if not notes and not lines:
+        notes.append("the runs have no figure in common: measure the same variable by the same judges")
+    return Comparison(found, dict(differences([run.settings for run in found])), lines, notes)
+
+
+# ------------------------------------------------------------ settings
+
+
+def differences(values: Sequence[Any], path: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The fields, as deep down as they can be named, in which recipes differ, with the value in each."""
+    if all(value == values[0] for value in values) or path.endswith(".description"):
+        return
+    if all(isinstance(value, dict) for value in values):
+        keys: dict[str, None] = {key: None for value in values for key in value}
+        for key in keys:
+            yield from differences([value.get(key, ABSENT) for value in values], f"{path}.{key}" if path else key)
+    elif all(isinstance(v, list) and len(v) == len(values[0]) and any(isinstance(i, dict) for i in v) for v in values):
+        for index, items in enumerate(zip(*values, strict=True)):
+            yield from differences(items, f"{path}.{index}")
+    else:
+        yield path, list(values)
+
+
+def shown(value: Any) -> str:
+    """A setting in a table's cell."""
+    if value is ABSENT:
+        return "-"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+
+
+# ------------------------------------------------------------ figures
+
+
+def rows_of(path: Path) -> list[list[dict[str, Any]]] | None:
+    """The figures of an evaluation, row by row; None if there is no evaluation."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for figure in json.loads(path.read_text())["figures"]:
+            known(figure)
+            rows.setdefault(figure["row"], []).append(figure)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            "is not what an evaluation leaves", str(path), "delete it and evaluate the run again"
+        ) from error
+    return list(rows.values())
+
+
+def figures(found: Sequence[Run]) -> list[dict[str, Any]]:
+    """A line for every figure that two or more runs have, means over seeds: of the chain itself, and of other rows
+    by the same label."""
+    lines: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    for run in found:
+        for number, row in enumerate(run.rows or ()):
+            for figure in row:
+                label = "the chain" if number == 0 else figure["row"]
+                key = (label, figure["of"], figure["metric"], figure["encoder"] or "")
+                lines.setdefault(key, {}).setdefault(run.name, []).append(figure)
+    return [
+        line(key, [by_run.get(run.name, []) for run in found], found)
+        for key, by_run in lines.items()
+        if len(by_run) > 1
+    ]
+
+
+def line(key: tuple[str, ...], seeds: Sequence[list[dict[str, Any]]], found: Sequence[Run]) -> dict[str, Any]:
+    """One figure of all runs, and in which of the things that it depends on they are unlike."""
+    label, of, metric, judge = key
+    names = [run.name for run in found]
+    had = {name: figures for name, figures in zip(names, seeds, strict=True) if figures}
+    told = {field: {name: f[0].get(field) for name, f in had.items()} for field in (*LIKE, "from data")}
+    return {
+        "row": label,
+        "of": of,
+        "metric": metric,
+        "judge": judge,
+        "means": {name: fmean(figure["value"] for figure in figures) for name, figures in had.items()},
+        "seeds": {name: [figure["seed"] for figure in figures] for name, figures in had.items()},
+        "unlike": {f: by_run for f, by_run in told.items() if len({json.dumps(v) for v in by_run.values()}) > 1},
+        "cells": [text(figures, metric, judge) for figures in seeds],
+    }
+
+
+def text(seeds: list[dict[str, Any]], metric: str, judge: str) -> str:
+    """The mean over seeds and its interval, as an evaluation shows them."""
+    return cell(Measured("", [], [[known(figure)] for figure in seeds]), metric, judge)
+
+
+def known(figure: Mapping[str, Any]) -> Figure:
+    """A figure without what stands beside it."""
+    return Figure(**{name: figure[name] for name in Figure.model_fields})
+
+
+def title(line: Mapping[str, Any]) -> str:
+    return f"{NAMES.get(line['metric'], line['metric'])} {line['judge']} of '{line['of']}'"
+
+
+def unlike(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """`count 260, 1000`: what differs, run after run."""
+    return [f"{field} {', '.join(shown(value) for value in by_run.values())}" for field, by_run in told.items()]

@@ -1,0 +1,77 @@
+"""Encoders of a recipe: where what was fitted for one lies, and the encoder itself when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from chaindiff.assets import registry
+from chaindiff.chain.variable import digest
+from chaindiff.encoders import Encoder, build_encoder
+from chaindiff.io import tensorfile
+from chaindiff.specs.recipe import FileSpec
+
+if TYPE_CHECKING:
+    from chaindiff.recipe.assembly import Assembly
+
+
+@dataclass
+class LazyMap:
+    """An encoder or decoder of a chain that loads when it is first used: most requests need none."""
+
+    name: str
+    of: str
+    build: Callable[[], Encoder]
+
+    @cached_property
+    def built(self) -> Encoder:
+        return self.build()
+
+    def __call__(self, value: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.built(value)
+
+
+class RecipeEncoder:
+    """What encodes one variable of a recipe, with what was fitted for it."""
+
+    def __init__(self, assembly: Assembly, name: str):
+        self.assembly, self.name = assembly, name
+
+    def build(self) -> Encoder:
+        """The encoder as it is now. Raises UserError if its statistics were not fitted yet."""
+        with self.assembly.located():
+            return build_encoder(self.name, self.assembly.recipe.variables, self.path)
+
+    @property
+    def file_name(self) -> str:
+        return registry.file_name(self.name, self.assembly.variables[self.name].identity)
+
+    @property
+    def path(self) -> Path:
+        """Where the fitted statistics lie: shipped, in the run, or in one whose weights it uses."""
+        own = self.assembly.out / "encoders" / self.file_name
+        if (found := registry.shipped(self.assembly.variables[self.name].identity)) is not None:
+            return found
+        if own.exists():
+            return own
+        using = [stage for stage in self.assembly.stages.values() if self.name in {v.name for v in stage.variables}]
+        weights = [path for stage in using if (path := stage.find_weights()) is not None and len(path.parents) > 2]
+        files = [path.parents[2] / "encoders" / own.name for path in weights]
+        return next((file for file in files if file.exists()), own)
+
+    @property
+    def digest(self) -> str:
+        """What the statistics are, and where a file holds the vectors, what it holds."""
+        fitted = tensorfile.metadata(self.path).get("digest", "") if self.path.exists() else ""
+        variables = self.assembly.recipe.variables
+        if not isinstance(variables[self.name].encoder, FileSpec):
+            return fitted
+        encoder = build_encoder(self.name, variables)
+        return digest([encoder.features_identity["content"], fitted])

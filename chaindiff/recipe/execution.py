@@ -1,0 +1,96 @@
+"""How a request is executed: compiled or not, in which precision; and the fingerprint of all that samples depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chaindiff.chain.chain import Chain
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.plan import ChainPlan
+from chaindiff.chain.request import Value
+from chaindiff.chain.variable import digest
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.specs.stage import StageSpec
+
+COMPILE_PAYS = 3e13  # floating-point operations of a whole run; below, compiling takes longer than it saves
+
+
+def prepare(chain: Chain, execution: str, precision: str) -> None:
+    """Compile the networks of a chain that can run, and have them compute in bf16, as the request says."""
+    for stage in chain.stages.loaded.values():
+        if isinstance(stage, Diffusion):
+            stage.autocast = torch.bfloat16 if precision == "bf16" else None
+            if execution == "compile" and stage.network._compiled_call_impl is None:
+                stage.network.compile()
+
+
+def chosen_execution(assembly: Assembly, found: ChainPlan, before: str | None = None) -> str:
+    """Eager or compiled: what the recipe says, and under `auto` what the run decided `before`, or what pays."""
+    asked = assembly.recipe.sample
+    if asked.exact:
+        return "eager"
+    if asked.execution == "auto" and before is not None:
+        return before
+    total = asked.count * sum(found.costs[name].total_flops for name in found.running)
+    return asked.execution if asked.execution != "auto" else "compile" if total >= COMPILE_PAYS else "eager"
+
+
+def depends_on(
+    assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Value]
+) -> dict[str, Any]:
+    """All that samples depend on, but for the way of execution, as plain data."""
+    recipe = assembly.recipe
+    decoded = [step.producer.name for step in found.plan.steps if step.producer.kind == "decoder"]
+    decoders = {n: spec.model_dump() for n in decoded if (spec := recipe.variables[n].decoder) is not None}
+    return {
+        **({"decoders": decoders} if decoders else {}),
+        "weights": {name: file_digest(path) for name, path in weights.items()},
+        "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
+        "links": {n: [link.model_dump() for _, link in assembly.stages[n].links] for n in found.running},
+        "given": {n: value_digest(v) for n, v in values.items()},
+        "sample": recipe.sample.model_dump(exclude={"execution", "given"}),
+    }
+
+
+def value_digest(value: Value) -> str:
+    return hashlib.sha256(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()).hexdigest()
+
+
+def sampler_settings(stage: StageSpec) -> dict[str, Any]:
+    """The sampler's settings that its samples depend on: one variable alone has no offset."""
+    return stage.sample.model_dump(exclude=set() if len(stage.generates or ()) > 1 else {"offset"})
+
+
+def lock_of(
+    assembly: Assembly,
+    found: ChainPlan,
+    weights: Mapping[str, Path],
+    values: Mapping[str, Value],
+    before: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on; `before` is what
+    the run's lock says already."""
+    execution = chosen_execution(assembly, found, before.get("execution"))
+    depends = {**depends_on(assembly, found, weights, values), "execution": execution}
+    return {
+        "samples": digest(depends),
+        "execution": depends["execution"],
+        "weights": depends["weights"],
+        "given": depends["given"],
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {p: version(p) for p in ("chain-diffusion-models", "torch", "numpy")},
+    }
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,171 @@
+"""What a person gives on the command line, as tensors: class names, numbers, images, embeddings in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from chaindiff.chain.request import Value
+from chaindiff.chain.variable import Variable
+from chaindiff.data import ImageData, open_data
+from chaindiff.data.sources import IMAGES, Folder
+from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.specs.recipe import DataSpec, FileSpec
+
+
+def read_given(assembly: Assembly, given: Mapping[str, Any], count: int | None = None) -> dict[str, Value]:
+    """Values of given variables, [1, *shape] or [rows, *shape].
+
+    A label is a class's name or number, a text is itself, and of both there may be a list. An image is a file or
+    folder. Anything that an encoder makes of images (clusters too) can be given as an image, which is then encoded;
+    or as numbers in a .safetensors or .npy file.
+    Raises UserError for unknown variables, classes and files, and with a `count` unless there is one row or so many.
+    """
+    values: dict[str, Value] = {}
+    for name, value in given.items():
+        variable = _variable(assembly, name)
+        text = variable.kind == "text"
+        values[name] = _texts(assembly, name, value) if text else _read(assembly, variable, value)
+        if count is not None:
+            _check_rows(name, values[name], count)
+    return values
+
+
+def check_given(assembly: Assembly, given: Mapping[str, Any]) -> None:
+    """What can be told before the encoders are fitted: raises UserError for unknown variables, classes and files."""
+    for name, value in given.items():
+        variable = _variable(assembly, name)
+        # Of a text, any words will do.
+        found = _checked(assembly, variable, value) if variable.kind != "text" else value
+        if isinstance(found, Tensor | list):
+            _check_rows(name, found, assembly.recipe.sample.count)
+
+
+def _check_rows(name: str, rows: Sized, count: int) -> None:
+    if len(rows) not in (1, count):
+        hint = f"give one for all samples, or one for each: sample.count={len(rows)}"
+        raise UserError(f"{len(rows)} values for {count} samples", f"--given {name}", hint)
+
+
+def _texts(assembly: Assembly, name: str, value: Any) -> list[str]:
+    """A text enters the chain by its encodings, one of which some stage must be given."""
+    specs, texts = assembly.recipe.variables, value if isinstance(value, list) else [value]
+    used = {variable.name for stage in assembly.recipe.stages for variable, _ in assembly.stages[stage].links}
+    encodings = [n for n, spec in specs.items() if n in used and spec.reads == name]
+    if not encodings:
+        raise UserError(f"--given {name}: no stage is given an encoding of this text")
+    return [str(text) for text in texts]
+
+
+def _variable(assembly: Assembly, name: str) -> Variable:
+    if name not in assembly.variables:
+        raise UserError(f"--given {name}: no such variable{did_you_mean(name, assembly.variables)}")
+    return assembly.variables[name]
+
+
+def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Path:
+    """A class as a tensor, or the path of what is to be read."""
+    where = f"--given {variable.name}"
+    if isinstance(value, Tensor):
+        return value
+    classes = value if isinstance(value, list) else [value]
+    if variable.kind == "label" and (
+        assembly.recipe.variables[variable.name].encoder is None or all(map(_is_number, classes))
+    ):
+        return torch.tensor([_class(assembly, variable, one, where) for one in classes])
+    path = Path(str(value)).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"there is no file or folder {path}",
+            where,
+            f"give {variable} as {'a class, ' if variable.kind == 'label' else ''}an image, a folder of images, "
+            "or numbers in a .safetensors or .npy file",
+        )
+    encoder = assembly.recipe.variables[variable.name].encoder
+    if isinstance(encoder, FileSpec) and _shows_images(path):
+        raise UserError(
+            f"{path} cannot be encoded: '{variable.name}' is of {encoder.path}, which knows only the data's images",
+            where,
+            f"give numbers: a .safetensors or .npy file with [rows, {', '.join(map(str, variable.shape))}]",
+        )
+    return path
+
+
+def _shows_images(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in {*IMAGES, ".zip"}
+
+
+def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
+    where, path = f"--given {variable.name}", _checked(assembly, variable, value)
+    if isinstance(path, Tensor):
+        return path
+    if _shows_images(path):
+        return _encode(assembly, variable, path, where)
+    tensor = _numbers(path, variable, where)
+    if not bool(tensor.isfinite().all()):
+        raise UserError(f"{path} holds numbers that are not finite (NaN or infinity)", where)
+    if variable.kind == "label" and tensor.ndim == 1:  # as samples are kept
+        return torch.tensor([_class(assembly, variable, int(number), where) for number in tensor])
+    tensor = tensor[None] if tuple(tensor.shape) == variable.shape else tensor
+    if tuple(tensor.shape[1:]) != variable.shape:
+        raise UserError(f"{path} holds {list(tensor.shape)}; expected [rows, *{list(variable.shape)}]", where)
+    if variable.kind == "image" and tensor.numel() and float(tensor.abs().max()) > 1.01:
+        low, high = float(tensor.min()), float(tensor.max())
+        raise UserError(f"{path} holds numbers from {low:g} to {high:g}; images lie in [-1, 1]", where)
+    return tensor
+
+
+def _is_number(value: Any) -> bool:
+    return str(value).removeprefix("-").isdecimal()
+
+
+def _class(assembly: Assembly, variable: Variable, value: Any, where: str) -> int:
+    names = assembly.columns[variable.name].classes
+    if str(value) in names:
+        return names.index(str(value))
+    numbers = [str(number) for number in range(len(names))]
+    if str(value) in numbers:
+        return numbers.index(str(value))
+    raise UserError(f"'{value}' is no class of {variable.name}{did_you_mean(str(value), names)}", where)
+
+
+def _encode(assembly: Assembly, variable: Variable, path: Path, where: str) -> Tensor:
+    """Read images as the variable itself, or as what its encoder reads, and so on up."""
+    if variable.kind == "image":
+        return _images(path, variable)
+    source = assembly.recipe.variables[variable.name].reads
+    if source is None:
+        raise UserError(f"{path} is an image, but no encoder makes {variable} of images", where)
+    value = _encode(assembly, assembly.variables[source], path, where)
+    with torch.no_grad():
+        return assembly.encoders[variable.name].build()(value)
+
+
+def _images(path: Path, variable: Variable) -> Tensor:
+    if path.suffix.lower() in IMAGES and not path.is_dir():
+        data = ImageData(Folder(path.parent), {path.name: {}}, [], path.stem)
+    else:
+        data = open_data(DataSpec(path=str(path)))
+    return data.images(range(len(data)), variable.shape[-1]).float() / 127.5 - 1
+
+
+def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        tensors = load_file(path)
+    except Exception as error:  # the readers raise many kinds for files that are something else or cut short
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} is not a complete .safetensors or .npy file of numbers: {reason}", where) from error
+    if variable.name in tensors:
+        return tensors[variable.name].float()
+    if len(tensors) == 1:
+        return next(iter(tensors.values())).float()
+    raise UserError(f"{path} holds no tensor '{variable.name}'{did_you_mean(variable.name, tensors)}", where)

@@ -1,0 +1,219 @@
+"""Stages of a recipe: what a stage is, built or outlined, and where its weights lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from chaindiff.assets import registry
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.stage import Outline, Stage, subsets
+from chaindiff.chain.variable import Variable, digest, variable_entry
+from chaindiff.data.augment import augment_dim
+from chaindiff.edm.random import seed
+from chaindiff.io import tensorfile
+from chaindiff.io.code import create
+from chaindiff.io.errors import UserError
+from chaindiff.specs.code import CodeSpec
+from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
+from chaindiff.training.begin import other_preconditioning
+
+if TYPE_CHECKING:
+    from chaindiff.recipe.assembly import Assembly
+
+# What changes how a run is observed, not what it learns, is no part of a stage's identity.
+# Defaults are left out, so that a new field changes the identity of nothing that does not use it.
+TRAINED = {"kind", "settings", "network", "precondition", "noise", "joint", "augment", "init"}
+NOT_TRAINED = {"variable"}
+UNLEARNED: dict[str, Any] = dict.fromkeys(
+    ("checkpoint_every", "preview_every", "log_every", "execution", "accumulate"), True
+)
+UNLEARNED["ema"] = {"snapshot_every"}
+assert set(TrainSpec.model_fields) >= set(UNLEARNED)
+
+
+class RecipeStage:
+    """One stage of a recipe, in its run's directory."""
+
+    def __init__(self, assembly: Assembly, name: str):
+        self.assembly, self.name = assembly, name
+        self.spec: StageSpec = assembly.recipe.stages[name]
+        self.generates = [assembly.variables[output] for output in self.spec.generates or [name]]
+        self.links: list[tuple[Variable, LinkSpec]] = [(assembly.variables[s.variable], s) for s in self.spec.given]
+
+    @property
+    def variables(self) -> list[Variable]:
+        """All that the stage has to do with: what it generates, then what it is given."""
+        return [*self.generates, *(variable for variable, _ in self.links)]
+
+    @property
+    def identity(self) -> str:
+        """Equal for stages that are trained alike on the same data, in whatever recipe they stand."""
+        identities = [variable.identity for variable in self.generates]
+        return digest(
+            {
+                **self.spec.model_dump(include=TRAINED, exclude_defaults=True),
+                "train": self.spec.train.model_dump(exclude=UNLEARNED, exclude_defaults=True),
+                "generates": identities if len(identities) > 1 else identities[0],
+                "given": [
+                    [variable.identity, link.model_dump(exclude=NOT_TRAINED, exclude_defaults=True)]
+                    for variable, link in self.links
+                ],
+                "data": self.assembly.recipe.data.model_dump(exclude_defaults=True),
+            }
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """What the stage's weights file says of itself."""
+        encoders = self.assembly.encoders
+        fitted = {v.name: encoders[v.name].digest for v in self.variables if v.name in encoders}
+        return {
+            "format": "chaindiff-stage/1",
+            "identity": self.identity,
+            "stage": self.spec.model_dump(mode="json"),
+            "data": self.assembly.recipe.data.model_dump(mode="json"),
+            "name": self.name,
+            "variables": {v.name: variable_entry(v, fitted.get(v.name, "")) for v in self.variables},
+        }
+
+    # ------------------------------------------------------------ objects
+
+    def build(self) -> Any:
+        """The stage (ours, or code of somebody's) with its initial weights, a function of its training seed."""
+        spec = self.spec
+        place = f"stages.{self.name}.network" if isinstance(spec.network, CodeSpec) else None
+        with self.assembly.located(place), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed(spec.train.seed, *(variable.name for variable in self.generates), "init"))
+            if spec.network is None:
+                given, where = [variable for variable, _ in self.links], f"stages.{self.name}"
+                return create(spec, self.generates, given, name=self.name, where=where, made=Stage)
+            return Diffusion(
+                self.generates,
+                given=self.links,
+                network=spec.network,
+                precondition=spec.precondition,
+                noise=spec.noise,
+                sampler=spec.sample,
+                joint=spec.joint,
+                augment_dim=augment_dim(spec.augment),
+                name=self.name,
+            )
+
+    def on_meta(self) -> Any:
+        """The stage without memory for its weights."""
+        with torch.device("meta"):
+            return self.build()
+
+    def outline(self) -> Outline:
+        """The stage to plan with; its network, where it is ours, is built on the meta device when costs are asked."""
+        return Outline(
+            self.on_meta() if self.spec.network is None else None,
+            self.on_meta,
+            name=self.name,
+            generates={variable.name: variable for variable in self.generates},
+            given=[variable for variable, _ in self.links if self.spec.sample.link(variable.name).sampled],
+            conditionals=subsets([v.name for v in self.generates]) if self.spec.joint.exact else frozenset(),
+        )
+
+    def load(self, path: Path) -> Any:
+        """The stage with these weights. Raises UserError if their names or shapes are others."""
+        stage = self.on_meta()
+        assert isinstance(stage, nn.Module)
+        stage.to_empty(device="cpu")
+        tensors, kept = tensorfile.load(path)
+        if isinstance(stage, Diffusion) and (wrong := other_preconditioning(stage, kept)):
+            raise UserError(f"stage '{self.name}': {path} is of another network: {wrong[0]}")
+        tensorfile.fill(stage, tensors, str(path))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return stage.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+    # ------------------------------------------------------------ weights
+
+    @property
+    def folder(self) -> Path:
+        return self.assembly.out / "stages" / self.name
+
+    def find_weights(self) -> Path | None:
+        """The recipe's own file, this run's, the shipped file, or that of a run beside this one."""
+        if self.spec.weights is not None:
+            return Path(self.spec.weights).expanduser()
+        own = self.folder / "weights.safetensors"
+        if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
+            return own
+        beside = sorted(self.assembly.out.parent.glob("*/stages/*/weights.safetensors"))
+        found = (path for path in beside if identity_of(path) == self.identity)
+        return registry.shipped(self.identity) or next(found, None)
+
+    def weights(self) -> Path:
+        """The weights file. Raises UserError if there is none, or one of another stage or other variables."""
+        path, where = self.find_weights(), self.assembly.loaded.where
+        if path is None:
+            raise UserError(
+                f"stage '{self.name}' has no weights yet",
+                where(f"stages.{self.name}"),
+                f"train it: chaindiff train {self.assembly.loaded.spoken} --stage {self.name}",
+            )
+        if not path.exists():
+            raise UserError(
+                f"stage '{self.name}': there is no weights file {path}",
+                where(f"stages.{self.name}.weights"),
+                "correct the path, or leave it out: the stage's own weights are found, or trained",
+            )
+        trained = trained_on(path, tensorfile.metadata(path))
+        for variable in self.variables:
+            if variable.name not in trained or trained[variable.name]["identity"] != variable.identity:
+                raise UserError(
+                    f"stage '{self.name}': the weights in {path} were not trained on this '{variable.name}'",
+                    where(f"variables.{variable.name}"),
+                    "its kind, shape, encoder or scaling differs; give the variable that the weights were trained on, "
+                    "or train the stage anew",
+                )
+        return path
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether this run has begun to train the stage, and was stopped before it wrote the weights."""
+        state, weights = (self.folder / f"{what}.safetensors" for what in ("state", "weights"))
+        if not state.exists():
+            return False
+        kept = tensorfile.metadata(state)
+        written = tensorfile.metadata(weights).get("images") if weights.exists() else None
+        return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
+
+
+def check_fitted(weights: Mapping[str, Path]) -> None:
+    """Two stages on one link must have been trained with the same fitted statistics. Raises UserError otherwise."""
+    seen: dict[str, tuple[str, str]] = {}
+    for stage, path in weights.items():
+        for variable, entry in trained_on(path, tensorfile.metadata(path)).items():
+            other, fitted = seen.setdefault(variable, (stage, entry["fitted"]))
+            if fitted != entry["fitted"]:
+                raise UserError(
+                    f"stages '{other}' and '{stage}' were trained on different fits of '{variable}'",
+                    hint="their reducer or standardisation differs; train one of them again",
+                )
+
+
+def trained_on(path: Path, kept: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The variables that a stage was trained on, by its file's metadata. Raises UserError if it names none."""
+    try:
+        found = json.loads(kept.get("variables", "{}"))
+        named = bool(found) and all({"identity", "fitted"} <= entry.keys() for entry in found.values())
+    except (ValueError, AttributeError):
+        named = False
+    if not named:
+        raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
+    return found
+
+
+def identity_of(path: Path) -> str | None:
+    """The identity of the stage in a file of another run; a damaged one is nobody's, and no error of this run."""
+    try:
+        return tensorfile.metadata(path).get("identity")
+    except UserError:
+        return None

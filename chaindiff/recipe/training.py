@@ -1,0 +1,189 @@
+"""Train one stage of a recipe: its encoders are fitted, its embeddings cached, then its network trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.data.augment import active
+from chaindiff.edm.random import Draws
+from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
+from chaindiff.io.files import cache_folder
+from chaindiff.io.memory import noted
+from chaindiff.io.processes import processes
+from chaindiff.io.progress import Bar
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.show.images import grid, save_png
+from chaindiff.training.batches import Batches, Features, TextFeatures
+from chaindiff.training.begin import begin_from
+from chaindiff.training.cache import EmbeddingCache
+from chaindiff.training.fit import fit
+from chaindiff.training.loop import train
+
+EMBEDDING_BATCH = 128
+PREVIEWS = 16
+
+
+def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: int = 0) -> Path:
+    """Train a stage to the images of its recipe, or `more` beyond `start`; returns its weights file.
+
+    An unfinished run goes on where it was. Raises UserError for data, weights or settings that do not fit.
+    """
+    part = assembly.stages[name]
+    spec, folder, stage = part.spec, part.folder, part.build()
+    state = folder / "state.safetensors"
+    images, total = 0, spec.train.images
+    tensors: dict[str, Tensor] | None = None
+    if state.exists():
+        kept = tensorfile.metadata(state)
+        images, total = int(kept.get("images", 0)), int(kept.get("total", total))
+        if more and not part.unfinished:
+            total = images + more
+    elif more and start is not None:
+        tensors, kept = tensorfile.load(start)
+        images = int(kept.get("images", 0))
+        total = images + more
+    elif spec.init is not None:
+        with assembly.located(f"stages.{name}.init"):
+            begin_from(stage, Path(spec.init).expanduser())
+    if tensors is not None:
+        tensorfile.fill(stage, tensors, str(start))
+    batches = prepare(assembly, name)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    steps = train(
+        stage,
+        batches,
+        spec.train,
+        folder,
+        total=total,
+        begin=images if tensors is not None else 0,
+        metadata={**part.metadata(), "total": str(total)},
+        accelerator=accelerator,
+    )
+    less = (
+        f"while training stage '{name}'",
+        f"raise stages.{name}.train.accumulate, now {spec.train.accumulate}: the same training in smaller parts",
+        f"or lower stages.{name}.train.batch, now {spec.train.batch}",
+    )
+    with noted(*less), Bar(f"train {name}", total, images) as bar:
+        for progress in steps:
+            loss = (
+                "" if progress.loss is None else f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s"
+            )
+            bar.update(min(progress.images, total), loss or None)
+            if progress.preview is not None and accelerator.is_main_process:
+                preview(progress.preview, batches, folder / "previews" / f"{progress.images:09d}.png")
+    return folder / "weights.safetensors"
+
+
+def check_begin(assembly: Assembly, names: Iterable[str], fresh: bool = False) -> None:
+    """Whether the stages that are yet to be trained can begin from their `init`, of which only the header is read.
+
+    Raises UserError for a file that is not there, is no safetensors file or does not fit its stage.
+    """
+    for name in names:
+        part = assembly.stages[name]
+        if part.spec.init is None or part.unfinished or not (fresh or part.find_weights() is None):
+            continue
+        stage = part.on_meta()
+        with assembly.located(f"stages.{name}.init"):
+            begin_from(stage, Path(part.spec.init).expanduser())
+
+
+def preview(stage: nn.Module, batches: Batches, path: Path) -> None:
+    """A grid of samples of the averaged weights, given the data's own values."""
+    if not isinstance(stage, Diffusion) or stage.target.kind != "image":
+        return
+    name = stage.target.name
+    batch = batches(list(range(PREVIEWS)))
+    draws = Draws(range(PREVIEWS), 0, 0, stage.name, dtype=torch.float64)
+    *_, last = stage.sample({v.name: batch[v.name] for v in stage.given}, draws)
+    images = last[name].float().cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(grid(images, columns=math.isqrt(PREVIEWS)), path)
+
+
+# ------------------------------------------------------------ encoders and caches
+
+
+def prepare(assembly: Assembly, name: str) -> Batches:
+    """The training batches of a stage: encoders fitted, expensive ones cached; processes share out the work."""
+    spec, recipe, state = assembly.recipe.stages[name], assembly.recipe, processes()
+    wanted = assembly.stages[name].variables
+    encoders: dict[str, Encoder] = {}
+    caches: dict[str, Features] = {}
+    queue = [v.name for v in wanted]
+    while queue:
+        variable = queue.pop()
+        encoder_spec = recipe.variables[variable].encoder
+        if encoder_spec is None or variable in encoders:
+            continue
+        if (source := recipe.variables[variable].reads) is not None:
+            queue.append(source)
+        path = assembly.encoders[variable].path
+        with assembly.located():
+            encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
+        if isinstance(encoder, Embedding):
+            features = embed(assembly, encoder, name)
+            state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
+            if not encoder.fitted:
+                with state.main_process_first():
+                    if state.is_main_process:
+                        fit(encoder, features, path)
+                    else:
+                        encoder = build_encoder(variable, recipe.variables, path)
+            caches[variable] = features
+        elif recipe.variables[encoder.of].kind == "text":
+            caches[variable] = TextFeatures(encoder.features(assembly.data.field(assembly.columns[encoder.of].field)))
+        encoders[variable] = encoder
+    labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
+    for label in labels:
+        _ = assembly.columns[label].classes  # raises, if they are not those of the data
+    texts = {n: assembly.columns[n].field for n, s in recipe.variables.items() if s.kind == "text"}
+    root = assembly.root if any(variable.kind == "image" for variable in recipe.variables.values()) else None
+    return Batches(assembly.data, root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed)
+
+
+def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
+    """Features of an encoder over the training data; images' are cached on disk: this process embeds its own share of
+    what is missing.
+
+    Raises UserError if the encoder reads neither the data's own image nor a text, nothing could be cached, or a file of
+    vectors does not fit.
+    """
+    data, augment = assembly.data, assembly.recipe.stages[name].augment
+    if isinstance(encoder, FileVectors):
+        with assembly.located():
+            return encoder.rows_of(data.names)
+    root = assembly.root
+    if assembly.recipe.variables[encoder.of].kind == "text":
+        return TextFeatures(encoder.features(data.field(assembly.columns[encoder.of].field)))
+    if encoder.of != root.name:
+        raise UserError(
+            f"variable '{encoder.name}' embeds '{encoder.of}', which is not the data's own image '{root.name}'",
+            assembly.loaded.where(f"variables.{encoder.name}.encoder.of"),
+            f"set of: {root.name}",
+        )
+    if active(augment) and not augment.variants:
+        raise UserError(
+            f"stage '{name}' augments its images without end, so the embedding '{encoder.name}' cannot be cached",
+            assembly.loaded.where(f"stages.{name}.augment"),
+            "set augment.variants, say to 8: so many augmented versions of every image are embedded once",
+        )
+    cache = EmbeddingCache(cache_folder(), encoder, data, augment, root.shape[-1])
+    state = processes()
+    progress = cache.build(EMBEDDING_BATCH, state.process_index, state.num_processes)
+    done, total = next(progress)
+    if done < total:
+        with Bar(f"embed {encoder.name}", total, done) as bar:
+            for done, _ in progress:
+                bar.update(done)
+    return cache

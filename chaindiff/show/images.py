@@ -1,0 +1,97 @@
+"""Grids of images, as PNG. The picture of a chain is drawn in `drawing`, which needs no torch."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from chaindiff.io.errors import UserError
+from chaindiff.io.files import write_whole
+from chaindiff.show.drawing import Arrow, Box, chain_png, chain_svg
+
+LINE = 14  # pixels of a line under a picture
+
+__all__ = ["Arrow", "Box", "chain_png", "chain_svg", "grid", "png_bytes", "save_png", "to_image", "to_uint8"]
+
+
+def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0..255, rounded to the nearest and clamped. Raises UserError if a value is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        raise UserError("images hold values that are not finite (NaN or infinity)", hint="the model may have diverged")
+    return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_image(x: Float[Tensor, "channels height width"]) -> Image.Image:
+    """One image in [-1, 1], RGB or grey."""
+    pixels = to_uint8(x).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
+def grid(
+    images: Float[Tensor, "n channels height width"],
+    columns: int | None = None,
+    scale: int | None = None,
+    pad: int = 2,
+    captions: Sequence[str] = (),
+) -> Image.Image:
+    """Images in [-1, 1] in rows, with a white gap of `pad` pixels around each, and `captions` under them if any.
+
+    `columns`: about as many as rows by default. `scale`: each pixel becomes scale x scale; by default images smaller
+    than 64 (or 96, with captions) are brought to that or just above. Raises UserError if there are no images.
+    """
+    if len(images) == 0:
+        raise UserError("a grid needs at least one image")
+    count, _, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    scale = scale or max(1, math.ceil((96 if captions else 64) / max(height, width)))
+    rows = math.ceil(count / columns)
+    texts = [_wrapped(caption, width * scale) for caption in captions]
+    lines = max((text.count("\n") + 1 for text in texts), default=0)
+    step_x, step_y = width * scale + pad, height * scale + pad + lines * LINE
+    sheet = Image.new("RGB", (columns * step_x + pad, rows * step_y + pad), "white")
+    for index, image in enumerate(images):
+        tile = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        left, top = column * step_x + pad, row * step_y + pad
+        sheet.paste(tile, (left, top))
+        if index < len(texts):
+            place = (left + tile.width // 2, top + tile.height)
+            ImageDraw.Draw(sheet).multiline_text(place, texts[index], "black", _font(), "ma", align="center")
+    return sheet
+
+
+@cache
+def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(LINE - 3)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A caption in lines that are no wider than an image; of more than two, the end is left out."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font().getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines[:2])
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG, whole or not at all."""
+    write_whole(path, png_bytes(image))
