@@ -171,7 +171,7 @@ def test_gradients_are_as_they_were_while_a_preview_is_in_hand() -> None:
 def test_labels_and_texts_by_name_need_no_tensors() -> None:
     chain = cd.load("deep_emoji", changes=["stages.*.sample.steps=2"])
     by_name, by_number = (chain.sample(2, given={"group": v}, want=["clip"]) for v in ("Objects", 3))
-    names = chain.origin.classes("group")
+    names = chain.origin.assembly.columns["group"].classes
     assert torch.equal(chain.sample(2, given={"group": names.index("Objects")}, want=["clip"])["clip"], by_name["clip"])
     assert names[3] == "Objects" or not torch.equal(by_name["clip"], by_number["clip"])
     several = chain.sample(2, given={"group": ["Objects", 3]}, want=["clip"])["clip"]
