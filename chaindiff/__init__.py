@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from chaindiff.chain.saving import load_stage, save_stage
     from chaindiff.chain.stage import Cost, Stage
     from chaindiff.chain.variable import Variable
-    from chaindiff.commands.run import evaluate, run
+    from chaindiff.commands.evaluate import evaluate
+    from chaindiff.commands.run import run
     from chaindiff.data import open_data
     from chaindiff.data.items import Items
     from chaindiff.edm.denoiser import Denoiser, Prediction
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 # Where each public name lives, by the name that it has there.
 _HOMES = {
     "chaindiff.chain.chain": ["Chain", "Source"],
-    "chaindiff.commands.run": ["evaluate", "run"],
+    "chaindiff.commands.evaluate": ["evaluate"],
+    "chaindiff.commands.run": ["run"],
     "chaindiff.data": ["open_data"],
     "chaindiff.data.items": ["Items"],
     "chaindiff.chain.diffusion": ["Diffusion"],

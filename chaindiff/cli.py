@@ -1,4 +1,4 @@
-"""The command line. Every command says what it needs and hands over to `commands.py`; torch is imported only then."""
+"""The command line. Every command says what it needs and hands over to `commands/`; torch is imported only then."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ def _load(recipe: str, changes: list[str], allow_code: bool = False) -> Any:
     return load_recipe(recipe, changes=changes, allow_code=allow_code)
 
 
-def _work(quiet: bool, as_json: bool = False, module: str = "chaindiff.commands.run") -> Any:
-    """The module that does the work, which imports torch. With `as_json`, its messages go to stderr."""
+def _work(module: str, quiet: bool, as_json: bool = False) -> Any:
+    """A module that does the work, which imports torch. With `as_json`, its messages go to stderr."""
     import rich
 
     rich.reconfigure(stderr=as_json, quiet=quiet or not processes().is_main_process)
-    return importlib.import_module(module)
+    return importlib.import_module(f"chaindiff.{module}")
 
 
 def _json(value: Any) -> None:
@@ -156,10 +156,10 @@ def run(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Do what is missing of a recipe: train, sample, evaluate, report."""
+    """Do what is missing of a recipe: train, sample, report."""
     loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
-    _facts(_work(quiet, as_json).run(loaded, out=out, smoke=smoke, **asked), as_json)
+    _facts(_work("commands.run", quiet, as_json).run(loaded, out=out, smoke=smoke, **asked), as_json)
 
 
 @app.command()
@@ -182,7 +182,7 @@ def train(
         from chaindiff.io.errors import did_you_mean
 
         raise UserError(f"there is no stage '{stage}'{did_you_mean(stage, loaded.recipe.stages)}", f"--stage {stage}")
-    _work(quiet).train(loaded, stage=stage, more=more, out=out, fresh=fresh)
+    _work("commands.train", quiet).train(loaded, stage=stage, more=more, out=out, fresh=fresh)
 
 
 @app.command()
@@ -203,7 +203,7 @@ def sample(
     """Sample from a chain."""
     loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
-    _facts(_work(quiet, as_json).sample(loaded, out=out, **asked), as_json)
+    _facts(_work("commands.sample", quiet, as_json).sample(loaded, out=out, **asked), as_json)
 
 
 @app.command()
@@ -237,7 +237,9 @@ def evaluate(
     loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seeds": seed, "judges": judge}
     options = asked | {"of": of, "links": links, "sweeps": sweep, "baselines": baseline, "oracle": oracle}
-    _facts(_work(quiet, as_json).evaluate(loaded, out=out, given=_values(given), **options), as_json)
+    _facts(
+        _work("commands.evaluate", quiet, as_json).evaluate(loaded, out=out, given=_values(given), **options), as_json
+    )
 
 
 @app.command()
@@ -270,7 +272,7 @@ def plan(
     """Check a recipe and show what a request would run, and what it costs."""
     loaded = _load(recipe, changes, allow_code)
     # The JSON says all that the table says.
-    plan = _work(quiet or as_json).plan
+    plan = _work("commands.plan", quiet or as_json).plan
     _facts(plan(loaded, want=want or None, given=_values(given), picture=picture), as_json)
 
 
@@ -286,7 +288,7 @@ def ema(
     debug: Debug = False,
 ) -> None:
     """Reconstruct an average of another length from the snapshots that `train: {ema: {kind: power}}` left."""
-    done = _work(quiet, module="chaindiff.training.snapshots").reconstruct_stage(stage, std, out, images)
+    done = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
     if not quiet:
         print(done)
 
@@ -313,7 +315,7 @@ def import_(
     if recipe is None and (stage is not None or changes):
         raise UserError("--stage and --set belong to a recipe: say --recipe RECIPE")
     loaded = None if recipe is None else _load(recipe, changes, allow_code)
-    _work(quiet, module="chaindiff.commands.importing").import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
+    _work("commands.importing", quiet).import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
 
 
 @app.command("list")

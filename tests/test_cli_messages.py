@@ -23,8 +23,8 @@ RECIPE = str(FIXTURES / "recipes" / "vcdm_emoji.yaml")
 
 @pytest.fixture
 def work(monkeypatch):
-    """A stand-in for chaindiff.commands.run that records its calls; `work.error` is raised instead."""
-    module = types.ModuleType("chaindiff.commands.run")
+    """A stand-in for the modules of chaindiff.commands that records calls; `work.error` is raised instead."""
+    module = types.ModuleType("chaindiff.commands.stand_in")
     module.calls, module.error = [], None
 
     def record(command):
@@ -37,7 +37,7 @@ def work(monkeypatch):
 
     for command in ("run", "train", "sample", "plan"):
         setattr(module, command, record(command))
-    monkeypatch.setitem(sys.modules, "chaindiff.commands.run", module)
+        monkeypatch.setitem(sys.modules, f"chaindiff.commands.{command}", module)
     return module
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import chaindiff as cd
 from chaindiff.chain import chain as chain_module
-from chaindiff.commands import run as commands
+from chaindiff.commands import sample as commands
 from chaindiff.io import tensorfile
 from chaindiff.specs.load import load_recipe
 
@@ -480,8 +480,29 @@ def test_measure_finds_what_is_alike_and_what_is_not() -> None:
 # ------------------------------------------------------------ imports
 
 
-def test_loading_a_recipe_imports_nothing_that_it_does_not_use() -> None:
-    heavy = ("open_clip", "transformers", "matplotlib", "tensorboard", "accelerate", "torch._dynamo", "sympy")
-    code = f"import sys, chaindiff as cd; cd.load('vcdm_emoji'); print([m for m in {heavy!r} if m in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == "[]"
+HEAVY = ("open_clip", "transformers", "matplotlib", "tensorboard", "torch._dynamo", "sympy")
+
+
+def imported(code: str, *arguments: str, cwd: Path) -> str:
+    code += f"\nimport sys; print('heavy:', [m for m in {HEAVY!r} if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=cwd)
+    return said.stdout
+
+
+def test_loading_a_recipe_imports_nothing_that_it_does_not_use(tmp_path) -> None:
+    assert imported("import chaindiff as cd; cd.load('vcdm_emoji')", cwd=tmp_path) == "heavy: []\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "vcdm_emoji"], "in all: NFE"),
+        (["run", "edm_emoji16", "--count=2", "--set=stages.image16.sample.steps=1"], "nothing to do"),
+    ],
+)
+def test_a_second_time_a_command_imports_little_more_than_torch(arguments, said, tmp_path) -> None:
+    """Networks were counted the first time, and what there is to do was done."""
+    code = "from chaindiff.cli import main\ntry: main()\nexcept SystemExit: pass"
+    imported(code, *arguments, cwd=tmp_path)
+    again = imported(code, *arguments, cwd=tmp_path)
+    assert said in again and again.endswith("heavy: []\n")

@@ -1,18 +1,59 @@
-"""What a stage costs, counted on the meta device: nothing is allocated, whatever the size of the network."""
+"""What one evaluation of a network takes, counted on the meta device: nothing is allocated, whatever its size."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
-from chaindiff.chain.stage import Cost
+from chaindiff import networks
+from chaindiff.chain.variable import digest
+from chaindiff.io.errors import UserError
+from chaindiff.io.files import cache_folder, write_whole
 from chaindiff.networks.interface import Condition, Interface
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one evaluation for one sample: parameters and their bytes, multiply-adds x 2, bytes of activations."""
+
+    parameters: int
+    weight_bytes: int
+    flops: int
+    activation_bytes: int
+
+
+class Counted(nn.Module):
+    """In the place of a network that a plan only has to count: it is built if none like it was counted before.
+
+    Counts are kept on the disk, for the first operation on the meta device takes torch longer than all of a plan.
+    """
+
+    def __init__(self, spec: BaseModel, interface: Interface):
+        super().__init__()
+        said = [spec.model_dump(mode="json"), asdict(interface), torch.__version__, _code()]
+        path, kept = cache_folder() / "counts" / f"{digest(said)}.json", TypeAdapter(Counts)
+        try:
+            self.counts = kept.validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            self.counts = count(networks.build(cast(Any, spec), interface), interface)
+            with suppress(UserError):  # it is counted again the next time
+                write_whole(path, kept.dump_json(self.counts))
+
+
+@cache
+def _code() -> str:
+    """A digest of all networks that counts may be of."""
+    return digest([path.read_text() for path in sorted(Path(networks.__file__).parent.glob("*.py"))])
 
 
 class _Peak(TorchDispatchMode):
@@ -41,10 +82,12 @@ class _Peak(TorchDispatchMode):
         self.live -= size
 
 
-def measure(
-    stage: nn.Module, network: nn.Module, interface: Interface, nfe: int, how: str, notes: Mapping[str, str]
-) -> Cost:
-    """The cost of one sample of a stage by `nfe` evaluations of its network, of which one is counted."""
+def count(network: nn.Module, interface: Interface) -> Counts:
+    """What an evaluation takes; the network's parameters may lie on any device."""
+    if isinstance(network, Counted):
+        return network.counts
+    from torch.utils.flop_counter import FlopCounterMode
+
     tensors = {k: v.to("meta") for k, v in [*network.named_parameters(), *network.named_buffers()]}
 
     def empty(*shape: int) -> Tensor | None:
@@ -59,13 +102,10 @@ def measure(
     counter, peak = FlopCounterMode(display=False), _Peak(*tensors.values())
     with torch.no_grad(), counter, peak:
         torch.func.functional_call(network, tensors, (x, noise, condition))
-    parameters = list(stage.parameters())
-    return Cost(
-        parameters=sum(p.numel() for p in parameters),
-        flops=counter.get_total_flops(),
-        nfe=nfe,
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        activation_bytes=peak.peak,
-        how=how,
-        notes=notes,
-    )
+    return Counts(*weighed(network), counter.get_total_flops(), peak.peak)
+
+
+def weighed(module: nn.Module) -> tuple[int, int]:
+    """The number of a module's parameters, and their bytes."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

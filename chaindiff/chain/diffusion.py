@@ -270,14 +270,23 @@ class Diffusion(nn.Module):
 
     def cost(self, moving: Collection[str], sampler: SamplerSpec | Config | None = None) -> Cost:
         """What one sample of these variables costs; NFE counts every term of the guidance."""
-        from chaindiff.chain.cost import measure  # torch's counters, which sampling does without
+        from chaindiff.chain.cost import count, weighed
 
         s = self.tuned(sampler)
         levels = [row.sigma for row in self.table(self.path(moving, s), s) if row.sigma is not None]
         weights = [weight for _, weight in guidance_terms(s.guidance, self.droppable(s), s.guidance_interval)]
         nfe = sum(bool(w(sigma) if callable(w) else w) for sigma in levels for w in weights)
         noisy = {n: f"noise {s.link(n).noise:g}" for n in (k.variable.name for k in self.conditioner if k.tells_level)}
-        return measure(self, self.network, self.interface, nfe, f"{s.solver}, {s.steps} steps", noisy)
+        counts, (parameters, weight_bytes) = count(self.network, self.interface), weighed(self.conditioner)
+        return Cost(
+            parameters=counts.parameters + parameters,
+            flops=counts.flops,
+            nfe=nfe,
+            weight_bytes=counts.weight_bytes + weight_bytes,
+            activation_bytes=counts.activation_bytes,
+            how=f"{s.solver}, {s.steps} steps",
+            notes=noisy,
+        )
 
     # ------------------------------------------------------------ sampling
 

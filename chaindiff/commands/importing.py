@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import get_console
-
 from chaindiff.interop.snapshots import Snapshot, kind_of, read_snapshot
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import Loaded
 from chaindiff.specs.yaml import dump
@@ -54,10 +53,6 @@ def import_snapshot(
         say(f"wrote {out}, weights of stage '{name}'")
         say(f"to sample: chaindiff sample {loaded.spoken} --set stages.{name}.weights={out}")
     return Imported(out, snapshot)
-
-
-def say(text: str) -> None:
-    get_console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def metadata(snapshot: Snapshot, path: Path) -> dict[str, Any]:

@@ -11,6 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 EVERY = 20.0  # seconds between lines where there is no terminal
 
 
+def say(text: str) -> None:
+    """A line for the person at the terminal; nothing when quiet."""
+    get_console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Bar:
     """Counts up to `total`; `text` beside the bar says how it goes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from chaindiff.assets import registry
+from chaindiff.chain.cost import Counted
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.stage import Outline, Stage, subsets
 from chaindiff.chain.variable import Variable, digest, variable_entry
@@ -21,7 +23,7 @@ from chaindiff.io.code import create
 from chaindiff.io.errors import UserError
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
-from chaindiff.training.begin import other_preconditioning
+from chaindiff.training.begin import begin_from, other_preconditioning
 
 if TYPE_CHECKING:
     from chaindiff.recipe.assembly import Assembly
@@ -83,8 +85,11 @@ class RecipeStage:
 
     # ------------------------------------------------------------ objects
 
-    def build(self) -> Any:
-        """The stage (ours, or code of somebody's) with its initial weights, a function of its training seed."""
+    def build(self, network: Any = None) -> Any:
+        """The stage (ours, or code of somebody's) with its initial weights, a function of its training seed.
+
+        `network` takes the place of the recipe's.
+        """
         spec = self.spec
         place = f"stages.{self.name}.network" if isinstance(spec.network, CodeSpec) else None
         with self.assembly.located(place), torch.random.fork_rng(devices=[]):
@@ -95,7 +100,7 @@ class RecipeStage:
             return Diffusion(
                 self.generates,
                 given=self.links,
-                network=spec.network,
+                network=network or spec.network,
                 precondition=spec.precondition,
                 noise=spec.noise,
                 sampler=spec.sample,
@@ -104,16 +109,17 @@ class RecipeStage:
                 name=self.name,
             )
 
-    def on_meta(self) -> Any:
+    def on_meta(self, network: Any = None) -> Any:
         """The stage without memory for its weights."""
         with torch.device("meta"):
-            return self.build()
+            return self.build(network)
 
     def outline(self) -> Outline:
-        """The stage to plan with; its network, where it is ours, is built on the meta device when costs are asked."""
+        """The stage to plan with; its network, where it is ours, is counted when costs are asked."""
+        network: Any = self.spec.network
         return Outline(
             self.on_meta() if self.spec.network is None else None,
-            self.on_meta,
+            self.on_meta if isinstance(network, CodeSpec) else lambda: self.on_meta(partial(Counted, network)),
             name=self.name,
             generates={variable.name: variable for variable in self.generates},
             given=[variable for variable, _ in self.links if self.spec.sample.link(variable.name).sampled],
@@ -184,6 +190,16 @@ class RecipeStage:
         kept = tensorfile.metadata(state)
         written = tensorfile.metadata(weights).get("images") if weights.exists() else None
         return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
+
+    def check_begin(self, fresh: bool = False) -> None:
+        """Whether the stage, if it is yet to be trained, can begin from its `init`, of which only the header is read.
+
+        Raises UserError for a file that is not there, is no safetensors file or does not fit the stage.
+        """
+        if self.spec.init is not None and not self.unfinished and (fresh or self.find_weights() is None):
+            stage = self.on_meta()
+            with self.assembly.located(f"stages.{self.name}.init"):
+                begin_from(stage, Path(self.spec.init).expanduser())
 
 
 def check_fitted(weights: Mapping[str, Path]) -> None:

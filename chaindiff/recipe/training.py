@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -82,20 +81,6 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
             if progress.preview is not None and accelerator.is_main_process:
                 preview(progress.preview, batches, folder / "previews" / f"{progress.images:09d}.png")
     return folder / "weights.safetensors"
-
-
-def check_begin(assembly: Assembly, names: Iterable[str], fresh: bool = False) -> None:
-    """Whether the stages that are yet to be trained can begin from their `init`, of which only the header is read.
-
-    Raises UserError for a file that is not there, is no safetensors file or does not fit its stage.
-    """
-    for name in names:
-        part = assembly.stages[name]
-        if part.spec.init is None or part.unfinished or not (fresh or part.find_weights() is None):
-            continue
-        stage = part.on_meta()
-        with assembly.located(f"stages.{name}.init"):
-            begin_from(stage, Path(part.spec.init).expanduser())
 
 
 def preview(stage: nn.Module, batches: Batches, path: Path) -> None:

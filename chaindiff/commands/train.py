@@ -1,0 +1,34 @@
+"""`chaindiff train`: the stages of a recipe, or what is missing of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chaindiff.io.processes import processes
+from chaindiff.io.progress import say
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.recipe.training import train_stage
+from chaindiff.specs.load import Loaded
+
+
+def train(
+    loaded: Loaded, stage: str | None = None, more: int = 0, out: Path | None = None, fresh: bool = False
+) -> None:
+    """Train one stage, or all in order; with `more`, go on from the run's or the shipped weights.
+
+    Training that was stopped goes on in every case; `fresh` begins anew where it had ended.
+    """
+    assembly = Assembly(loaded, out)
+    names = [stage] if stage else list(loaded.recipe.stages)
+    for name in names:
+        assembly.stages[name].check_begin(fresh)
+    for name in names:
+        unfinished = assembly.stages[name].unfinished
+        processes().wait_for_everyone()  # all of them have looked before one changes anything
+        if fresh and not unfinished:
+            (assembly.stages[name].folder / "state.safetensors").unlink(missing_ok=True)
+        weights = None if fresh else assembly.stages[name].find_weights()
+        if weights is not None and weights.exists() and not more and not unfinished:
+            say(f"stage {name} has weights: {weights} (--more IMAGES goes on from them, --fresh trains anew)")
+        else:
+            train_stage(assembly, name, start=weights, more=more)
