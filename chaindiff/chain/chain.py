@@ -138,7 +138,7 @@ class Chain:
         """The plan of a request with its costs, ready to print or draw; needs no weights."""
         from chaindiff.chain.plan import ChainPlan
 
-        return ChainPlan.of(self, self.resolve(want, given))
+        return ChainPlan(self, self.resolve(want, given))
 
     def cost(self, name: str, moving: Sequence[str] | None = None) -> Cost:
         """What a sample of a stage's variables costs, of all of them unless told otherwise."""

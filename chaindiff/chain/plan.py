@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from chaindiff.chain.graph import Plan
 from chaindiff.chain.stage import Cost
-from chaindiff.chain.variable import Variable
 from chaindiff.show.drawing import Arrow, Box, chain_svg
 
 if TYPE_CHECKING:
@@ -19,14 +18,8 @@ if TYPE_CHECKING:
 class ChainPlan:
     """A plan with its costs. `str()` gives a table, `svg()` and `drawing()` the chain's picture."""
 
-    name: str
-    plan: Plan
-    variables: dict[str, Variable]
     chain: Chain
-
-    @classmethod
-    def of(cls, chain: Chain, plan: Plan) -> ChainPlan:
-        return cls(chain.name, plan, chain.variables, chain)
+    plan: Plan
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
@@ -44,41 +37,15 @@ class ChainPlan:
         total = sum(self.costs[name].total_flops for name in self.running)
         return self.costs[stage].total_flops / total if stage in self.running and total else 0.0
 
-    @property
-    def table(self) -> list[dict[str, str]]:
-        """One row a step: what runs, what it reads and makes, and what that costs for one sample."""
-        rows = []
-        for step in self.plan.steps:
-            name, kind = step.producer.name, step.producer.kind
-            row = {
-                "step": f"{kind} {name}",
-                "makes": ", ".join(str(self.variables[v]) if v in self.variables else v for v in step.outputs),
-                "from": ", ".join(step.inputs) or "-",
-                "drops": ", ".join(step.drop) or "-",
-            }
-            if kind == "stage":
-                cost = self.costs[name]
-                row |= {
-                    "sampler": cost.how,
-                    "parameters": f"{cost.parameters:,}",
-                    "NFE": str(cost.nfe),
-                    "FLOPs/NFE": amount(cost.flops),
-                    "FLOPs": amount(cost.total_flops),
-                    "share": f"{self.share(name):.1%}",
-                    "memory": f"{amount(cost.weight_bytes)}B + {amount(cost.activation_bytes)}B a sample",
-                }
-            rows.append(row)
-        return rows
-
     def facts(self) -> dict[str, Any]:
         """The plan and its costs as plain data: for one sample, bytes in float32."""
-        steps = []
+        steps, variables = [], self.chain.variables
         for step in self.plan.steps:
             name = step.producer.name
             facts: dict[str, Any] = {
                 "kind": step.producer.kind,
                 "name": name,
-                "makes": {v: list(self.variables[v].shape) if v in self.variables else None for v in step.outputs},
+                "makes": {v: list(variables[v].shape) if v in variables else None for v in step.outputs},
                 "reads": list(step.inputs),
                 "drops": list(step.drop),
             }
@@ -90,7 +57,7 @@ class ChainPlan:
             steps.append(facts)
         costs = [self.costs[name] for name in self.running]
         return {
-            "name": self.name,
+            "name": self.chain.name,
             "want": list(self.plan.want),
             "given": list(self.plan.given),
             "unused": list(self.plan.unused),
@@ -103,19 +70,25 @@ class ChainPlan:
 
     def __str__(self) -> str:
         given = f", given {', '.join(self.plan.given)}" if self.plan.given else ""
-        lines = [f"{self.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
+        variables = self.chain.variables
+        lines = [f"{self.chain.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
         if not self.plan.steps:
             lines.append("nothing runs: everything that is wanted is given")
-        for number, row in enumerate(self.table, 1):
-            lines.append(f"{number}. {row['step']}: {row['makes']} from {row['from']}")
-            if "sampler" in row:
-                lines.append(f"     {row['sampler']}; NFE {row['NFE']}; {row['parameters']} parameters")
-                lines.append(
-                    f"     {row['FLOPs']}FLOP a sample ({row['FLOPs/NFE']}FLOP x {row['NFE']}), {row['share']} of all"
-                )
-                lines.append(f"     memory {row['memory']}")
-            if row["drops"] != "-":
-                lines.append(f"     then drops {row['drops']}")
+        for number, step in enumerate(self.plan.steps, 1):
+            made = ", ".join(str(variables.get(v, v)) for v in step.outputs)
+            lines.append(
+                f"{number}. {step.producer.kind} {step.producer.name}: {made} from {', '.join(step.inputs) or '-'}"
+            )
+            if step.producer.kind == "stage":
+                cost, share = self.costs[step.producer.name], self.share(step.producer.name)
+                total, once = amount(cost.total_flops), amount(cost.flops)
+                lines += [
+                    f"     {cost.how}; NFE {cost.nfe}; {cost.parameters:,} parameters",
+                    f"     {total}FLOP a sample ({once}FLOP x {cost.nfe}), {share:.1%} of all",
+                    f"     memory {amount(cost.weight_bytes)}B + {amount(cost.activation_bytes)}B a sample",
+                ]
+            if step.drop:
+                lines.append(f"     then drops {', '.join(step.drop)}")
         facts = self.facts()
         weights, peak = amount(facts["weight_bytes"]), amount(facts["activation_bytes"])
         lines += [
@@ -140,10 +113,10 @@ class ChainPlan:
         parts = [(p.name, p.kind, p.outputs, p.inputs) for p in self.chain.producers]
         shown = {v for _, kind, outputs, inputs in parts if kind != "encoder" for v in (*outputs, *inputs)} | known
         runs = {(s.producer.kind, s.producer.name) for s in self.plan.steps}
-        boxes, arrows = [], []
-        unsaid = sorted(shown - self.variables.keys())  # encoded or decoded in Python, and not declared
-        for name in (*(v for v in self.variables if v in shown), *unsaid):
-            variable = self.variables.get(name)
+        boxes, arrows, variables = [], [], self.chain.variables
+        unsaid = sorted(shown - variables.keys())  # encoded or decoded in Python, and not declared
+        for name in (*(v for v in variables if v in shown), *unsaid):
+            variable = variables.get(name)
             style = "given" if name in self.plan.given else "wanted" if name in self.plan.want else "variable"
             small = (f"{variable.kind} {' x '.join(map(str, variable.shape))}",) if variable else ()
             boxes.append(Box(name, small, style if name in known else "idle"))
