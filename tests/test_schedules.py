@@ -26,7 +26,7 @@ from chaindiff.specs.stage import SamplerSpec
 SCHEDULES = [Linear(), VP(), VP.between(0.002, 80), VE(), Cosine(), Cosine(0.008), Flow(), LogSNR()]
 LEVELS = [1e-4, 0.002, 0.03, 0.9, 4.0, 80.0]
 
-each = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+each = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 
 
 @each
@@ -67,7 +67,7 @@ def test_scales_are_those_of_their_kind(schedule: Schedule) -> None:
             assert scale**2 * (1 + level**2) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("schedule", [VP(), Cosine(), Cosine(0.008), Flow()], ids=repr)
+@pytest.mark.parametrize("schedule", [VP(), Cosine(), Cosine(0.008), Flow()], ids=lambda schedule: type(schedule).__name__)
 def test_tensors_are_taken_as_floats_are(schedule: VP | Cosine | Flow) -> None:
     levels = torch.tensor([0.0, *LEVELS]).double()
     times = schedule.time(levels)
