@@ -6,7 +6,9 @@ lines of its output. A YAML block with a title is a file of that name. A shell b
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import inspect
 import io
 import os
@@ -17,24 +19,33 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 import rich
 import yaml
 
+import chaindiff as cd
 from chaindiff import cli
 from chaindiff.edm import solvers
 from chaindiff.specs import reference
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RECORDS = {"gpu_todo.md", "results.md"}  # of what was or is to be done; they teach nothing that could be run
+# Records of what was or is to be done teach nothing that could be run.
+RECORDS = {"gpu_todo.md", "results.md", "results-details.md"}
 PAGES = sorted({path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - RECORDS)
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"\n]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SKIP, MISTAKE = "not run in the tests: ", "a mistake"
 # Blocks of each page that say why they are not run; a new one must be counted here.
-NOT_RUN = {"first-chain.md": 1, "mathematics.md": 1, "how-to/edm-weights.md": 1, "how-to/several-gpus.md": 3}
+NOT_RUN = {
+    "architecture.md": 2,
+    "first-chain.md": 1,
+    "mathematics.md": 1,
+    "how-to/edm-weights.md": 1,
+    "how-to/several-gpus.md": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -141,10 +152,14 @@ def test_the_custom_chain_is_short() -> None:
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#([\w-]+))?\)")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    for target, _ in LINK.findall((DOCS / page).read_text()):
-        assert "://" in target or ((DOCS / page).parent / target).exists(), f"{page}: {target}"
+PROSE = [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+prose = pytest.mark.parametrize("page", sorted(PROSE), ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+@prose
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, _ in LINK.findall(page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -169,6 +184,82 @@ def test_the_core_loop_in_the_docs_is_the_programs() -> None:
     (block,) = [block for block in blocks("mathematics.md") if block.language == "python"]
     assert textwrap.indent(block.text, "    ") in inspect.getsource(solvers)
     assert len(block.text.splitlines()) <= 15
+
+
+def test_the_small_table_of_results_is_that_of_the_details() -> None:
+    """The page of results is written by hand; every figure of its table stands in one row of the measured ones."""
+    tables = [
+        [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+        for text in ((DOCS / name).read_text() for name in ("results.md", "results-details.md"))
+    ]
+    small, measured = tables
+    rows = [row for row in small if row[0].startswith(("EDM", "VCDM:", "VCDM, ground-truth"))]
+    assert len(rows) == 3
+    for label, *figures in rows:
+        assert len(figures) == 4 and any({*figures} <= {*row, *(c.split(" ±")[0] for c in row)} for row in measured), (
+            label
+        )
+
+
+# ------------------------------------------------------------ what the pages say of the code
+
+
+def test_the_api_page_has_every_public_name_by_its_home() -> None:
+    """A home is the module that defines it: `::: chaindiff.chain.chain.Chain`, once."""
+    shown = []
+    for path in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE):
+        home, _, name = path.rpartition(".")
+        shown.append(getattr(importlib.import_module(home), name))
+        if isinstance(shown[-1], type | FunctionType):
+            assert shown[-1].__module__ == home, f"docs/api.md: {path} is defined in {shown[-1].__module__}"
+    public = {name: getattr(cd, name) for name in cd.__all__ if name != "__version__"}
+    times = {name: sum(there is found for found in shown) for name, there in public.items()}
+    assert times == dict.fromkeys(public, 1) and len(shown) == len(public)
+
+
+@prose
+def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
+    """Files by their paths; `Class.method` (`path`) and `function` (`path`) are defined in that file."""
+    text = " ".join(page.read_text().split())
+    for path in re.findall(r"`((?:chaindiff|tests|stages|recipes|benchmarks|docs|tools)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+    for name, path in re.findall(r"`([\w.]+)` \(`(chaindiff/[\w/]+\.py)`\)", text):
+        for part in name.split("."):
+            assert re.search(rf"^ *(def|class) {part}\b", (ROOT / path).read_text(), re.MULTILINE), f"{name} in {path}"
+
+
+def floors() -> list[str]:
+    rows = re.findall(r"^\| `(\w+)` \| (?!TODO|\d)", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    return list(dict.fromkeys(rows))
+
+
+def test_the_table_of_floors_has_every_folder() -> None:
+    package = ROOT / "chaindiff"
+    units = {path.parent.relative_to(package).parts[0] for path in package.glob("*/*.py")} | {"cli"}
+    assert sorted(floors()) == sorted(units)
+
+
+@pytest.mark.parametrize("floor", floors())
+def test_imports_go_down_the_table(floor: str) -> None:
+    """Lazy imports count, those for type checkers do not."""
+    table, package = floors(), ROOT / "chaindiff"
+    below = set(table[: table.index(floor) + 1])
+    for path in [*(package / floor).rglob("*.py"), *package.glob(f"{floor}.py")]:
+        assert imported(path) & set(table) <= below, path
+
+
+def imported(path: Path) -> set[str]:
+    """The folders of the package that a file imports from."""
+    tree = ast.parse(path.read_text())
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    typing = {id(node) for block in blocks for node in ast.walk(block)}
+    modules = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import) and id(node) not in typing:
+            modules += [alias.name for alias in node.names]
+    return {module.split(".")[1] for module in modules if module.startswith("chaindiff.")}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""docs/results.md: what the experiment found, with the commands, counts and machine, whatever it says."""
+"""docs/results-details.md: what the experiment found, with the command, counts and machine, whatever it says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from chaindiff.evaluation.tables import Measured, Results, Table, figures_table,
 from chaindiff.io.files import write_whole
 from chaindiff.show import plots
 
-FINDINGS = Path(__file__).parent / "findings.md"
 KID_OF_SWEEPS = ("kid", "fd", "recall")
 
 
@@ -62,16 +61,16 @@ def write_results(experiment: Experiment, docs: Path) -> Path:
     # -- links
     say("## What each link costs\n")
     results = measured(experiment.links)
-    say("`vcdm_emoji` at 32x32, with stages replaced by the data's own values.\n")
+    say("`vcdm_emoji` at 32x32, with ground-truth (oracle) values in place of stages.\n")
     say(markdown(figures_table(results)))
     say("KID of the whole chain, split into what each stage's own samples add:\n")
     say(markdown(link_costs(results, [v for v in experiment.links.rows[0][0].made if v != "image"])))
 
     # -- how much to condition on
     say("## How much to condition on\n")
-    say("One image network, trained with random subsets of what it is told: the class dropped half of the time, the "
-        "embedding cut to its first k principal components, k told. The clip and class are sampled, or from the data "
-        "(oracle).\n")  # fmt: skip
+    say("One image network, trained with random subsets of its conditioning: the class is dropped half of the time, "
+        "and the embedding truncated to its first k principal components, with k as an input. Clip and class are "
+        "sampled, or ground truth (oracle).\n")  # fmt: skip
     sampled, oracle = measured(experiment.subsets), measured(experiment.subsets_oracle)
     say(markdown(figures_table(sampled, KID_OF_SWEEPS)))
     say(markdown(figures_table(oracle, KID_OF_SWEEPS)))
@@ -105,30 +104,31 @@ def write_results(experiment: Experiment, docs: Path) -> Path:
                 "distances to the nearest training image")  # fmt: skip
     say("## The prior alone\n")
     say(prior(experiment, study))
-    path = docs / "results.md"
+    path = docs / "results-details.md"
     write_whole(path, ("\n\n".join(part.strip("\n") for part in parts) + "\n").encode())
     return path
 
 
 def head(experiment: Experiment) -> str:
     kinds = f"{torch.get_num_threads()} cores of {processor()}, torch {version('torch')}"
-    return f"""# Results
+    return f"""# Results in detail
 
 VCDM against EDM on the embedded emoji: the same image network, the same 600,064 training images, the same sampler.
-Everything on this page is written by
+[Results](results.md) says what these figures mean. Everything on this page is written by
 
 ```
 python -m benchmarks.quality
 ```
 
-from the shipped weights, on {kinds}; networks in bf16. Only the text under "What this
-says" is written by hand, about the figures of this page. Sampling seeds are 0, 1, 2 where a row has three, else 0.
-KID and FD are against the 4,521 training images; lower is better, as for SWD; precision and recall: higher.
-The judges are small networks of other families than the chain's emoji CLIP (an EfficientNet). They were trained on
-groups, subgroups and styles of the same training images (`chaindiff/assets/judges/README.md`), and were not there yet
-when the headline's chains were made.
+from the shipped weights, on {kinds}; networks in bf16. Sampling seeds are 0, 1, 2 where
+a row has three, else 0. KID and FD are against the 4,521 training images; lower is better, as for SWD; precision and
+recall: higher. "Oracle" rows are conditioned on ground-truth values from the data. The judges are feature extractors:
+small networks of other families than the chain's emoji CLIP (an EfficientNet), trained on groups, subgroups and styles
+of the same training images (`chaindiff/assets/judges/README.md`). They did not exist yet when the headline's chains
+were made.
 
-{FINDINGS.read_text().rstrip()}"""
+Speeds (images/s) were taken while other programs used the machine at times; rows of equal cost differ for no other
+reason."""
 
 
 def processor() -> str:
