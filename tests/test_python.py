@@ -462,6 +462,19 @@ def test_code_of_a_saved_chain_is_handed_in_again(tmp_path) -> None:
     assert again.name == "mixed" and again.sample(2)["point"].shape == (2, 2)
 
 
+def test_an_encoder_handed_in_is_no_stage_of_its_name(tmp_path) -> None:
+    class Halved:
+        name, of = "side", "point"
+
+        def __call__(self, value: Tensor) -> Tensor:
+            return value[:, :1]
+
+    prior = cd.Diffusion(SIDE, network=cd.Prior(width=16, depth=1, heads=2), sampler={"steps": 2})
+    cd.Chain([prior, small(sampler={"steps": 2})], [Halved()], name="both").save(tmp_path / "chain")
+    again = cd.load(tmp_path / "chain", objects=[Halved()])
+    assert isinstance(again.stages["side"], cd.Diffusion) and again.sample(2)["point"].shape == (2, 2)
+
+
 # ------------------------------------------------------------ figures
 
 

@@ -67,7 +67,9 @@ def test_scales_are_those_of_their_kind(schedule: Schedule) -> None:
             assert scale**2 * (1 + level**2) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("schedule", [VP(), Cosine(), Cosine(0.008), Flow()], ids=lambda schedule: type(schedule).__name__)
+@pytest.mark.parametrize(
+    "schedule", [VP(), Cosine(), Cosine(0.008), Flow()], ids=lambda schedule: type(schedule).__name__
+)
 def test_tensors_are_taken_as_floats_are(schedule: VP | Cosine | Flow) -> None:
     levels = torch.tensor([0.0, *LEVELS]).double()
     times = schedule.time(levels)

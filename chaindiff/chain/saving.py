@@ -129,7 +129,7 @@ def load_chain(folder: Path, objects: Sequence[Stage | Encoder] = ()) -> Chain:
     Raises UserError for one that is not handed in.
     """
     said = json.loads((folder / CHAIN).read_text())
-    handed = {part.name: part for part in objects}
+    handed = {part.name: part for part in objects if isinstance(part, Stage)}
     stages = [_stage(name, folder, handed.get(name)) for name in said["stages"]]
     maps: dict[str, list[Any]] = {}
     for group in ("encoders", "decoders"):
