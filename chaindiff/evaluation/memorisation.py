@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.evaluation.neighbours import nearest
 from chaindiff.evaluation.stored import Vectors
 
-__all__ = ["Memorisation", "memorisation", "nearest"]
-
 QUANTILE = 0.05  # of held-out distances: samples nearer than that are counted
-BINS = 40  # of the histograms
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,6 @@ class Memorisation:
         """(sample, training row, distance), nearest first."""
         order = self.samples.argsort(stable=True).tolist()
         return [(i, int(self.neighbours[i]), float(self.samples[i])) for i in order]
-
-    def histograms(self, bins: int = BINS) -> tuple[list[float], list[float], list[float]]:
-        """Edges of the bins, and the shares of samples and of held-out rows in each."""
-        top = max(self.samples.max().item(), self.held_out.max().item()) or 1.0
-        edges = torch.linspace(0, top, bins + 1, dtype=torch.float64)
-        counts = [torch.histc(x, bins, 0, top) / len(x) for x in (self.samples, self.held_out)]
-        return edges.tolist(), counts[0].tolist(), counts[1].tolist()
 
     def summary(self) -> dict[str, float]:
         """The numbers alone."""
