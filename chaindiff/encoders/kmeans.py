@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,10 +55,11 @@ def cluster(chunks: Chunks, k: int, seed: int) -> Clusters:
             hint="choose a smaller k",
         )
     state = int(draw.integers(2**32))
-    fit = KMeans(k, n_init=RESTARTS, max_iter=ITERATIONS, tol=0, random_state=state, copy_x=False)
+    restarts: Any = RESTARTS  # annotated as a text in scikit-learn
+    fit = KMeans(k, n_init=restarts, max_iter=ITERATIONS, tol=0, random_state=state, copy_x=False)
     with threadpool_limits(1):  # several threads would add up in whatever order they end
-        fit.fit(rows.astype(np.float64))
-    order = np.argsort(-np.bincount(fit.labels_, minlength=k), kind="stable")
+        labels = fit.fit_predict(rows.astype(np.float64))
+    order = np.argsort(-np.bincount(labels, minlength=k), kind="stable")
     centroids = torch.from_numpy(fit.cluster_centers_[order]).float()  # as they are kept: counts are of these
     counts, inertia = torch.zeros(k, dtype=torch.int64), 0.0
     for chunk in chunks():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ class Extractor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = self.module.eval().to(self.device)
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """sha256 of weights and preprocessing."""
         about = {"extractor": self.name.partition(":")[0], "resize": RESIZE, **self.about}
@@ -67,5 +66,6 @@ def resize(images: UInt8[Tensor, "n 3 h w"], size: int) -> UInt8[Tensor, "n 3 si
         return images
     out = np.empty((len(images), size, size, 3), np.uint8)
     for row, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        out[row] = Image.fromarray(np.ascontiguousarray(image)).resize((size, size), Image.Resampling.BICUBIC)
+        pixels = Image.fromarray(np.ascontiguousarray(image))
+        out[row] = np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
