@@ -94,20 +94,20 @@ def _mmd(
     weights_a, weights_b = weights or [torch.ones(1, len(rows)) for rows in (a, b)]
     value = -2 * _mean(a, b, kernel, weights_a, weights_b)
     for rows, weights_of in ((a, weights_a), (b, weights_b)):
-        value += _mean(rows, rows, kernel, weights_of, weights_of, leave_out=not own)
+        value += _mean(rows, rows, kernel, weights_of, weights_of, own)
     return value
 
 
 def _mean(
-    a: Vectors, b: Vectors, kernel: Kernel, weights_a: Tensor, weights_b: Tensor, leave_out: bool = False
+    a: Vectors, b: Vectors, kernel: Kernel, weights_a: Tensor, weights_b: Tensor, own: bool = True
 ) -> Float64[Tensor, " sets"]:
-    """Mean of k(a_i, b_j) by the weights w_i w_j, for each pair of rows of weights, with or without i = j."""
+    """Mean of k(a_i, b_j) by the weights w_i w_j, for each pair of rows of weights, with or without their `own`, i = j."""
     total = torch.zeros(len(weights_a), dtype=torch.float64)
     pairs = weights_a.sum(1).double() * weights_b.sum(1)
     for i, j, rows, others in blocks(a, b):
         values = kernel(rows, others)
-        if leave_out and i == j:
+        if not own and i == j:
             values.fill_diagonal_(0)
         w, v = weights_a[:, i].to(values), weights_b[:, j].to(values)
         total += ((w @ values) * v).sum(1).cpu()
-    return total / (pairs - (weights_a**2).sum(1) if leave_out else pairs)
+    return total / (pairs if own else pairs - (weights_a**2).sum(1))

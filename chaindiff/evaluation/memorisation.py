@@ -50,11 +50,10 @@ def memorisation(
     `held_out` must be data that training never saw and of which the training set holds no near copies; what it holds
     of them raises the threshold's distance and hides copying. Raises UserError for an empty training set.
     """
-    near, neighbours = nearest(samples, train)
-    floor, _ = nearest(held_out, train)
-    near, floor = near[:, 0], floor[:, 0]
+    near, neighbours = (found[:, 0].cpu() for found in nearest(samples, train))
+    floor = nearest(held_out, train)[0][:, 0].cpu()
     threshold = floor.quantile(QUANTILE).item()
     share = (near < threshold).double().mean().item()
     middle = floor.median().item()
     ratio = near.median().item() / middle if middle else float("nan")
-    return Memorisation(near.cpu(), floor.cpu(), neighbours[:, 0].cpu(), threshold, share, ratio)
+    return Memorisation(near, floor, neighbours, threshold, share, ratio)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +102,7 @@ class Study:
     def texts(self, judge: str, texts: Sequence[str]) -> Stored:
         """Texts by the tower that belongs to a judge."""
         chunks = (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
-        return self._stored(TextTower.of(judge), f"texts {digest(texts)}", chunks, len(texts), f"{judge} captions")
+        return self._stored(TextTower(judge), f"texts {digest(texts)}", chunks, len(texts), f"{judge} captions")
 
     def _stored(self, maker: Embedder, items: str, chunks: Iterable[Any], count: int, title: str) -> Stored:
         store = FeatureStore(self.folder / "features", maker, items)
@@ -146,9 +146,7 @@ class Study:
 
     def _measure(self, row: Row, against: DataImages, judge: str) -> list[Figure]:
         real, fake = self.features(against, judge, "data"), self.features(row, judge, row.label)
-        values = distances(real, fake, judge, row.seed)
-        about = self._about(row, against, judge)
-        return [Figure.of(metric, value, **about) for metric, value in values.items()]
+        return self._told(distances(real, fake, judge, row.seed), row, against, judge)
 
     def _captions(self, row: Row, judge: str) -> list[str] | None:
         """Of the images that samples are made for: where values come from the data, and the judge reads texts."""
@@ -169,29 +167,25 @@ class Study:
             "alignment": alignment(fake, embedded, torch.stack([told, images], 1)),
             "alignment_data": alignment(real, embedded, torch.stack([images, images], 1)),
         }
-        about = self._about(row, source, judge)
-        return [Figure.of(metric, value, **about) for metric, value in values.items()]
+        return self._told(values, row, source, judge)
 
     def _patches(self, row: Row, against: DataImages) -> list[Figure]:
         """Sliced Wasserstein distance of patches, mean over the levels of the pyramid; it needs no network."""
         count = min(row.count, against.count, MOST)
         real, fake = (_only(x.chunks(row.of), _chosen(x.count, count, row.seed)) for x in (against, row))
         levels = sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH)
-        return [Figure(metric="swd", value=fmean(levels.values()), **self._about(row, against))]
+        return self._told({"swd": fmean(levels.values())}, row, against, PATCHES)
 
-    def _about(self, row: Row, against: DataImages, judge: str = PATCHES) -> dict[str, Any]:
+    def _told(self, values: Mapping[str, Any], row: Row, against: DataImages, judge: str) -> list[Figure]:
+        """Values with all that they depend on."""
         split = against.split or row.assembly.recipe.data.split or "all"
-        about = {"reference": against.data.description, "split": split, "count": row.count, "seed": row.seed}
-        if judge == PATCHES:
-            return {**about, "encoder": PATCHES}
-        network = self.judge(judge)
-        return {
-            **about,
-            "encoder": judge,
-            "encoder_identity": network.identity,
-            "resize": f"PIL bicubic, antialiased, to {network.size}",
-            "in_chain": network.family in families(row.assembly),
-        }
+        about: dict[str, Any] = {"reference": against.data.description, "split": split, "encoder": judge}
+        if judge != PATCHES:
+            network = self.judge(judge)
+            about["encoder_identity"] = network.identity
+            about["resize"] = f"PIL bicubic, antialiased, to {network.size}"
+            about["in_chain"] = network.family in families(row.assembly)
+        return [Figure.of(name, value, count=row.count, seed=row.seed, **about) for name, value in values.items()]
 
     def memorisation(self, row: Row, judge: str) -> Memorisation | None:
         """Distances to the nearest training image, of samples and of held-out images; None without a held-out split."""

@@ -23,19 +23,15 @@ BLOCK = 4096  # rows read at once
 def alignment(
     image_embeddings: Float[Vectors, "images width"],
     text_embeddings: Float[Vectors, "texts _"],
-    pairs: Int64[Tensor, "n 2"] | None = None,
+    pairs: Int64[Tensor, "n 2"],
 ) -> Interval:
     """Mean cosine of each image's embedding and its own text's (the CLIP score of Hessel et al. 2021, unscaled).
 
-    `pairs` are numbers of an image and of its text; without them row i of both belongs together.
-    Raises UserError for unlike widths, and without `pairs` for unlike counts.
+    `pairs` are numbers of an image and of its text. Raises UserError for unlike widths.
     """
     a, b = image_embeddings, text_embeddings
-    if a.shape[1] != b.shape[1] or (pairs is None and len(a) != len(b)):
-        shapes = f"{list(a.shape)} and {list(b.shape)}"
-        raise UserError(f"images and texts must be embedded in pairs into one space; got {shapes}")
-    if pairs is None:
-        pairs = torch.arange(len(a))[:, None].expand(-1, 2)
+    if a.shape[1] != b.shape[1]:
+        raise UserError(f"images and texts must be embedded into one space; got {list(a.shape)} and {list(b.shape)}")
     parts = [F.cosine_similarity(a[x].double(), b[y].double(), dim=1) for x, y in (p.T for p in pairs.split(BLOCK))]
     return mean_interval(torch.cat(parts))
 
