@@ -101,7 +101,7 @@ def _mmd(
 def _mean(
     a: Vectors, b: Vectors, kernel: Kernel, weights_a: Tensor, weights_b: Tensor, own: bool = True
 ) -> Float64[Tensor, " sets"]:
-    """Mean of k(a_i, b_j) by the weights w_i w_j, for each pair of rows of weights, with or without their `own`, i = j."""
+    """Mean of k(a_i, b_j) by the weights w_i w_j, for each pair of rows of weights; `own`: with i = j."""
     total = torch.zeros(len(weights_a), dtype=torch.float64)
     pairs = weights_a.sum(1).double() * weights_b.sum(1)
     for i, j, rows, others in blocks(a, b):
