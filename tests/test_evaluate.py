@@ -21,7 +21,7 @@ from chaindiff.chain.variable import digest
 from chaindiff.data import open_data
 from chaindiff.edm.random import Draws
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
-from chaindiff.evaluation import neighbours
+from chaindiff.evaluation.blocks import BLOCK
 from chaindiff.evaluation.captions import captions
 from chaindiff.evaluation.evaluate import Group, Rows, Sweep, link_rows, measure_group
 from chaindiff.evaluation.features import extractor
@@ -412,12 +412,12 @@ def test_memory_of_an_evaluation_does_not_grow_with_the_samples(tmp_path):
     of megabytes of free blocks, more or fewer from run to run.
     """
     shipped = Row("shipped", load_recipe("vcdm_emoji16"), "image16", tmp_path).assembly
-    weights = {name: {"weights": str(shipped.weights(name))} for name in ("clip", "image16")}
+    weights = {name: {"weights": str(shipped.stages[name].weights())} for name in ("clip", "image16")}
     changes = {"data": {"where": {"style": "google"}}, "stages": weights}  # a quarter of the data
     assembly = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", tmp_path).assembly
     for split in ("train", "test"):
         DataValues(assembly, split_of(assembly, split), tmp_path / "data").of("clip", [0])
-    assert len(assembly.data) > 1000 > neighbours.BLOCK
+    assert len(assembly.data) > 1000 > BLOCK
     peaks, environment = {}, {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
     for count in (1000, 10_000):
         shutil.copytree(tmp_path / "data", tmp_path / str(count) / "data")

@@ -18,10 +18,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchvision.models import inception_v3
 
 from chaindiff.data import open_data
-from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, resize, weights_folder
-from chaindiff.evaluation.inception import Inception
+from chaindiff.encoders.moments import Moments
+from chaindiff.evaluation.extractor import resize
+from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, weights_folder
 from chaindiff.evaluation.judge_networks import TRUNKS, Judge
-from chaindiff.evaluation.metrics import Moments, kid
+from chaindiff.evaluation.kernels import kid
 from chaindiff.evaluation.store import AsTheyAre, FeatureStore
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
@@ -99,21 +100,15 @@ def inception(tmp_path_factory) -> Path:
     return path
 
 
-def test_inception_has_the_published_parameters():
-    """torchvision's documented 27,161,264 with 1000 classes and the auxiliary head; 8 classes more, no head."""
-    ours, peer = Inception(), inception_v3(weights=None, num_classes=1000, aux_logits=True, init_weights=False)
-    assert sum(p.numel() for p in peer.parameters()) == 27_161_264
-    auxiliary = sum(p.numel() for p in peer.AuxLogits.parameters())
-    assert sum(p.numel() for p in ours.parameters()) == 27_161_264 - auxiliary + 8 * 2049
-    plain = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in plain.items()}
-
-
 def test_inception_features_are_those_of_torch_fidelity(inception):
     images = pixels(2, 299)
     peer = FeatureExtractorInceptionV3("peer", ["2048"], feature_extractor_weights_path=str(inception))
     found = extractor("inception_2015", inception)
     assert (found.width, found.size, found.family) == (2048, 299, "inception")
+    # torchvision's documented 27,161,264 with 1000 classes and the auxiliary head; here neither.
+    auxiliary = inception_v3(weights=None, num_classes=1000, aux_logits=True, init_weights=False).AuxLogits
+    parameters = sum(p.numel() for p in auxiliary.parameters()) + sum(p.numel() for p in found.module.parameters())
+    assert parameters + 1000 * 2049 == 27_161_264
     with torch.no_grad():
         expected = peer(images)[0]
     assert expected.std() > 0.05
@@ -311,7 +306,8 @@ def test_features_on_disk(tmp_path):
     assert torch.equal(again.features[:], network(images))
     assert torch.equal(torch.cat(list(again.features.split(7))), again.features[:])
     assert torch.equal(again.first(20)[:], network(images)[:20])
-    np.testing.assert_allclose(again.moments().mean, Moments.over([network(images)]).mean, rtol=1e-12)
+    streamed = Moments.over(again.features.split(7))
+    np.testing.assert_allclose(streamed.mean, Moments.over([network(images)]).mean, rtol=0, atol=1e-15)
     assert len(FeatureStore(tmp_path, network, "others")) == 0
     assert FeatureStore(tmp_path, extractor("pixels:8"), "fifty").path != store.path
 
@@ -344,7 +340,8 @@ MEASURE = """
 import resource, sys, torch
 from pathlib import Path
 from chaindiff.evaluation.features import extractor
-from chaindiff.evaluation.moments import frechet_distance
+from chaindiff.encoders.moments import Moments
+from chaindiff.evaluation.frechet import frechet_distance
 from chaindiff.evaluation.store import FeatureStore
 
 count, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -356,7 +353,7 @@ moments = []
 for seed in (0, 1):
     store = FeatureStore(folder, extractor("pixels:16"), f"{seed} {count}")
     list(store.fill(images(seed)))
-    moments.append(store.moments())
+    moments.append(Moments.over(store.features.split(512)))
 frechet_distance(*moments)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chaindiff.encoders import Statistics, build_encoder
-from chaindiff.encoders.kmeans import assign, cluster, lloyd, nearest, plus_plus
+from chaindiff.encoders import Statistics, build_encoder, kmeans
+from chaindiff.encoders.kmeans import cluster, nearest
 from chaindiff.io.errors import UserError
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import VariableSpec
@@ -65,43 +65,6 @@ def test_the_best_partition_of_a_few_rows(seed: int) -> None:
     assert min(cluster(chunked(rows), 3, s).inertia for s in range(3)) == pytest.approx(best, rel=1e-6)
 
 
-def test_inertia_never_rises_and_ends_where_centroids_are_means() -> None:
-    rows = np.random.default_rng(1).normal(size=(400, 5))
-    chunks = chunked(rows, 150, 250)
-    steps = list(lloyd(chunks, plus_plus(chunks, 12, (0,))))
-    inertias = [assigned.inertia for _, assigned in steps]
-    assert len(inertias) > 3
-    assert all(after <= before for before, after in itertools.pairwise(inertias))
-    centroids, last = steps[-1]
-    torch.testing.assert_close(centroids, last.sums / last.counts[:, None], rtol=0, atol=1e-12)
-    apart = torch.cdist(torch.cat(chunks()).double(), centroids)
-    assert torch.equal(apart.argmin(1), last.labels)
-    assert apart.min(1).values.square().sum().item() == pytest.approx(last.inertia)
-
-
-def test_empty_clusters_are_filled_again() -> None:
-    """Two centroids begin where nothing is; inertia falls all the same, and no cluster stays empty."""
-    rows, _ = blobs([40, 40, 40])
-    begin = torch.from_numpy(rows[:1].astype(np.float64)).repeat(3, 1)
-    begin[1:] += 1e6
-    steps = list(lloyd(chunked(rows, 60, 60), begin))
-    assert steps[0][1].counts.tolist() == [120, 0, 0]
-    inertias = [assigned.inertia for _, assigned in steps]
-    assert all(after < before for before, after in itertools.pairwise(inertias[:-1]))
-    assert steps[-1][1].counts.tolist() == [40, 40, 40]
-
-
-def test_seeds_are_rows_drawn_by_their_squared_distance() -> None:
-    """On the line, after 0: 1 (once) against 3 (once) is 1 : 9, and 0 itself never again."""
-    chunks = chunked(np.array([[0.0], [1.0], [3.0]]))
-    drawn = [plus_plus(chunks, 2, (seed,)).flatten().tolist() for seed in range(600)]
-    after_zero = [second for first, second in drawn if first == 0]
-    assert abs(len(after_zero) - 200) < 50  # the first seed is uniform; four deviations are 46
-    share = after_zero.count(3.0) / len(after_zero)
-    assert share == pytest.approx(0.9, abs=4 * (0.09 / len(after_zero)) ** 0.5)
-    assert 0.0 not in after_zero
-
-
 def test_clusters_are_a_function_of_data_and_seed_in_whatever_chunks() -> None:
     rows = np.random.default_rng(2).normal(size=(300, 4))
     one, other = cluster(chunked(rows), 6, 0), cluster(chunked(rows, 1, 99, 200), 6, 0)
@@ -109,7 +72,19 @@ def test_clusters_are_a_function_of_data_and_seed_in_whatever_chunks() -> None:
     torch.testing.assert_close(one.centroids, other.centroids, rtol=0, atol=1e-6)
     assert torch.equal(one.centroids, cluster(chunked(rows), 6, 0).centroids)
     assert not torch.equal(one.centroids, cluster(chunked(rows), 6, 1).centroids)
-    assert torch.equal(assign(chunked(rows), one.centroids).counts, one.counts)
+    own = nearest(torch.from_numpy(rows.astype(np.float32)), one.centroids)
+    assert torch.equal(own.bincount(), one.counts)
+    means = torch.stack([torch.from_numpy(rows)[own == c].mean(0) for c in range(6)])
+    torch.testing.assert_close(one.centroids, means.float(), rtol=0, atol=1e-6)  # where Lloyd's iterations end
+
+
+def test_of_many_rows_a_part_is_fitted_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = blobs([500, 300, 100])
+    monkeypatch.setattr(kmeans, "MOST", 200 * 3)
+    found = cluster(chunked(rows, 450, 1, 449), 3, 0)
+    assert found.counts.tolist() == [500, 300, 100]
+    assert found.inertia == pytest.approx(3 * 900, rel=0.1)  # three numbers of variance 1 in each row
+    assert torch.equal(found.centroids, cluster(chunked(rows), 3, 0).centroids)
 
 
 def test_more_clusters_than_different_rows() -> None:

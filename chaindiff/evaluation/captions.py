@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -30,22 +29,17 @@ def captions(assembly: Assembly, data: Data) -> list[str] | None:
     return texts if any(texts) else None
 
 
-@dataclass(frozen=True)
 class TextTower:
-    """The tower of an open_clip model that reads texts, into the space of the tower that is the judge."""
+    """The tower that reads texts, into the space of the tower that is the judge `open_clip:MODEL`.
 
-    name: str
-    identity: str
-    width: int
-    encoder: OpenClipText
+    Raises UserError if the model is not there.
+    """
 
-    @classmethod
-    def of(cls, judge: str) -> TextTower:
-        """Of the judge `open_clip:MODEL`. Raises UserError if the model is not there."""
-        spec, name = clip_spec(judge, of="text"), f"text of '{judge}'"
-        width = find(spec, name).width
-        encoder = OpenClipText(name, spec, (), [width], 1.0)
-        return cls(f"{judge}-text", fingerprint(encoder.features_identity), width, encoder)
+    def __init__(self, judge: str):
+        spec, label = clip_spec(judge, of="text"), f"text of '{judge}'"
+        self.name, self.width = f"{judge}-text", find(spec, label).width
+        self.encoder = OpenClipText(label, spec, (), [self.width], 1.0)
+        self.identity = fingerprint(self.encoder.features_identity)
 
     def __call__(self, texts: Sequence[str], /) -> Float[Tensor, "n width"]:
         with torch.inference_mode():

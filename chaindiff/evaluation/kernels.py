@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ from jaxtyping import Float, Float64, Num
 from torch import Tensor
 
 from chaindiff.edm.random import generator
+from chaindiff.evaluation.blocks import blocks
 from chaindiff.evaluation.interval import REPLICATES, Interval, resamples
 from chaindiff.evaluation.stored import Vectors
 from chaindiff.io.errors import UserError
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
-BLOCK = 512  # rows of a block of the kernel matrix: 2 MiB in float64
 CMMD_SCALE = 1000.0  # as CMMD is reported
 
 
@@ -27,9 +27,8 @@ def kid(
     subsets: int = 100,
     size: int = 1000,
     seed: int = 0,
-    degree: int = 3,
 ) -> Interval:
-    """Kernel distance: the unbiased squared MMD with the kernel (x.y / width + 1)^degree (Binkowski et al. 2018).
+    """Kernel distance: the unbiased squared MMD with the kernel (x.y / width + 1)^3 (Binkowski et al. 2018).
 
     The value is the mean over `subsets` pairs of random subsets of `size` rows, as published. Its expectation does not
     depend on `size`, and the mean over all subsets is the estimate from all pairs; so sets of fewer than 2 `size` rows
@@ -43,7 +42,7 @@ def kid(
     _comparable(a, b)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** degree
+        return (x @ y.T / x.shape[1] + 1) ** 3
 
     fewest = min(len(a), len(b))
     if subsets and fewest >= 2 * size:
@@ -51,7 +50,7 @@ def kid(
         for number in range(subsets):
             draw = generator(seed, "kid", number)
             x, y = (rows[torch.from_numpy(draw.choice(len(rows), size, replace=False))] for rows in (a, b))
-            values[number] = _unbiased(x, y, kernel, torch.ones(1, size), torch.ones(1, size))
+            values[number] = _mmd(x, y, kernel)
         mean = values.mean()
         shrink = (size / (fewest - size) + 1 / subsets) ** 0.5
         return Interval.of(mean.item(), (mean + (values - mean) * shrink).numpy())
@@ -59,7 +58,7 @@ def kid(
         torch.cat([torch.ones(1, len(rows), dtype=torch.int16), resamples(len(rows), REPLICATES, seed, role)])
         for rows, role in ((a, "a"), (b, "b"))
     ]
-    values = _unbiased(a, b, kernel, *weights)
+    values = _mmd(a, b, kernel, weights)
     return Interval.of(values[0].item(), values[1:].numpy())
 
 
@@ -75,26 +74,7 @@ def cmmd(a: Float[Vectors, "rows width"], b: Float[Vectors, "samples width"], si
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp((F.normalize(x, dim=1) @ F.normalize(y, dim=1).T - 1) / sigma**2)  # |x - y|^2 = 2 - 2 xy
 
-    return CMMD_SCALE * _biased(a, b, kernel)
-
-
-def gaussian_mmd(a: Float[Vectors, "rows width"], b: Float[Vectors, "samples width"], sigma: float) -> float:
-    """Squared MMD, biased estimate, with the kernel exp(-|x - y|^2 / 2 sigma^2) (Gretton et al. 2012, equation 5)."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-        return torch.exp(squared.clamp(min=0) / (-2 * sigma**2))
-
-    return _biased(a, b, kernel)
-
-
-def _biased(a: Vectors, b: Vectors, kernel: Kernel) -> float:
-    """Mean kernel within a and within b, minus twice that between them."""
-
-    def mean(x: Vectors, y: Vectors) -> float:
-        return _sums(x, y, kernel, torch.ones(1, len(x)), torch.ones(1, len(y))).item() / (len(x) * len(y))
-
-    return mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    return CMMD_SCALE * _mmd(a, b, kernel, own=True).item()
 
 
 def _comparable(a: Vectors, b: Vectors) -> None:
@@ -104,34 +84,30 @@ def _comparable(a: Vectors, b: Vectors) -> None:
         raise UserError(f"a kernel distance needs two samples of each set; there are {len(a)} and {len(b)}")
 
 
-def _unbiased(
-    a: Vectors,
-    b: Vectors,
-    kernel: Kernel,
-    weights_a: Num[Tensor, "sets rows"],
-    weights_b: Num[Tensor, "sets samples"],
+def _mmd(
+    a: Vectors, b: Vectors, kernel: Kernel, weights: Sequence[Num[Tensor, "sets _"]] | None = None, own: bool = False
 ) -> Float64[Tensor, " sets"]:
-    """Squared MMD without the pairs of a row with itself, for several weightings of the rows at once.
+    """Squared MMD (Gretton et al. 2012), for several weightings of both sets' rows at once; without any, all weigh one.
 
-    Weights of one for all rows: Gretton et al. 2012, equation 3.
+    Unbiased (equation 3), or biased (equation 5) with a row's `own` pair, that with itself.
     """
-    within = []
-    for rows, weights in ((a, weights_a), (b, weights_b)):
-        squares = weights**2
-        pairs = weights.sum(1).double() ** 2 - squares.sum(1)
-        own = torch.cat([kernel(x.double(), x.double()).diagonal() for x in rows.split(64)]).cpu()
-        own_pairs = torch.stack([line.double() @ own for line in squares])  # all at once would be eight bytes a weight
-        within.append((_sums(rows, rows, kernel, weights, weights) - own_pairs) / pairs)
-    total = weights_a.sum(1).double() * weights_b.sum(1)
-    return within[0] + within[1] - 2 * _sums(a, b, kernel, weights_a, weights_b) / total
+    weights_a, weights_b = weights or [torch.ones(1, len(rows)) for rows in (a, b)]
+    value = -2 * _mean(a, b, kernel, weights_a, weights_b)
+    for rows, weights_of in ((a, weights_a), (b, weights_b)):
+        value += _mean(rows, rows, kernel, weights_of, weights_of, own)
+    return value
 
 
-def _sums(a: Vectors, b: Vectors, kernel: Kernel, weights_a: Tensor, weights_b: Tensor) -> Float64[Tensor, " sets"]:
-    """Sum over i and j of w_i w_j k(a_i, b_j), for each pair of rows of weights."""
+def _mean(
+    a: Vectors, b: Vectors, kernel: Kernel, weights_a: Tensor, weights_b: Tensor, own: bool = True
+) -> Float64[Tensor, " sets"]:
+    """Mean of k(a_i, b_j) by the weights w_i w_j, for each pair of rows of weights; `own`: with i = j."""
     total = torch.zeros(len(weights_a), dtype=torch.float64)
-    for i in range(0, len(a), BLOCK):
-        rows, w = a[i : i + BLOCK].double(), weights_a[:, i : i + BLOCK].to(a.device, torch.float64)
-        for j in range(0, len(b), BLOCK):
-            v = weights_b[:, j : j + BLOCK].to(a.device, torch.float64)
-            total += ((w @ kernel(rows, b[j : j + BLOCK].double())) * v).sum(1).cpu()
-    return total
+    pairs = weights_a.sum(1).double() * weights_b.sum(1)
+    for i, j, rows, others in blocks(a, b):
+        values = kernel(rows, others)
+        if not own and i == j:
+            values.fill_diagonal_(0)
+        w, v = weights_a[:, i].to(values), weights_b[:, j].to(values)
+        total += ((w @ values) * v).sum(1).cpu()
+    return total / (pairs if own else pairs - (weights_a**2).sum(1))

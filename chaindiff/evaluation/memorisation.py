@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.evaluation.neighbours import nearest
 from chaindiff.evaluation.stored import Vectors
 
-__all__ = ["Memorisation", "memorisation", "nearest"]
-
 QUANTILE = 0.05  # of held-out distances: samples nearer than that are counted
-BINS = 40  # of the histograms
 
 
 @dataclass(frozen=True)
@@ -38,13 +34,6 @@ class Memorisation:
         order = self.samples.argsort(stable=True).tolist()
         return [(i, int(self.neighbours[i]), float(self.samples[i])) for i in order]
 
-    def histograms(self, bins: int = BINS) -> tuple[list[float], list[float], list[float]]:
-        """Edges of the bins, and the shares of samples and of held-out rows in each."""
-        top = max(self.samples.max().item(), self.held_out.max().item()) or 1.0
-        edges = torch.linspace(0, top, bins + 1, dtype=torch.float64)
-        counts = [torch.histc(x, bins, 0, top) / len(x) for x in (self.samples, self.held_out)]
-        return edges.tolist(), counts[0].tolist(), counts[1].tolist()
-
     def summary(self) -> dict[str, float]:
         """The numbers alone."""
         medians = {"median_sample": self.samples.median().item(), "median_held_out": self.held_out.median().item()}
@@ -61,11 +50,10 @@ def memorisation(
     `held_out` must be data that training never saw and of which the training set holds no near copies; what it holds
     of them raises the threshold's distance and hides copying. Raises UserError for an empty training set.
     """
-    near, neighbours = nearest(samples, train)
-    floor, _ = nearest(held_out, train)
-    near, floor = near[:, 0], floor[:, 0]
+    near, neighbours = (found[:, 0].cpu() for found in nearest(samples, train))
+    floor = nearest(held_out, train)[0][:, 0].cpu()
     threshold = floor.quantile(QUANTILE).item()
     share = (near < threshold).double().mean().item()
     middle = floor.median().item()
     ratio = near.median().item() / middle if middle else float("nan")
-    return Memorisation(near.cpu(), floor.cpu(), neighbours[:, 0].cpu(), threshold, share, ratio)
+    return Memorisation(near, floor, neighbours, threshold, share, ratio)

@@ -1,22 +1,20 @@
-"""Nearest neighbours between sets of features, and the metrics made of them; in blocks, so that memory is bounded."""
+"""Nearest neighbours between sets of features, and the metrics made of them."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from chaindiff.evaluation.blocks import blocks
 from chaindiff.evaluation.stored import Vectors
 from chaindiff.io.errors import UserError
 
-BLOCK = 512  # rows of a block of distances: 2 MiB in float64
 SAME = 1e-12  # squared distances below this share of the squared norms are rounding errors of equal rows
 
 
 def nearest(
-    queries: Float[Vectors, "rows width"], bank: Float[Vectors, "bank width"], k: int = 1, chunk: int = BLOCK
+    queries: Float[Vectors, "rows width"], bank: Float[Vectors, "bank width"], k: int = 1
 ) -> tuple[Float64[Tensor, "rows k"], Int64[Tensor, "rows k"]]:
     """Euclidean distances to, and row numbers of, the k nearest rows of the bank, nearest first.
 
@@ -24,21 +22,14 @@ def nearest(
     """
     if len(bank) < k:
         raise UserError(f"{k} nearest neighbours need as many samples; there are {len(bank)}")
-    distances, indices = [], []
-    for rows in _blocks(queries, chunk):
-        best = torch.empty(len(rows), 0, dtype=torch.float64, device=queries.device)
-        where = torch.empty(len(rows), 0, dtype=torch.int64, device=queries.device)
-        first = 0
-        for others in _blocks(bank, chunk):
-            found = _squared(rows, others)
-            number = torch.arange(first, first + len(others), device=queries.device).expand_as(found)
-            first += len(others)
-            best, where = torch.cat([best, found], 1), torch.cat([where, number], 1)
-            best, order = best.topk(min(k, best.shape[1]), largest=False, sorted=True)
-            where = where.gather(1, order)
-        distances.append(best.sqrt())
-        indices.append(where)
-    return torch.cat(distances), torch.cat(indices)
+    best = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
+    where = torch.zeros_like(best, dtype=torch.int64)
+    for i, j, rows, others in blocks(queries, bank):
+        found = torch.cat([best[i], _squared(rows, others)], 1)
+        numbers = torch.arange(j.start, j.stop, device=queries.device).expand(len(rows), -1)
+        best[i], order = found.topk(k, largest=False)
+        where[i] = torch.cat([where[i], numbers], 1).gather(1, order)
+    return best.sqrt(), where
 
 
 def precision_recall(
@@ -77,23 +68,13 @@ def _inside(
     points: Vectors, centres: Vectors, radii: Float64[Tensor, " centres"]
 ) -> tuple[Float64[Tensor, " points"], Bool[Tensor, " centres"]]:
     """In how many closed balls each point lies, and which balls hold a point."""
-    counts, held = [], torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
-    for rows in _blocks(points, BLOCK):
-        count = torch.zeros(len(rows), dtype=torch.float64, device=centres.device)
-        first = 0
-        for others in _blocks(centres, BLOCK):
-            part = slice(first, first + len(others))
-            within = _squared(rows, others).sqrt() <= radii[part]
-            count += within.sum(1)
-            held[part] |= within.any(0)
-            first += len(others)
-        counts.append(count)
-    return torch.cat(counts), held
-
-
-def _blocks(rows: Vectors, size: int) -> Iterator[Float64[Tensor, "block width"]]:
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size].double()
+    counts = torch.zeros(len(points), dtype=torch.float64, device=centres.device)
+    held = torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
+    for i, j, rows, others in blocks(points, centres):
+        within = _squared(rows, others).sqrt() <= radii[j]
+        counts[i] += within.sum(1)
+        held[j] |= within.any(0)
+    return counts, held
 
 
 def _squared(a: Float64[Tensor, "n d"], b: Float64[Tensor, "m d"]) -> Float64[Tensor, "n m"]:

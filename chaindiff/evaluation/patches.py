@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -15,9 +14,6 @@ SMALLEST = 16  # side of the coarsest level
 BINOMIAL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16  # Burt & Adelson 1983, a = 0.375
 
 
-MOST = 2048  # images of each set
-
-
 def sliced_wasserstein_laplacian(
     images_a: UInt8[Tensor, "a 3 h w"],
     images_b: UInt8[Tensor, "b 3 _ _"],
@@ -26,20 +22,17 @@ def sliced_wasserstein_laplacian(
     patches: int = 128,
     patch: int = 7,
     directions: int = 512,
-    images: int = MOST,
 ) -> dict[int, float]:
     """For each level of the pyramid, named by its side: the distance between the sets' patches, times 1000.
 
     Karras et al. 2018 (arXiv 1710.10196), section 5: `patches` patches of `patch` x `patch` pixels from every image,
     each channel standardised over a set's patches (so that a shift of a level's mean colour goes unseen), then the mean
-    over random directions of the 1-d Wasserstein distance. Levels halve the side down to 16. Of each set as many images
-    enter as the smaller one has, `images` at most, drawn at random: that bounds the memory.
-    Raises UserError for images of unlike sizes.
+    over random directions of the 1-d Wasserstein distance. Levels halve the side down to 16.
+    Raises UserError for images of unlike sizes or counts.
     """
-    if images_a.shape[1:] != images_b.shape[1:]:
-        raise UserError(f"images of {list(images_a.shape[1:])} and of {list(images_b.shape[1:])} cannot be compared")
-    count = min(len(images_a), len(images_b), images)
-    pyramids = [laplacian_pyramid(_some(x, count, seed).float() / 127.5 - 1) for x in (images_a, images_b)]
+    if images_a.shape != images_b.shape:
+        raise UserError(f"images of {list(images_a.shape)} and of {list(images_b.shape)} cannot be compared")
+    pyramids = [laplacian_pyramid(x.float() / 127.5 - 1) for x in (images_a, images_b)]
     out = {}
     for level_a, level_b in zip(*pyramids, strict=True):
         side = level_a.shape[-1]
@@ -83,30 +76,13 @@ def _blur(images: Tensor) -> Tensor:
     return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, groups=channels)
 
 
-def _some(images: Tensor, count: int, seed: int) -> Tensor:
-    if count == len(images):
-        return images
-    return images[torch.from_numpy(chosen(len(images), count, seed))]
-
-
-def chosen(total: int, count: int, seed: int) -> np.ndarray:
-    """Which `count` of `total` images enter, in order: a caller that streams can keep these alone."""
-    if count == total:
-        return np.arange(total)
-    return np.sort(generator(seed, "images").choice(total, count, replace=False))
-
-
 def _patches(images: Tensor, count: int, side: int, seed: int) -> Float[Tensor, "patches c side side"]:
     """Patches at random places, the same places in every set of as many images."""
     n, _, size, _ = images.shape
-    draw = generator(seed, "patches", size)
-    places = torch.from_numpy(draw.integers(size - side + 1, size=(n, count, 2)))
-    reach = torch.arange(side)
-    rows = (places[..., 0, None] + reach)[..., :, None]
-    columns = (places[..., 1, None] + reach)[..., None, :]
-    image = torch.arange(n)[:, None, None, None]
-    found = images.permute(0, 2, 3, 1)[image, rows, columns]  # [n, count, side, side, channels]
-    return found.flatten(0, 1).permute(0, 3, 1, 2)
+    places = generator(seed, "patches", size).integers(size - side + 1, size=(n, count, 2))
+    rows, columns = torch.from_numpy(places).unbind(-1)
+    windows = images.unfold(2, side, 1).unfold(3, side, 1)
+    return windows[torch.arange(n)[:, None], :, rows, columns].flatten(0, 1)
 
 
 def _standard(patches: Float[Tensor, "patches c side side"]) -> Float[Tensor, "patches width"]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chaindiff.evaluation.metrics import vector_report
 from chaindiff.evaluation.oracle import DataValues
 from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
+from chaindiff.evaluation.vectors import vector_report
 from chaindiff.io.files import write_whole
 from chaindiff.show import plots
 from chaindiff.show.images import grid, png_bytes

@@ -14,11 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.encoders.base import fingerprint
-from chaindiff.evaluation.moments import Moments
 from chaindiff.evaluation.stored import Stored
 from chaindiff.io.errors import UserError
-
-ROWS = 4096  # read at once by `moments`
 
 
 @runtime_checkable
@@ -123,7 +120,3 @@ class FeatureStore:
     def features(self) -> Stored:
         """All complete rows, left on the disk."""
         return self.first(len(self))
-
-    def moments(self) -> Moments:
-        """Of all complete rows, in one pass. Raises UserError if there is none."""
-        return Moments.over(self.features.split(ROWS))

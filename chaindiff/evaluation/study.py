@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,26 +16,19 @@ from torch import Tensor
 
 from chaindiff.chain.variable import digest
 from chaindiff.data.items import Data
+from chaindiff.edm.random import generator
 from chaindiff.evaluation.captions import TextTower, captions
-from chaindiff.evaluation.features import Extractor, encoder_family, extractor
+from chaindiff.evaluation.extractor import Extractor
+from chaindiff.evaluation.features import encoder_family, extractor
 from chaindiff.evaluation.memorisation import Memorisation, memorisation
-from chaindiff.evaluation.metrics import (
-    Interval,
-    Moments,
-    alignment,
-    cmmd,
-    density_coverage,
-    frechet_distance,
-    kid,
-    precision_recall,
-    sliced_wasserstein_laplacian,
-)
+from chaindiff.evaluation.metrics import distances
 from chaindiff.evaluation.oracle import BATCH, DataValues, oracle_rows, split_of
-from chaindiff.evaluation.patches import MOST, chosen
+from chaindiff.evaluation.patches import sliced_wasserstein_laplacian
 from chaindiff.evaluation.provenance import Figure
-from chaindiff.evaluation.rows import CHUNK, Row
+from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.store import AsTheyAre, Embedder, FeatureStore
-from chaindiff.evaluation.stored import Stored, Vectors
+from chaindiff.evaluation.stored import Stored
+from chaindiff.evaluation.vectors import alignment
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import write_whole
 from chaindiff.io.progress import Bar
@@ -43,6 +36,7 @@ from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import to_uint8
 
 PATCHES = "patches"  # stands for a judge where a metric needs none
+MOST = 2048  # images of each set, of whose patches pyramids are compared in memory
 EACH = {"patches": 16, "directions": 256}  # an eighth of the published counts: small images have few patches
 
 
@@ -53,18 +47,6 @@ def families(assembly: Assembly) -> set[str | None]:
         for name, spec in assembly.recipe.variables.items()
         if spec.reads
     }
-
-
-def distances(real: Vectors, fake: Vectors, judge: str, seed: int) -> dict[str, float | Interval]:
-    """How far features of samples are from those of the data, in every way that a judge's features allow."""
-    values: dict[str, float | Interval] = {"kid": kid(real, fake, seed=seed)}
-    if min(len(real), len(fake)) > real.shape[1]:  # else the covariance is singular, and the distance refused
-        values["fd"] = frechet_distance(*(Moments.over(f.split(CHUNK)) for f in (real, fake)))
-    if judge.startswith("open_clip"):
-        values["cmmd"] = cmmd(real, fake)
-    values["precision"], values["recall"] = precision_recall(real, fake)
-    values["density"], values["coverage"] = density_coverage(real, fake)
-    return values
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,7 @@ class Study:
     def texts(self, judge: str, texts: Sequence[str]) -> Stored:
         """Texts by the tower that belongs to a judge."""
         chunks = (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
-        return self._stored(TextTower.of(judge), f"texts {digest(texts)}", chunks, len(texts), f"{judge} captions")
+        return self._stored(TextTower(judge), f"texts {digest(texts)}", chunks, len(texts), f"{judge} captions")
 
     def _stored(self, maker: Embedder, items: str, chunks: Iterable[Any], count: int, title: str) -> Stored:
         store = FeatureStore(self.folder / "features", maker, items)
@@ -164,9 +146,7 @@ class Study:
 
     def _measure(self, row: Row, against: DataImages, judge: str) -> list[Figure]:
         real, fake = self.features(against, judge, "data"), self.features(row, judge, row.label)
-        values = distances(real, fake, judge, row.seed)
-        about = self._about(row, against, judge)
-        return [Figure.of(metric, value, **about) for metric, value in values.items()]
+        return self._told(distances(real, fake, judge, row.seed), row, against, judge)
 
     def _captions(self, row: Row, judge: str) -> list[str] | None:
         """Of the images that samples are made for: where values come from the data, and the judge reads texts."""
@@ -187,29 +167,25 @@ class Study:
             "alignment": alignment(fake, embedded, torch.stack([told, images], 1)),
             "alignment_data": alignment(real, embedded, torch.stack([images, images], 1)),
         }
-        about = self._about(row, source, judge)
-        return [Figure.of(metric, value, **about) for metric, value in values.items()]
+        return self._told(values, row, source, judge)
 
     def _patches(self, row: Row, against: DataImages) -> list[Figure]:
         """Sliced Wasserstein distance of patches, mean over the levels of the pyramid; it needs no network."""
         count = min(row.count, against.count, MOST)
-        real, fake = (_only(x.chunks(row.of), chosen(x.count, count, row.seed)) for x in (against, row))
+        real, fake = (_only(x.chunks(row.of), _chosen(x.count, count, row.seed)) for x in (against, row))
         levels = sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH)
-        return [Figure(metric="swd", value=fmean(levels.values()), **self._about(row, against))]
+        return self._told({"swd": fmean(levels.values())}, row, against, PATCHES)
 
-    def _about(self, row: Row, against: DataImages, judge: str = PATCHES) -> dict[str, Any]:
+    def _told(self, values: Mapping[str, Any], row: Row, against: DataImages, judge: str) -> list[Figure]:
+        """Values with all that they depend on."""
         split = against.split or row.assembly.recipe.data.split or "all"
-        about = {"reference": against.data.description, "split": split, "count": row.count, "seed": row.seed}
-        if judge == PATCHES:
-            return {**about, "encoder": PATCHES}
-        network = self.judge(judge)
-        return {
-            **about,
-            "encoder": judge,
-            "encoder_identity": network.identity,
-            "resize": f"PIL bicubic, antialiased, to {network.size}",
-            "in_chain": network.family in families(row.assembly),
-        }
+        about: dict[str, Any] = {"reference": against.data.description, "split": split, "encoder": judge}
+        if judge != PATCHES:
+            network = self.judge(judge)
+            about["encoder_identity"] = network.identity
+            about["resize"] = f"PIL bicubic, antialiased, to {network.size}"
+            about["in_chain"] = network.family in families(row.assembly)
+        return [Figure.of(name, value, count=row.count, seed=row.seed, **about) for name, value in values.items()]
 
     def memorisation(self, row: Row, judge: str) -> Memorisation | None:
         """Distances to the nearest training image, of samples and of held-out images; None without a held-out split."""
@@ -227,6 +203,13 @@ class Study:
             image = _only(row.chunks(row.of), np.array([sample]))[0]
             rows += [image.float() / 127.5 - 1, train.of(row.of, [nearest])[0]]
         return torch.stack(rows)
+
+
+def _chosen(total: int, count: int, seed: int) -> np.ndarray:
+    """Numbers of `count` rows of `total`, in rising order."""
+    if count == total:
+        return np.arange(total)
+    return np.sort(generator(seed, "images").choice(total, count, replace=False))
 
 
 def _only(chunks: Iterable[Tensor], rows: np.ndarray) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from chaindiff.evaluation.features import extractor
+from chaindiff.evaluation.metrics import distances
 from chaindiff.evaluation.provenance import Figure
-from chaindiff.evaluation.study import distances
 from chaindiff.io.errors import UserError
 from chaindiff.show.images import to_uint8
 
@@ -28,7 +28,7 @@ def measure(
         raise UserError(f"samples and reference should be images or vectors of one shape, not {shapes}")
     about: dict[str, Any] = {"reference": f"{len(reference)} given", "count": len(samples), "seed": seed}
     if samples.ndim == 2:
-        found = distances(reference.float(), samples.float(), "", seed)
+        found = distances(reference.float(), samples.float(), seed=seed)
         return [Figure.of(metric, value, **about) for metric, value in found.items()]
     figures = []
     for name in judges:
