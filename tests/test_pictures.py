@@ -15,7 +15,8 @@ from PIL import Image, ImageFont
 
 from chaindiff.io.errors import UserError
 from chaindiff.show import drawing
-from chaindiff.show.images import Arrow, Box, chain_png, chain_svg, grid, png_bytes, save_png, to_image, to_uint8
+from chaindiff.show.drawing import Arrow, Box, chain_png, chain_svg
+from chaindiff.show.images import grid, png_bytes, save_png, to_image, to_uint8
 
 SVG = "{http://www.w3.org/2000/svg}"
 
