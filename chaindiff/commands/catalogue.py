@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from chaindiff.assets.registry import SHIPPED
 from chaindiff.io.errors import UserError
@@ -26,6 +25,7 @@ JUDGES = {  # the names that `chaindiff.evaluation.features.extractor` knows
     "open_clip": "an image tower: `open_clip:MODEL` or `open_clip:MODEL:TAG`",
     "dinov2": "a self-supervised transformer: `dinov2:small`, `base`, `large` or `giant`",
 }
+HEADER = 100_000_000  # bytes; the format allows no more
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ def _weights() -> list[Entry]:
     return shipped + [Entry(str(path), _trained(path), path) for path in runs]
 
 
+def _header(path: Path) -> dict[str, Any]:
+    """Of a safetensors file: its length in eight bytes, then JSON."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(min(length, HEADER)))
+
+
 def runs() -> dict[str, Path]:
     """The runs in this directory by name: the folders of `runs` that have begun to sample."""
     return {path.parent.name: path.parent for path in sorted(Path("runs").glob(f"*/{LOCK}"))}
@@ -70,7 +77,7 @@ def _run(path: Path) -> str:
         for folder in sorted(path.glob("samples/*/")):
             made.setdefault(_counted(folder, asked), []).append(folder.name)
         trained = sorted(file.parent.name for file in path.glob("stages/*/weights.safetensors"))
-    except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, struct.error) as error:
         return f"(broken: {error.message if isinstance(error, UserError) else 'a file of samples is not complete'})"
     held = [f"{count} samples of {', '.join(names)}" for count, names in made.items()] or ["no samples"]
     held += ["evaluated" if (path / "metrics.json").exists() else "not evaluated"]
@@ -81,16 +88,14 @@ def _counted(folder: Path, asked: int) -> str:
     """The samples of one variable: an image a file, of others a batch a file, named after its first."""
     count = sum(1 for file in folder.glob("*.png") if file.stem.isdecimal())
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "np") as tensors:
-            count += tensors.get_slice(folder.name).get_shape()[0]
+        count += _header(file)[folder.name]["shape"][0]
     return f"{count}" if count == asked else f"{count} of {asked}"
 
 
 def _trained(path: Path) -> str:
     """What a weights file says of itself, or what is wrong with it."""
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata()
+        metadata = _header(path)["__metadata__"]
         size = f"{path.stat().st_size / 1e6:.2f} MB"
         if "stage" not in metadata:
             return f"statistics of an encoder, fitted on {int(metadata['rows']):,} rows; {size}"
@@ -98,7 +103,7 @@ def _trained(path: Path) -> str:
         stage, data = json.loads(metadata["stage"]), json.loads(metadata["data"])
         kind, data = (stage["network"] or stage)["kind"], data.get("path") or data["kind"]
         images = int(metadata["images"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
         return "(not a complete weights file)"
     return f"{kind}: {made}{' given ' * bool(given)}{', '.join(given)}; {images:,} images of {data}; {size}"
 

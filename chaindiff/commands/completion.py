@@ -1,6 +1,6 @@
 """What the shell offers after TAB: recipes, and the names that a recipe declares. Imports no torch, raises nothing.
 
-Typer leaves out what does not begin with what was typed; names are looked for by it only where that saves reading.
+Typer itself leaves out what does not begin with what was typed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def runs(incomplete: str) -> Offers:
     """Names under `runs`, and paths of other runs."""
     from chaindiff.commands.catalogue import runs
 
-    names = [(name, str(path)) for name, path in runs().items() if name.startswith(incomplete)]
-    return names + [offer for offer in _paths(incomplete) if not offer[0].endswith((".yaml", ".yml"))]
+    return [(name, str(path)) for name, path in runs().items()] + [
+        offer for offer in _paths(incomplete) if not offer[0].endswith((".yaml", ".yml"))
+    ]
 
 
 def groups() -> Offers:
