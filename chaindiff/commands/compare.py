@@ -69,17 +69,18 @@ class Comparison:
         return {"runs": names, "settings": settings, "figures": figures, "notes": self.notes}
 
     def __str__(self) -> str:
-        names = [run.name for run in self.runs]
-        parts = ["no setting differs"]
+        names, parts = [run.name for run in self.runs], ["no setting differs"]
         if self.settings:
-            table = [[path, *map(shown, values)] for path, values in self.settings.items()]
-            parts = [plain([["setting", *names], *table])]
+            settings = [[path, *map(shown, values)] for path, values in self.settings.items()]
+            parts = [plain([["setting", *names], *settings])]
         if self.figures:
-            told = ["; ".join(unlike(line["unlike"])) for line in self.figures]
-            table = [
-                [line["row"], title(line), *line["cells"], text] for line, text in zip(self.figures, told, strict=True)
-            ]
-            parts.append(plain([["row", "figure", *names, "not measured alike" if any(told) else ""], *table]))
+            lines, warning = [], "not measured alike" if any(line["unlike"] for line in self.figures) else ""
+            for line in self.figures:
+                title = f"{NAMES.get(line['metric'], line['metric'])} {line['judge']} of '{line['of']}'"
+                cells = [line["cells"].get(name, "-") for name in names]
+                told = [f"{field} {', '.join(map(shown, by_run.values()))}" for field, by_run in line["unlike"].items()]
+                lines.append([line["row"], title, *cells, "; ".join(told)])  # such as `count 260, 1000`
+            parts.append(plain([["row", "figure", *names, warning], *lines]))
         return "\n\n".join([*parts, *(["\n".join(self.notes)] if self.notes else [])])
 
 
@@ -150,45 +151,25 @@ def figures(found: Sequence[Run]) -> list[dict[str, Any]]:
                 label = "the chain" if number == 0 else figure["row"]
                 key = (label, figure["of"], figure["metric"], figure["encoder"] or "")
                 lines.setdefault(key, {}).setdefault(run.name, []).append(figure)
-    return [
-        line(key, [by_run.get(run.name, []) for run in found], found)
-        for key, by_run in lines.items()
-        if len(by_run) > 1
-    ]
+    return [line(*key, by_run) for key, by_run in lines.items() if len(by_run) > 1]
 
 
-def line(key: tuple[str, ...], seeds: Sequence[list[dict[str, Any]]], found: Sequence[Run]) -> dict[str, Any]:
-    """One figure of all runs, and in which of the things that it depends on they are unlike."""
-    label, of, metric, judge = key
-    names = [run.name for run in found]
-    had = {name: figures for name, figures in zip(names, seeds, strict=True) if figures}
-    told = {field: {name: f[0].get(field) for name, f in had.items()} for field in (*LIKE, "from data")}
+def line(row: str, of: str, metric: str, judge: str, by_run: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """One figure of several runs, and in which of the things that it depends on they are unlike."""
+    told = {field: {name: seeds[0].get(field) for name, seeds in by_run.items()} for field in (*LIKE, "from data")}
+    measured = {name: Measured("", [], [[known(figure)] for figure in seeds]) for name, seeds in by_run.items()}
     return {
-        "row": label,
+        "row": row,
         "of": of,
         "metric": metric,
         "judge": judge,
-        "means": {name: fmean(figure["value"] for figure in figures) for name, figures in had.items()},
-        "seeds": {name: [figure["seed"] for figure in figures] for name, figures in had.items()},
-        "unlike": {f: by_run for f, by_run in told.items() if len({json.dumps(v) for v in by_run.values()}) > 1},
-        "cells": [text(figures, metric, judge) for figures in seeds],
+        "means": {name: fmean(figure["value"] for figure in seeds) for name, seeds in by_run.items()},
+        "seeds": {name: [figure["seed"] for figure in seeds] for name, seeds in by_run.items()},
+        "unlike": {f: values for f, values in told.items() if len({json.dumps(v) for v in values.values()}) > 1},
+        "cells": {name: cell(found, metric, judge) for name, found in measured.items()},
     }
-
-
-def text(seeds: list[dict[str, Any]], metric: str, judge: str) -> str:
-    """The mean over seeds and its interval, as an evaluation shows them."""
-    return cell(Measured("", [], [[known(figure)] for figure in seeds]), metric, judge)
 
 
 def known(figure: Mapping[str, Any]) -> Figure:
     """A figure without what stands beside it."""
     return Figure(**{name: figure[name] for name in Figure.model_fields})
-
-
-def title(line: Mapping[str, Any]) -> str:
-    return f"{NAMES.get(line['metric'], line['metric'])} {line['judge']} of '{line['of']}'"
-
-
-def unlike(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """`count 260, 1000`: what differs, run after run."""
-    return [f"{field} {', '.join(shown(value) for value in by_run.values())}" for field, by_run in told.items()]

@@ -39,9 +39,8 @@ def runs(incomplete: str) -> Offers:
     """Names under `runs`, and paths of other runs."""
     from chaindiff.commands.catalogue import runs
 
-    return [(name, str(path)) for name, path in runs().items()] + [
-        offer for offer in _paths(incomplete) if not offer[0].endswith((".yaml", ".yml"))
-    ]
+    names = [(name, str(path)) for name, path in runs().items()]
+    return names + [offer for offer in _paths(incomplete) if not offer[0].endswith((".yaml", ".yml"))]
 
 
 def groups() -> Offers:

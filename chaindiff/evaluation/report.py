@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import add, sub
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def vector_table(found: dict[str, Any]) -> Table:
 
 def kid_curves(results: Results) -> bytes:
     numeric = all(isinstance(x, int | float) for x in results.x)
-    x = [float(v) for v in results.x] if numeric else list(map(float, range(len(results.x))))
+    x = [float(v) for v in (results.x if numeric else range(len(results.x)))]
     judges = [judge for judge in judges_of(results.rows) if results.rows[0].of("kid", judge)]
     found = [plots.Curve(judge, x, *kid_of(results.rows, judge)) for judge in judges]
     return plots.curves(found, results.title, results.title.split(",")[0].split(".")[-1], "KID x1000")
@@ -176,10 +177,7 @@ def kid_bars(results: Results) -> bytes:
 
 
 def kid_of(rows: Sequence[Measured], judge: str) -> tuple[list[float], list[float], list[float]]:
-    scale, values, low, high = SCALE["kid"], [], [], []
-    for row in rows:
-        value, error = (row.mean("kid", judge) or 0.0) * scale, row.error("kid", judge) * scale
-        values.append(value)
-        low.append(value - 1.96 * error)
-        high.append(value + 1.96 * error)
-    return values, low, high
+    """The value of every row, and the ends of its 95% interval."""
+    values = [SCALE["kid"] * (row.mean("kid", judge) or 0.0) for row in rows]
+    spreads = [SCALE["kid"] * 1.96 * row.error("kid", judge) for row in rows]
+    return values, list(map(sub, values, spreads)), list(map(add, values, spreads))
