@@ -61,7 +61,8 @@ class DataValues:
 
     def _kept(self, name: str) -> Tensor:
         variable = self.assembly.variables[name]
-        key = digest([variable.identity, self.assembly.encoders[name].digest, self.data.digest, len(self.data)])
+        fitted = self.assembly.encoders[name].digest if name in self.assembly.encoders else ""
+        key = digest([variable.identity, fitted, self.data.digest, len(self.data)])
         path = self.folder / f"{name}-{key}.safetensors"
         if not path.exists():
             parts = []
