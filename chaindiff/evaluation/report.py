@@ -47,15 +47,14 @@ class Report:
             for about, seed in zip(row.about, row.figures, strict=True)
             for figure in seed
         ]
-        judges = judges_of(results.rows)
         pictures = {}
         if len(results.rows) > 1:
             pictures["kid"] = kid_curves(results) if results.kind == "sweep" else kid_bars(results)
         self.add(results.title, provenance(results.rows), figures_table(results), **pictures)
         if results.kind == "links" and stages:
             note = "KID of the whole chain, split into what each stage's own samples add to it; 95% intervals."
-            self.add("Link by link", note + (f" {FLATTERS}." if any(judges.values()) else ""),
-                     link_costs(results, stages))  # fmt: skip
+            note += f" {FLATTERS}." * any(judges_of(results.rows).values())
+            self.add("Link by link", note, link_costs(results, stages))
 
     def add_memorisation(self, study: Study, row: Row) -> None:
         """Distances to the nearest training image, of samples beside those of held-out images."""
@@ -80,14 +79,13 @@ class Report:
 
     def add_priors(self, study: Study, row: Row) -> None:
         """Every sampled vector against held-out ones: a prior can be judged without an image."""
-        assembly = row.assembly
-        held = study.held(row)
+        if (held := study.held(row)) is None:
+            return
+        sets = [DataValues(row.assembly, x.data, self.folder / "data") for x in (held, study.data(row, None))]
         for name in row.made:
-            if assembly.variables[name].kind != "vector" or held is None:
+            if row.assembly.variables[name].kind != "vector":
                 continue
-            train = DataValues(assembly, study.data(row, None).data, self.folder / "data")
-            other = DataValues(assembly, held.data, self.folder / "data")
-            values = [v.of(name, range(len(v.data))) for v in (other, train)]
+            values = [v.of(name, range(len(v.data))) for v in sets]
             found = vector_report(study.vectors(row, name), *values)
             counts = f"{len(values[0]):,} held-out and {len(values[1]):,} training ones"
             note = f"{row.count:,} sampled '{name}' against {counts}."
@@ -150,7 +148,7 @@ def vector_table(found: dict[str, Any]) -> Table:
     lines = [["measure", "sampled", "held out: the floor", "training set"]]
     for name in ("frechet", "kid", "precision", "recall", "density", "coverage"):
         values = found[name] or {"sampled": None, "floor": None}
-        plain = [v["value"] if isinstance(v, dict) else v for v in (values["sampled"], values["floor"])]
+        plain = [v["value"] if isinstance(v, dict) else v for v in values.values()]
         lines.append([name, *("-" if v is None else number(v) for v in plain), ""])
     for name in ("norm", "cosine"):
         spread = [f"{number(found[name][k]['mean'])} (sd {number(found[name][k]['std'])})" for k in found[name]]

@@ -69,6 +69,7 @@ class _Rect:
     height: float = 0.0
     x: float = 0.0
     y: float = 0.0
+    column: float = 0.0  # width of the layer
 
 
 @dataclass
@@ -134,7 +135,7 @@ def _layout(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, _R
     for arrow in forward:  # room for the labels
         gaps[layer[arrow.src]] = max(gaps[layer[arrow.src]], _text_width(arrow.label, SMALL) + 33)
     _place(columns, beside, gaps)
-    curves = [_Curve(arrow, *_through(stops, columns)) for arrow, stops in zip(forward, routes, strict=True)]
+    curves = [_Curve(arrow, *_through(stops)) for arrow, stops in zip(forward, routes, strict=True)]
     lanes = {1: 0, -1: 0}  # below and above everything
     for arrow in sorted(around, key=lambda a: abs(layer[a.src] - layer[a.dst])):
         ends = rects[arrow.src], rects[arrow.dst]
@@ -151,7 +152,7 @@ def _place(columns: Sequence[list[_Rect]], beside: nx.Graph, gaps: Sequence[floa
     for column, gap in zip(columns, gaps, strict=True):
         width = max(r.width for r in column)
         for i, r in enumerate(column):
-            r.x, r.y = x + width / 2, (i - len(column) / 2) * LANE
+            r.x, r.y, r.column = x + width / 2, (i - len(column) / 2) * LANE, width
         x += width + gap
     for sweep in range(40):
         side = (-1) ** sweep
@@ -168,12 +169,12 @@ def _place(columns: Sequence[list[_Rect]], beside: nx.Graph, gaps: Sequence[floa
                 r.y += shift
 
 
-def _through(stops: Sequence[_Rect], columns: Sequence[Sequence[_Rect]]) -> tuple[list[Point], Point]:
+def _through(stops: Sequence[_Rect]) -> tuple[list[Point], Point]:
     """From the right side of the first box to the left side of the last, past the boxes between."""
     first, last = stops[0], stops[-1]
     points: list[Point] = [(first.x + first.width / 2, first.y)]
     for stop in stops[1:]:
-        wide = stop.width if stop is last else max(r.width for r in columns[stop.layer])
+        wide = stop.width if stop is last else stop.column
         (x0, y0), (x1, y1) = points[-1], (stop.x - wide / 2, stop.y)
         middle = (x0 + x1) / 2
         points += [(middle, y0), (middle, y1), (x1, y1)]
@@ -191,7 +192,7 @@ def _around(
     def leave(r: _Rect) -> list[Point]:  # from the box to the lane
         if r is columns[r.layer][-1 if side > 0 else 0]:
             return [(r.x, r.y + side * r.height / 2), (r.x, lane)]
-        x, y = r.x + max(other.width for other in columns[r.layer]) / 2 + GAP_X / 4, r.y + side * r.height / 4
+        x, y = r.x + r.column / 2 + GAP_X / 4, r.y + side * r.height / 4
         return [(r.x + r.width / 2, y), (x, y), (x, lane)]
 
     corners = [*leave(src), *reversed(leave(dst))]
