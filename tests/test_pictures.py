@@ -153,21 +153,21 @@ def test_layout_has_no_overlaps_and_runs_from_left_to_right(boxes: list[Box], ar
         if arrow.style != "encoder":
             assert at[arrow.src].x + at[arrow.src].width / 2 < at[arrow.dst].x - at[arrow.dst].width / 2
     assert len(curves) == len(arrows)
-    for curve in curves:
-        path = sample_bezier(curve.points)
-        for end, name in ((path[0], curve.arrow.src), (path[-1], curve.arrow.dst)):
+    for arrow, (points, _) in curves:
+        path = sample_bezier(points)
+        for end, name in ((path[0], arrow.src), (path[-1], arrow.dst)):
             rect = at[name]  # the ends lie on the outlines of their boxes
             reach = np.abs((end - [rect.x, rect.y]) / [rect.width / 2, rect.height / 2])
             assert reach.max() == pytest.approx(1)
         for name, rect in at.items():  # and an arrow goes through no other box
-            if name not in (curve.arrow.src, curve.arrow.dst):
+            if name not in (arrow.src, arrow.dst):
                 inside = np.abs(path - [rect.x, rect.y]) < [rect.width / 2 - 1, rect.height / 2 - 1]
-                assert not inside.all(axis=1).any(), (curve.arrow, name)
+                assert not inside.all(axis=1).any(), (arrow, name)
 
 
 def test_arrows_do_not_cross_where_they_need_not() -> None:
     _, curves = drawing._layout(*chains()[1])
-    paths = [sample_bezier(curve.points) for curve in curves if curve.arrow.style != "encoder"]
+    paths = [sample_bezier(points) for arrow, (points, _) in curves if arrow.style != "encoder"]
     for a, b in itertools.combinations(paths, 2):
         both = np.linspace(max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0]), 200)
         above = np.interp(both, *a.T) - np.interp(both, *b.T)
@@ -226,7 +226,7 @@ def test_png_shows_the_layout(tmp_path: Path) -> None:
     corners = [
         (r.x + sx * r.width / 2, r.y + sy * r.height / 2) for r in at.values() for sx in (-1, 1) for sy in (-1, 1)
     ]
-    points = np.array([*corners, *(point for curve in curves for point in curve.points)])
+    points = np.array([*corners, *(point for _, (points, _) in curves for point in points)])
     low, high, pixels = points.min(0) - drawing.MARGIN, points.max(0) + drawing.MARGIN, 2 * 96 / 72
     assert picture.size == pytest.approx(tuple((high - low) * pixels), abs=6)
     for box in BOXES:

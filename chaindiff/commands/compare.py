@@ -21,12 +21,12 @@ ABSENT = object()  # a field that a recipe does not have
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was named, its locked recipe, and the rows of its evaluation; None if there was none."""
+    """A run as it was named, its locked recipe, and the figures of its evaluation; None if there was none."""
 
     name: str
     folder: Path
     loaded: Loaded
-    rows: list[list[dict[str, Any]]] | None  # the figures of every row, the chain's own first
+    figures: list[dict[str, Any]] | None  # the chain's own first
 
     @classmethod
     def open(cls, name: str) -> Run:
@@ -35,7 +35,7 @@ class Run:
         if folder is None:
             hint = f"a run is a directory with {LOCK}; `chaindiff list runs` shows those under runs"
             raise UserError(f"there is no run '{name}'{did_you_mean(name, runs())}", hint=hint)
-        return cls(name.rstrip("/"), folder, load_recipe(folder), rows_of(folder / "metrics.json"))
+        return cls(name.rstrip("/"), folder, load_recipe(folder), figures_of(folder / "metrics.json"))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def compare(names: Sequence[str]) -> Comparison:
     found = [Run.open(name) for name in names]
     if len({run.folder.resolve() for run in found}) < max(2, len(found)):
         raise UserError("compare takes two or more different runs", hint="chaindiff compare RUN RUN")
-    notes = [f"{run.name} was not evaluated; evaluate it: {run.evaluate}" for run in found if run.rows is None]
-    lines = figures(found)
+    notes = [f"{run.name} was not evaluated; evaluate it: {run.evaluate}" for run in found if run.figures is None]
+    lines = lines_of(found)
     if not notes and not lines:
         notes.append("the runs have no figure in common: measure the same variable by the same judges")
     return Comparison(found, dict(differences([run.settings for run in found])), lines, notes)
@@ -125,39 +125,37 @@ def shown(value: Any) -> str:
 # ------------------------------------------------------------ figures
 
 
-def rows_of(path: Path) -> list[list[dict[str, Any]]] | None:
-    """The figures of an evaluation, row by row; None if there is no evaluation."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+def figures_of(path: Path) -> list[dict[str, Any]] | None:
+    """The figures of an evaluation with what stands beside each; None if there is no evaluation."""
     try:
-        for figure in json.loads(path.read_text())["figures"]:
-            known(figure)
-            rows.setdefault(figure["row"], []).append(figure)
+        found = json.loads(path.read_text())["figures"]
+        for figure in found:
+            figure["figure"] = Figure(**{name: figure[name] for name in Figure.model_fields})
+            figure["label"] = "the chain" if figure["row"] == found[0]["row"] else figure["row"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             "is not what an evaluation leaves", str(path), "delete it and evaluate the run again"
         ) from error
-    return list(rows.values())
+    return found
 
 
-def figures(found: Sequence[Run]) -> list[dict[str, Any]]:
+def lines_of(found: Sequence[Run]) -> list[dict[str, Any]]:
     """A line for every figure that two or more runs have, means over seeds: of the chain itself, and of other rows
     by the same label."""
     lines: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
     for run in found:
-        for number, row in enumerate(run.rows or ()):
-            for figure in row:
-                label = "the chain" if number == 0 else figure["row"]
-                key = (label, figure["of"], figure["metric"], figure["encoder"] or "")
-                lines.setdefault(key, {}).setdefault(run.name, []).append(figure)
+        for figure in run.figures or ():
+            key = (figure["label"], figure["of"], figure["metric"], figure["encoder"] or "")
+            lines.setdefault(key, {}).setdefault(run.name, []).append(figure)
     return [line(*key, by_run) for key, by_run in lines.items() if len(by_run) > 1]
 
 
 def line(row: str, of: str, metric: str, judge: str, by_run: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """One figure of several runs, and in which of the things that it depends on they are unlike."""
     told = {field: {name: seeds[0].get(field) for name, seeds in by_run.items()} for field in (*LIKE, "from data")}
-    measured = {name: Measured("", [], [[known(figure)] for figure in seeds]) for name, seeds in by_run.items()}
+    measured = {name: Measured("", [], [[figure["figure"]] for figure in seeds]) for name, seeds in by_run.items()}
     return {
         "row": row,
         "of": of,
@@ -168,8 +166,3 @@ def line(row: str, of: str, metric: str, judge: str, by_run: Mapping[str, list[d
         "unlike": {f: values for f, values in told.items() if len({json.dumps(v) for v in values.values()}) > 1},
         "cells": {name: cell(found, metric, judge) for name, found in measured.items()},
     }
-
-
-def known(figure: Mapping[str, Any]) -> Figure:
-    """A figure without what stands beside it."""
-    return Figure(**{name: figure[name] for name in Figure.model_fields})

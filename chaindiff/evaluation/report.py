@@ -20,6 +20,10 @@ from chaindiff.show.page import Picture, Section
 
 METRICS = "metrics.json"
 FLATTERS = "* a judge of an architecture family that the chain itself uses: it flatters the chain"
+COPIES = (
+    "Distance to the nearest training image. Samples that copy training images lie nearer to them than held-out images "
+    "do. Closest pairs: a sample, then its nearest training image."
+)
 
 
 class Report:
@@ -64,18 +68,10 @@ class Report:
                 self.add("Memorisation", "not measured: the data has no held-out split (`evaluate.held_out`)")
                 return
             table = [["measure", "value"], *([name, number(value)] for name, value in found.summary().items())]
-            self.add(
-                f"Memorisation, by {judge}",
-                "Distance to the nearest training image. Samples that copy training images lie nearer to them than "
-                "held-out images do. Closest pairs: a sample, then its nearest training image.",
-                table,
-                distances=plots.histograms(
-                    {"samples": found.samples.numpy(), "held-out images": found.held_out.numpy()},
-                    f"{judge}: nearest training image",
-                    "distance",
-                ),
-                pairs=png_bytes(grid(study.pairs(row, found), columns=8)),
-            )
+            sets = {"samples": found.samples.numpy(), "held-out images": found.held_out.numpy()}
+            distances = plots.histograms(sets, f"{judge}: nearest training image", "distance")
+            pairs = png_bytes(grid(study.pairs(row, found), columns=8))
+            self.add(f"Memorisation, by {judge}", COPIES, table, distances=distances, pairs=pairs)
 
     def add_priors(self, study: Study, row: Row) -> None:
         """Every sampled vector against held-out ones: a prior can be judged without an image."""

@@ -58,6 +58,7 @@ LINES: dict[ArrowStyle, str] = {"link": "#4b5563", "noisy": "#b4483c", "encoder"
 LINES["decoder"] = LINES["encoder"]
 INKS = ("#1f2430", "#5b6472"), ("#a7adb7", "#b3b9c2")  # of the name and the small print; of idle boxes
 Point = tuple[float, float]
+Curve = tuple[list[Point], Point]  # start, then cubic Bezier segments of three points each; where the label stands
 
 
 @dataclass(eq=False)
@@ -70,15 +71,6 @@ class _Rect:
     x: float = 0.0
     y: float = 0.0
     column: float = 0.0  # width of the layer
-
-
-@dataclass
-class _Curve:
-    """Start, then cubic Bezier segments of three points each."""
-
-    arrow: Arrow
-    points: list[Point]
-    label_at: Point
 
 
 def _text_width(text: str, size: float, weight: str = "normal") -> float:
@@ -116,7 +108,7 @@ def _layers(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, in
     return layer, forward, around
 
 
-def _layout(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, _Rect], list[_Curve]]:
+def _layout(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, _Rect], list[tuple[Arrow, Curve]]]:
     known = {box.name for box in boxes}
     for arrow in arrows:
         for end in (arrow.src, arrow.dst):
@@ -135,14 +127,14 @@ def _layout(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, _R
     for arrow in forward:  # room for the labels
         gaps[layer[arrow.src]] = max(gaps[layer[arrow.src]], _text_width(arrow.label, SMALL) + 33)
     _place(columns, beside, gaps)
-    curves = [_Curve(arrow, *_through(stops)) for arrow, stops in zip(forward, routes, strict=True)]
+    curves = [(arrow, _through(stops)) for arrow, stops in zip(forward, routes, strict=True)]
     lanes = {1: 0, -1: 0}  # below and above everything
     for arrow in sorted(around, key=lambda a: abs(layer[a.src] - layer[a.dst])):
         ends = rects[arrow.src], rects[arrow.dst]
         below, above = (all(r is columns[r.layer][i] for r in ends) for i in (-1, 0))
         side = -1 if above and (not below or lanes[-1] < lanes[1]) else 1
         lanes[side] += 1
-        curves.append(_Curve(arrow, *_around(*ends, columns, side, lanes[side] * LANE)))
+        curves.append((arrow, _around(*ends, columns, side, lanes[side] * LANE)))
     return rects, curves
 
 
@@ -169,7 +161,7 @@ def _place(columns: Sequence[list[_Rect]], beside: nx.Graph, gaps: Sequence[floa
                 r.y += shift
 
 
-def _through(stops: Sequence[_Rect]) -> tuple[list[Point], Point]:
+def _through(stops: Sequence[_Rect]) -> Curve:
     """From the right side of the first box to the left side of the last, past the boxes between."""
     first, last = stops[0], stops[-1]
     points: list[Point] = [(first.x + first.width / 2, first.y)]
@@ -183,9 +175,7 @@ def _through(stops: Sequence[_Rect]) -> tuple[list[Point], Point]:
     return points, ((points[0][0] + points[3][0]) / 2, (points[0][1] + points[3][1]) / 2)
 
 
-def _around(
-    src: _Rect, dst: _Rect, columns: Sequence[Sequence[_Rect]], side: int, away: float
-) -> tuple[list[Point], Point]:
+def _around(src: _Rect, dst: _Rect, columns: Sequence[Sequence[_Rect]], side: int, away: float) -> Curve:
     """Along a lane below (side 1) or above (side -1) everything, if need be by way of the gaps between columns."""
     lane = side * (max(side * r.y + r.height / 2 for column in columns for r in column) + away)
 
@@ -223,9 +213,8 @@ def _figure(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> Figure:
     points = Affine2D().scale(1 / 72, -1 / 72) + figure.transFigure  # heights grow downwards
     letters = {"ha": "center", "va": "center_baseline", "parse_math": False, "transform": points}
     rects, curves = _layout(boxes, arrows)
-    for curve in curves:
-        arrow, colour = curve.arrow, LINES[curve.arrow.style]
-        path = Path(curve.points, [Path.MOVETO, *[Path.CURVE4] * (len(curve.points) - 1)])
+    for arrow, (way, label_at) in curves:
+        colour, path = LINES[arrow.style], Path(way, [Path.MOVETO, *[Path.CURVE4] * (len(way) - 1)])
         dash = (0, (3.8, 2.5)) if arrow.style == "encoder" else "-"
         line = patches.PathPatch(path, fill=False, edgecolor=colour, linewidth=1.2, linestyle=dash, transform=points)
         style = patches.ArrowStyle.CurveFilledB(head_length=6.8, head_width=3)
@@ -235,7 +224,7 @@ def _figure(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> Figure:
         figure.add_artist(head)
         if arrow.label:
             cleared = {"facecolor": "white", "linewidth": 0, "boxstyle": "round,pad=0.15"}
-            figure.text(*curve.label_at, arrow.label, size=SMALL, color=colour, bbox=cleared, **letters)
+            figure.text(*label_at, arrow.label, size=SMALL, color=colour, bbox=cleared, **letters)
     for box in boxes:
         rect, (fill, edge), (ink, muted) = rects[box.name], FILLS[box.style], INKS[box.style == "idle"]
         corner = rect.x - rect.width / 2, rect.y - rect.height / 2
