@@ -144,7 +144,7 @@ def figures_of(path: Path) -> list[dict[str, Any]] | None:
 def lines_of(found: Sequence[Run]) -> list[dict[str, Any]]:
     """A line for every figure that two or more runs have, means over seeds: of the chain itself, and of other rows
     by the same label."""
-    lines: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    lines: dict[tuple[str, str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for run in found:
         for figure in run.figures or ():
             key = (figure["label"], figure["of"], figure["metric"], figure["encoder"] or "")

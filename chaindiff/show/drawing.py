@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
 
@@ -217,7 +217,7 @@ def _figure(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> Figure:
         colour, path = LINES[arrow.style], Path(way, [Path.MOVETO, *[Path.CURVE4] * (len(way) - 1)])
         dash = (0, (3.8, 2.5)) if arrow.style == "encoder" else "-"
         line = patches.PathPatch(path, fill=False, edgecolor=colour, linewidth=1.2, linestyle=dash, transform=points)
-        style = patches.ArrowStyle.CurveFilledB(head_length=6.8, head_width=3)
+        style = "-|>, head_length=6.8, head_width=3"
         head = patches.FancyArrowPatch(path=path, arrowstyle=style, mutation_scale=1, linewidth=0, transform=points)
         head.set_color(colour)  # without the line, whose dashes it would take on
         figure.add_artist(line)
@@ -228,7 +228,7 @@ def _figure(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> Figure:
     for box in boxes:
         rect, (fill, edge), (ink, muted) = rects[box.name], FILLS[box.style], INKS[box.style == "idle"]
         corner = rect.x - rect.width / 2, rect.y - rect.height / 2
-        rounded = patches.BoxStyle.Round(0, 4.5 if box.style == "stage" else min(13.5, rect.height / 2))
+        rounded = f"round, pad=0, rounding_size={4.5 if box.style == 'stage' else min(13.5, rect.height / 2)}"
         shape = patches.FancyBboxPatch(corner, rect.width, rect.height, rounded, linewidth=1.1, transform=points)
         shape.set(facecolor=fill, edgecolor=edge)
         figure.add_artist(shape)
@@ -239,7 +239,7 @@ def _figure(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> Figure:
     return figure
 
 
-def _drawn(boxes: Sequence[Box], arrows: Sequence[Arrow], **options: object) -> bytes:
+def _drawn(boxes: Sequence[Box], arrows: Sequence[Arrow], **options: Any) -> bytes:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()

@@ -76,10 +76,10 @@ def html(page: Page) -> str:
     return templates.get_template("page.html.jinja").render(page=page, stages=_stage_table(page.stages))
 
 
-def _stage_table(stages: Sequence[StageRow]) -> list[Sequence[str]]:
+def _stage_table(stages: Sequence[StageRow]) -> Sequence[Sequence[str]]:
     """Titles, costs per stage with their shares, and totals; a share or a total needs every stage's number."""
-    known = {name: [getattr(s, name) for s in stages] for name in ("parameters", "nfe", "gflops", "seconds")}
-    total = StageRow("total", **{name: None if None in values else sum(values) for name, values in known.items()})
+    known = ([getattr(s, name) for s in stages] for name in ("parameters", "nfe", "gflops", "seconds"))
+    total = StageRow("total", "", "", *(None if None in values else sum(values) for values in known))
     lines = [("stage", "generates", "network", "parameters", "NFE", "GFLOPs per sample", "share", "seconds")]
     for s in (*stages, total):
         share = f"{s.gflops / total.gflops:.0%}" if total.gflops and s.gflops is not None else "–"
