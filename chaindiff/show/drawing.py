@@ -250,7 +250,8 @@ def _drawn(boxes: Sequence[Box], arrows: Sequence[Arrow], **options: Any) -> byt
 
 def chain_svg(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
     """The picture as a standalone SVG. Raises ValueError if an arrow names no box."""
-    return _drawn(boxes, arrows, format="svg", metadata={"Title": "the chain", "Date": None}).decode()
+    text = _drawn(boxes, arrows, format="svg", metadata={"Title": "the chain", "Date": None}).decode()
+    return text[text.index("<svg") :]  # as notebooks and pages take it
 
 
 def chain_png(boxes: Sequence[Box], arrows: Sequence[Arrow], path: str | os.PathLike[str], scale: float = 2.0) -> None:
