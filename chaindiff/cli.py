@@ -340,7 +340,7 @@ def list_(
         raise UserError(f"there is no group '{group}' to list{did_you_mean(group, GROUPS)}")
     found = {name: GROUPS[name]() for name in ([group] if group else GROUPS)}
     if as_json:
-        _json({name: [entry.plain() for entry in entries] for name, entries in found.items()})
+        _json({name: [vars(entry) for entry in entries] for name, entries in found.items()})
         return
     for name, entries in found.items():
         width = max((len(entry.name) for entry in entries), default=0)

@@ -116,11 +116,11 @@ def test_a_plan_shows_the_decoder(declared) -> None:
     assert {box.name for box in boxes} == {"latent", "image", "stage latent"}
     styles = {(arrow.src, arrow.dst): arrow.style for arrow in arrows}
     assert styles[("latent", "image")] == "decoder" and styles[("image", "latent")] == "idle"
-    assert 'stroke-dasharray="6 4"' not in plan.svg(), "only encoders are dashed"
+    assert "stroke-dasharray" not in plan.svg(), "only encoders are dashed"
     given = chain(variables=variables).plan(["latent"], ["image"])
     styles = {(arrow.src, arrow.dst): arrow.style for arrow in given.drawing()[1]}
     assert styles[("latent", "image")] == "idle" and styles[("image", "latent")] == "encoder"
-    assert given.svg().count('stroke-dasharray="6 4"') == 1
+    assert given.svg().count("stroke-dasharray") == 1
 
 
 # ------------------------------------------------------------ in recipes

@@ -15,7 +15,8 @@ from PIL import Image, ImageFont
 
 from chaindiff.io.errors import UserError
 from chaindiff.show import drawing
-from chaindiff.show.images import Arrow, Box, chain_png, chain_svg, grid, png_bytes, save_png, to_image, to_uint8
+from chaindiff.show.drawing import Arrow, Box, chain_png, chain_svg
+from chaindiff.show.images import grid, png_bytes, save_png, to_image, to_uint8
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -143,43 +144,52 @@ def chains() -> list[tuple[list[Box], list[Arrow]]]:
 
 @pytest.mark.parametrize("boxes, arrows", chains())
 def test_layout_has_no_overlaps_and_runs_from_left_to_right(boxes: list[Box], arrows: list[Arrow]) -> None:
-    layout = drawing._layout(boxes, arrows)
-    at = {rect.box.name: rect for rect in layout.rects if rect.box}
+    at, curves = drawing._layout(boxes, arrows)
     assert set(at) == {box.name for box in boxes}
-    for rect in layout.rects:
-        assert rect.width / 2 <= rect.x <= layout.width - rect.width / 2
-        assert rect.height / 2 <= rect.y <= layout.height - rect.height / 2
-    for a, b in itertools.combinations(layout.rects, 2):
+    for a, b in itertools.combinations(at.values(), 2):
         apart_x = abs(a.x - b.x) >= (a.width + b.width) / 2
         assert apart_x or abs(a.y - b.y) >= (a.height + b.height) / 2
     for arrow in arrows:
         if arrow.style != "encoder":
             assert at[arrow.src].x + at[arrow.src].width / 2 < at[arrow.dst].x - at[arrow.dst].width / 2
-    assert len(layout.curves) == len(arrows)
-    for curve in layout.curves:
-        path = sample_bezier(curve.points)
-        assert (path >= 0).all() and (path <= [layout.width, layout.height]).all()
-        for end, name in ((path[0], curve.arrow.src), (path[-1], curve.arrow.dst)):
+    assert len(curves) == len(arrows)
+    for arrow, (points, _) in curves:
+        path = sample_bezier(points)
+        for end, name in ((path[0], arrow.src), (path[-1], arrow.dst)):
             rect = at[name]  # the ends lie on the outlines of their boxes
             reach = np.abs((end - [rect.x, rect.y]) / [rect.width / 2, rect.height / 2])
             assert reach.max() == pytest.approx(1)
         for name, rect in at.items():  # and an arrow goes through no other box
-            if name not in (curve.arrow.src, curve.arrow.dst):
+            if name not in (arrow.src, arrow.dst):
                 inside = np.abs(path - [rect.x, rect.y]) < [rect.width / 2 - 1, rect.height / 2 - 1]
-                assert not inside.all(axis=1).any(), (curve.arrow, name)
+                assert not inside.all(axis=1).any(), (arrow, name)
+
+
+def test_arrows_do_not_cross_where_they_need_not() -> None:
+    _, curves = drawing._layout(*chains()[1])
+    paths = [sample_bezier(points) for arrow, (points, _) in curves if arrow.style != "encoder"]
+    for a, b in itertools.combinations(paths, 2):
+        both = np.linspace(max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0]), 200)
+        above = np.interp(both, *a.T) - np.interp(both, *b.T)
+        assert len(both) and not ((above > 1).any() and (above < -1).any())
 
 
 def test_svg_says_everything_once() -> None:
     tree = ElementTree.fromstring(chain_svg(BOXES, ARROWS))
     texts = [text.text for text in tree.iter(f"{SVG}text")]
-    lines = [t for box in BOXES for t in (box.title or box.name, *box.lines)]
-    assert sorted(filter(None, texts)) == sorted([*lines, "σ ≤ 0.5", "CLIP", "resize"])
-    paths = list(tree.iter(f"{SVG}path"))
-    assert len(paths) == len(ARROWS)
-    assert sum("stroke-dasharray" in path.attrib for path in paths) == 2  # encoders
-    assert sum(path.get("stroke") == drawing.LINES["noisy"] for path in paths) == 1
-    fills = [rect.get("fill") for rect in tree.iter(f"{SVG}rect")]
-    assert fills.count(drawing.FILLS["given"][0]) == 1 and fills.count(drawing.FILLS["stage"][0]) == 3
+    words = [t for box in BOXES for t in (box.title or box.name, *box.lines)]
+    assert sorted(filter(None, texts)) == sorted([*words, "σ ≤ 0.5", "CLIP", "resize"])
+    styles = [path.get("style", "") for path in tree.iter(f"{SVG}path")]
+    lines = [style for style in styles if "stroke-width: 1.2" in style]
+    assert len(lines) == len(ARROWS)
+    assert sum("stroke-dasharray" in style for style in lines) == 2  # encoders
+    assert sum(f"stroke: {drawing.LINES['noisy']}" in style for style in lines) == 1
+    fills = [style.split(";")[0] for style in styles]
+    assert fills.count(f"fill: {drawing.FILLS['given'][0]}") == 1
+    assert fills.count(f"fill: {drawing.FILLS['stage'][0]}") == 3
+    width, height = (float(tree.attrib[side].removesuffix("pt")) for side in ("width", "height"))
+    at, _ = drawing._layout(BOXES, ARROWS)
+    assert width > sum(rect.width for rect in at.values()) and height > max(rect.height for rect in at.values())
 
 
 def test_svg_escapes_names() -> None:
@@ -209,18 +219,23 @@ def test_text_fits_its_box() -> None:
 
 
 def test_png_shows_the_layout(tmp_path: Path) -> None:
-    chain_png(BOXES, ARROWS, tmp_path / "chain.png", scale=2)
+    arrows = [Arrow(arrow.src, arrow.dst, "", arrow.style) for arrow in ARROWS]  # labels may stick out of the layout
+    chain_png(BOXES, arrows, tmp_path / "chain.png", scale=2)
     picture = Image.open(tmp_path / "chain.png").convert("RGB")
-    layout = drawing._layout(BOXES, ARROWS)
-    assert picture.size == pytest.approx((2 * layout.width, 2 * layout.height), abs=2)
-    for rect in layout.rects:
-        assert rect.box is not None
-        spot = (int(2 * rect.x), int(2 * (rect.y - rect.height / 2 + 6)))  # inside, above the text
-        fill = drawing.FILLS[rect.box.style][0]
-        assert "#{:02x}{:02x}{:02x}".format(*picture.getpixel(spot)) == fill
+    at, curves = drawing._layout(BOXES, arrows)
+    corners = [
+        (r.x + sx * r.width / 2, r.y + sy * r.height / 2) for r in at.values() for sx in (-1, 1) for sy in (-1, 1)
+    ]
+    points = np.array([*corners, *(point for _, (points, _) in curves for point in points)])
+    low, high, pixels = points.min(0) - drawing.MARGIN, points.max(0) + drawing.MARGIN, 2 * 96 / 72
+    assert picture.size == pytest.approx(tuple((high - low) * pixels), abs=6)
+    for box in BOXES:
+        rect = at[box.name]
+        spot = (np.array([rect.x, rect.y - rect.height / 2 + 4.5]) - low) * pixels  # inside, above the text
+        assert "#{:02x}{:02x}{:02x}".format(*picture.getpixel(tuple(map(int, spot)))) == drawing.FILLS[box.style][0]
     dark = np.asarray(picture.convert("L")) < 90  # letters and links
     assert 0.005 < dark.mean() < 0.2
-    chain_png(BOXES, ARROWS, tmp_path / "again.png", scale=2)
+    chain_png(BOXES, arrows, tmp_path / "again.png", scale=2)
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "chain.png").read_bytes()
 
 

@@ -131,6 +131,11 @@ def test_unknown_numbers_are_dashes_and_make_no_totals() -> None:
     assert cells[24:] == ["total", "", "", "–", "7", "–", "–", "–"]
 
 
+def test_one_stage_needs_no_total() -> None:
+    reader = Reader(html(page(stages=[StageRow("a", nfe=3)])))
+    assert len(reader.cells) == 2 * 8 and "tfoot" not in reader.tags
+
+
 def test_an_empty_page_is_a_page() -> None:
     reader = Reader(html(Page("run")))
     assert "h1" in reader.tags and not {"table", "img", "details", "h2", "dl"} & set(reader.tags)

@@ -41,7 +41,7 @@ def test_the_wheel_holds_the_package_recipes_and_cards_and_nothing_else(wheel: P
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == expected
-    known = {"py.typed", "report_template.html", "assets/emoji64.zip", "assets/clip_emoji/open_clip_model.safetensors"}
+    known = {"py.typed", "show/page.html.jinja", "assets/emoji64.zip", "assets/clip_emoji/open_clip_model.safetensors"}
     known |= {"recipes/vcdm_emoji.yaml", "stages/clip_prior.yaml", "specs/recipe.py"}
     assert {f"chaindiff/{name}" for name in known} <= names
     assert any(name.startswith("chaindiff/assets/weights/image16-") for name in names)

@@ -34,14 +34,11 @@ class Entry:
 
     name: str
     description: str
-    path: Path | None = None
-
-    def plain(self) -> dict[str, Any]:
-        return {"name": self.name, "description": self.description, "path": str(self.path) if self.path else None}
+    path: str | None = None
 
 
 def _files(what: What) -> list[Entry]:
-    return [Entry(name, summary(path), path) for name, path in available(what).items()]
+    return [Entry(name, summary(path), str(path)) for name, path in available(what).items()]
 
 
 def _kinds(union: Any) -> list[Entry]:
@@ -53,8 +50,8 @@ def _kinds(union: Any) -> list[Entry]:
 def _weights() -> list[Entry]:
     """Shipped files, and those of the runs in this directory."""
     runs = sorted(Path("runs").glob("*/stages/*/weights.safetensors"))
-    shipped = [Entry(path.stem, _trained(path), path) for path in sorted(SHIPPED.glob("*.safetensors"))]
-    return shipped + [Entry(str(path), _trained(path), path) for path in runs]
+    shipped = [Entry(path.stem, _trained(path), str(path)) for path in sorted(SHIPPED.glob("*.safetensors"))]
+    return shipped + [Entry(str(path), _trained(path), str(path)) for path in runs]
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -116,6 +113,6 @@ GROUPS: dict[str, Callable[[], list[Entry]]] = {
     "networks": lambda: _kinds(Network),
     "judges": lambda: [Entry(name, description) for name, description in JUDGES.items()],
     "weights": _weights,
-    "runs": lambda: [Entry(name, _run(path), path) for name, path in runs().items()],
+    "runs": lambda: [Entry(name, _run(path), str(path)) for name, path in runs().items()],
 }
 TITLES = {"cards": "stage cards", "runs": "runs, in the folder runs"}

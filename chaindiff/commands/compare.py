@@ -21,12 +21,12 @@ ABSENT = object()  # a field that a recipe does not have
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was named, its locked recipe, and the rows of its evaluation; None if there was none."""
+    """A run as it was named, its locked recipe, and the figures of its evaluation; None if there was none."""
 
     name: str
     folder: Path
     loaded: Loaded
-    rows: list[list[dict[str, Any]]] | None  # the figures of every row, the chain's own first
+    figures: list[dict[str, Any]] | None  # the chain's own first
 
     @classmethod
     def open(cls, name: str) -> Run:
@@ -35,7 +35,7 @@ class Run:
         if folder is None:
             hint = f"a run is a directory with {LOCK}; `chaindiff list runs` shows those under runs"
             raise UserError(f"there is no run '{name}'{did_you_mean(name, runs())}", hint=hint)
-        return cls(name.rstrip("/"), folder, load_recipe(folder), rows_of(folder / "metrics.json"))
+        return cls(name.rstrip("/"), folder, load_recipe(folder), figures_of(folder / "metrics.json"))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -69,17 +69,18 @@ class Comparison:
         return {"runs": names, "settings": settings, "figures": figures, "notes": self.notes}
 
     def __str__(self) -> str:
-        names = [run.name for run in self.runs]
-        parts = ["no setting differs"]
+        names, parts = [run.name for run in self.runs], ["no setting differs"]
         if self.settings:
-            table = [[path, *map(shown, values)] for path, values in self.settings.items()]
-            parts = [plain([["setting", *names], *table])]
+            settings = [[path, *map(shown, values)] for path, values in self.settings.items()]
+            parts = [plain([["setting", *names], *settings])]
         if self.figures:
-            told = ["; ".join(unlike(line["unlike"])) for line in self.figures]
-            table = [
-                [line["row"], title(line), *line["cells"], text] for line, text in zip(self.figures, told, strict=True)
-            ]
-            parts.append(plain([["row", "figure", *names, "not measured alike" if any(told) else ""], *table]))
+            lines, warning = [], "not measured alike" if any(line["unlike"] for line in self.figures) else ""
+            for line in self.figures:
+                title = f"{NAMES.get(line['metric'], line['metric'])} {line['judge']} of '{line['of']}'"
+                cells = [line["cells"].get(name, "-") for name in names]
+                told = [f"{field} {', '.join(map(shown, by_run.values()))}" for field, by_run in line["unlike"].items()]
+                lines.append([line["row"], title, *cells, "; ".join(told)])  # such as `count 260, 1000`
+            parts.append(plain([["row", "figure", *names, warning], *lines]))
         return "\n\n".join([*parts, *(["\n".join(self.notes)] if self.notes else [])])
 
 
@@ -88,8 +89,8 @@ def compare(names: Sequence[str]) -> Comparison:
     found = [Run.open(name) for name in names]
     if len({run.folder.resolve() for run in found}) < max(2, len(found)):
         raise UserError("compare takes two or more different runs", hint="chaindiff compare RUN RUN")
-    notes = [f"{run.name} was not evaluated; evaluate it: {run.evaluate}" for run in found if run.rows is None]
-    lines = figures(found)
+    notes = [f"{run.name} was not evaluated; evaluate it: {run.evaluate}" for run in found if run.figures is None]
+    lines = lines_of(found)
     if not notes and not lines:
         notes.append("the runs have no figure in common: measure the same variable by the same judges")
     return Comparison(found, dict(differences([run.settings for run in found])), lines, notes)
@@ -124,71 +125,44 @@ def shown(value: Any) -> str:
 # ------------------------------------------------------------ figures
 
 
-def rows_of(path: Path) -> list[list[dict[str, Any]]] | None:
-    """The figures of an evaluation, row by row; None if there is no evaluation."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+def figures_of(path: Path) -> list[dict[str, Any]] | None:
+    """The figures of an evaluation with what stands beside each; None if there is no evaluation."""
     try:
-        for figure in json.loads(path.read_text())["figures"]:
-            known(figure)
-            rows.setdefault(figure["row"], []).append(figure)
+        found = json.loads(path.read_text())["figures"]
+        for figure in found:
+            figure["figure"] = Figure(**{name: figure[name] for name in Figure.model_fields})
+            figure["label"] = "the chain" if figure["row"] == found[0]["row"] else figure["row"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             "is not what an evaluation leaves", str(path), "delete it and evaluate the run again"
         ) from error
-    return list(rows.values())
+    return found
 
 
-def figures(found: Sequence[Run]) -> list[dict[str, Any]]:
+def lines_of(found: Sequence[Run]) -> list[dict[str, Any]]:
     """A line for every figure that two or more runs have, means over seeds: of the chain itself, and of other rows
     by the same label."""
-    lines: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    lines: dict[tuple[str, str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for run in found:
-        for number, row in enumerate(run.rows or ()):
-            for figure in row:
-                label = "the chain" if number == 0 else figure["row"]
-                key = (label, figure["of"], figure["metric"], figure["encoder"] or "")
-                lines.setdefault(key, {}).setdefault(run.name, []).append(figure)
-    return [
-        line(key, [by_run.get(run.name, []) for run in found], found)
-        for key, by_run in lines.items()
-        if len(by_run) > 1
-    ]
+        for figure in run.figures or ():
+            key = (figure["label"], figure["of"], figure["metric"], figure["encoder"] or "")
+            lines.setdefault(key, {}).setdefault(run.name, []).append(figure)
+    return [line(*key, by_run) for key, by_run in lines.items() if len(by_run) > 1]
 
 
-def line(key: tuple[str, ...], seeds: Sequence[list[dict[str, Any]]], found: Sequence[Run]) -> dict[str, Any]:
-    """One figure of all runs, and in which of the things that it depends on they are unlike."""
-    label, of, metric, judge = key
-    names = [run.name for run in found]
-    had = {name: figures for name, figures in zip(names, seeds, strict=True) if figures}
-    told = {field: {name: f[0].get(field) for name, f in had.items()} for field in (*LIKE, "from data")}
+def line(row: str, of: str, metric: str, judge: str, by_run: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """One figure of several runs, and in which of the things that it depends on they are unlike."""
+    told = {field: {name: seeds[0].get(field) for name, seeds in by_run.items()} for field in (*LIKE, "from data")}
+    measured = {name: Measured("", [], [[figure["figure"]] for figure in seeds]) for name, seeds in by_run.items()}
     return {
-        "row": label,
+        "row": row,
         "of": of,
         "metric": metric,
         "judge": judge,
-        "means": {name: fmean(figure["value"] for figure in figures) for name, figures in had.items()},
-        "seeds": {name: [figure["seed"] for figure in figures] for name, figures in had.items()},
-        "unlike": {f: by_run for f, by_run in told.items() if len({json.dumps(v) for v in by_run.values()}) > 1},
-        "cells": [text(figures, metric, judge) for figures in seeds],
+        "means": {name: fmean(figure["value"] for figure in seeds) for name, seeds in by_run.items()},
+        "seeds": {name: [figure["seed"] for figure in seeds] for name, seeds in by_run.items()},
+        "unlike": {f: values for f, values in told.items() if len({json.dumps(v) for v in values.values()}) > 1},
+        "cells": {name: cell(found, metric, judge) for name, found in measured.items()},
     }
-
-
-def text(seeds: list[dict[str, Any]], metric: str, judge: str) -> str:
-    """The mean over seeds and its interval, as an evaluation shows them."""
-    return cell(Measured("", [], [[known(figure)] for figure in seeds]), metric, judge)
-
-
-def known(figure: Mapping[str, Any]) -> Figure:
-    """A figure without what stands beside it."""
-    return Figure(**{name: figure[name] for name in Figure.model_fields})
-
-
-def title(line: Mapping[str, Any]) -> str:
-    return f"{NAMES.get(line['metric'], line['metric'])} {line['judge']} of '{line['of']}'"
-
-
-def unlike(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """`count 260, 1000`: what differs, run after run."""
-    return [f"{field} {', '.join(shown(value) for value in by_run.values())}" for field, by_run in told.items()]

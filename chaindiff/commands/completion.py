@@ -1,4 +1,7 @@
-"""What the shell offers after TAB: recipes, and the names that a recipe declares. Imports no torch, raises nothing."""
+"""What the shell offers after TAB: recipes, and the names that a recipe declares. Imports no torch, raises nothing.
+
+Typer itself leaves out what does not begin with what was typed.
+"""
 
 from __future__ import annotations
 
@@ -36,39 +39,32 @@ def runs(incomplete: str) -> Offers:
     """Names under `runs`, and paths of other runs."""
     from chaindiff.commands.catalogue import runs
 
-    names = [(name, str(path)) for name, path in runs().items() if name.startswith(incomplete)]
+    names = [(name, str(path)) for name, path in runs().items()]
     return names + [offer for offer in _paths(incomplete) if not offer[0].endswith((".yaml", ".yml"))]
 
 
-def groups(incomplete: str) -> Offers:
+def groups() -> Offers:
     from chaindiff.commands.catalogue import GROUPS, TITLES
 
-    return [(name, TITLES.get(name, name)) for name in GROUPS if name.startswith(incomplete)]
+    return [(name, TITLES.get(name, name)) for name in GROUPS]
 
 
-def stages(context: typer.Context, incomplete: str) -> Offers:
-    recipe = _recipe(context)
-    return [(n, s.description) for n, s in recipe.stages.items() if n.startswith(incomplete)] if recipe else []
+def stages(context: typer.Context) -> Offers:
+    return [(name, stage.description) for recipe in _recipe(context) for name, stage in recipe.stages.items()]
 
 
-def variables(context: typer.Context, incomplete: str) -> Offers:
-    recipe = _recipe(context)
-    return [(n, v.kind) for n, v in recipe.variables.items() if n.startswith(incomplete)] if recipe else []
+def variables(context: typer.Context) -> Offers:
+    return [(name, variable.kind) for recipe in _recipe(context) for name, variable in recipe.variables.items()]
 
 
-def assignments(context: typer.Context, incomplete: str) -> Offers:
+def assignments(context: typer.Context) -> Offers:
     """`--given NAME=`."""
-    return [(f"{name}=", kind) for name, kind in variables(context, incomplete)]
+    return [(f"{name}=", kind) for name, kind in variables(context)]
 
 
-def fields(context: typer.Context, incomplete: str) -> Offers:
+def fields(context: typer.Context) -> Offers:
     """`--set FIELD=`: every field of the recipe as it stands, with its value."""
-    recipe = _recipe(context)
-    return (
-        [offer for offer in _leaves(recipe.model_dump(mode="json")) if offer[0].startswith(incomplete)]
-        if recipe
-        else []
-    )
+    return [leaf for recipe in _recipe(context) for leaf in _leaves(recipe.model_dump(mode="json"))]
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -79,13 +75,13 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield f"{path}=", str(value)
 
 
-def _recipe(context: typer.Context) -> Any:
-    """The recipe on the command line so far; None if there is none or it is wrong, which the command will say."""
+def _recipe(context: typer.Context) -> list[Any]:
+    """The recipe on the command line so far; none if it is not there or wrong, which the command will say."""
     from chaindiff.specs.load import load_recipe
 
     # An option that still lacks its value ends the parser's work, and leaves the recipe among the arguments.
     words = [word for word in (context.params.get("recipe"), *context.args) if word]
     try:
-        return load_recipe(words[0], changes=context.params.get("changes") or ()).recipe if words else None
+        return [load_recipe(word, changes=context.params.get("changes") or ()).recipe for word in words[:1]]
     except (UserError, OSError):
-        return None
+        return []

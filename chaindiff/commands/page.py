@@ -24,35 +24,20 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
     ]
     rows = []
     for step in found.plan.steps:
-        name, spec = step.producer.name, recipe.stages.get(step.producer.name)
-        if step.producer.kind != "stage" or spec is None:
-            rows.append(StageRow(name, step.producer.kind))
+        name, kind = step.producer.name, step.producer.kind
+        if kind != "stage":
+            rows.append(StageRow(name, kind))
             continue
-        cost = found.costs[name]
-        reads = f" given {', '.join(step.inputs)}" if step.inputs else ""
-        rows.append(
-            StageRow(
-                name,
-                f"{', '.join(step.outputs)}{reads}",
-                (spec.network or spec).kind,
-                cost.parameters,
-                cost.nfe,
-                cost.total_flops / 1e9,
-                sampled.stage_seconds.get(name),
-            )
-        )
+        spec, cost = recipe.stages[name], found.costs[name]
+        what = f"{', '.join(step.outputs)}{' given ' * bool(step.inputs)}{', '.join(step.inputs)}"
+        network, gflops, seconds = (spec.network or spec).kind, cost.total_flops / 1e9, sampled.stage_seconds.get(name)
+        rows.append(StageRow(name, what, network, cost.parameters, cost.nfe, gflops, seconds))
     lock = sampled.lock
+    sampling = {name: getattr(recipe.sample, name) for name in ("seed", "count", "batch")}
     provenance = {
         "Weights (sha256)": lock["weights"],
         "Given (sha256)": lock["given"],
-        "Sampling": {
-            "seed": recipe.sample.seed,
-            "count": recipe.sample.count,
-            "batch": recipe.sample.batch,
-            "execution": lock["execution"],
-            "threads": lock["threads"],
-            "machine": lock["machine"],
-        },
+        "Sampling": {**sampling, **{name: lock[name] for name in ("execution", "threads", "machine")}},
         "Versions": lock["versions"],
     }
     page = Page(
@@ -62,8 +47,8 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
         found.svg(),
         pictures,
         rows,
-        sections=sections(assembly.out),
-        provenance=provenance,
-        recipe=(assembly.out / LOCK).read_text(),
+        sections(assembly.out),
+        provenance,
+        (assembly.out / LOCK).read_text(),
     )
     write_report(path, page)

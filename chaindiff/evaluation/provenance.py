@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -44,20 +43,10 @@ class Figure(BaseModel):
 LIKE = ("metric", "reference", "split", "count", "encoder", "encoder_identity", "resize")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """`b` minus `a`. `apart`: their intervals do not meet (None if one has none). `flattered`: `a` or `b`, whose chain
-    alone has the metric's encoder in it."""
+def check_alike(a: Figure, b: Figure) -> None:
+    """Raises UserError for figures that were not measured in the same way, naming the first field that differs.
 
-    value: float
-    apart: bool | None
-    flattered: str | None
-
-
-def compare(a: Figure, b: Figure) -> Difference:
-    """How figure b differs from figure a, both measured in the same way; seeds may differ.
-
-    Raises UserError for figures that are not alike, naming the first field that differs.
+    Seeds may differ.
     """
     for name in LIKE:
         ours, theirs = getattr(a, name), getattr(b, name)
@@ -66,8 +55,3 @@ def compare(a: Figure, b: Figure) -> Difference:
                 f"these figures cannot be compared: {name} is {ours!r} in one and {theirs!r} in the other",
                 hint=f"measure both with the same {name}",
             )
-    apart = None
-    if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
-        apart = a.high < b.low or b.high < a.low
-    flattered = None if a.in_chain == b.in_chain else "a" if a.in_chain else "b"
-    return Difference(b.value - a.value, apart, flattered)

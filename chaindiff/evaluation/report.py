@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import add, sub
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from chaindiff.show.page import Picture, Section
 
 METRICS = "metrics.json"
 FLATTERS = "* a judge of an architecture family that the chain itself uses: it flatters the chain"
+COPIES = (
+    "Distance to the nearest training image. Samples that copy training images lie nearer to them than held-out images "
+    "do. Closest pairs: a sample, then its nearest training image."
+)
 
 
 class Report:
@@ -46,15 +51,14 @@ class Report:
             for about, seed in zip(row.about, row.figures, strict=True)
             for figure in seed
         ]
-        judges = judges_of(results.rows)
         pictures = {}
         if len(results.rows) > 1:
             pictures["kid"] = kid_curves(results) if results.kind == "sweep" else kid_bars(results)
         self.add(results.title, provenance(results.rows), figures_table(results), **pictures)
         if results.kind == "links" and stages:
             note = "KID of the whole chain, split into what each stage's own samples add to it; 95% intervals."
-            self.add("Link by link", note + (f" {FLATTERS}." if any(judges.values()) else ""),
-                     link_costs(results, stages))  # fmt: skip
+            note += f" {FLATTERS}." * any(judges_of(results.rows).values())
+            self.add("Link by link", note, link_costs(results, stages))
 
     def add_memorisation(self, study: Study, row: Row) -> None:
         """Distances to the nearest training image, of samples beside those of held-out images."""
@@ -64,29 +68,20 @@ class Report:
                 self.add("Memorisation", "not measured: the data has no held-out split (`evaluate.held_out`)")
                 return
             table = [["measure", "value"], *([name, number(value)] for name, value in found.summary().items())]
-            self.add(
-                f"Memorisation, by {judge}",
-                "Distance to the nearest training image. Samples that copy training images lie nearer to them than "
-                "held-out images do. Closest pairs: a sample, then its nearest training image.",
-                table,
-                distances=plots.histograms(
-                    {"samples": found.samples.numpy(), "held-out images": found.held_out.numpy()},
-                    f"{judge}: nearest training image",
-                    "distance",
-                ),
-                pairs=png_bytes(grid(study.pairs(row, found), columns=8)),
-            )
+            sets = {"samples": found.samples.numpy(), "held-out images": found.held_out.numpy()}
+            distances = plots.histograms(sets, f"{judge}: nearest training image", "distance")
+            pairs = png_bytes(grid(study.pairs(row, found), columns=8))
+            self.add(f"Memorisation, by {judge}", COPIES, table, distances=distances, pairs=pairs)
 
     def add_priors(self, study: Study, row: Row) -> None:
         """Every sampled vector against held-out ones: a prior can be judged without an image."""
-        assembly = row.assembly
-        held = study.held(row)
+        if (held := study.held(row)) is None:
+            return
+        sets = [DataValues(row.assembly, x.data, self.folder / "data") for x in (held, study.data(row, None))]
         for name in row.made:
-            if assembly.variables[name].kind != "vector" or held is None:
+            if row.assembly.variables[name].kind != "vector":
                 continue
-            train = DataValues(assembly, study.data(row, None).data, self.folder / "data")
-            other = DataValues(assembly, held.data, self.folder / "data")
-            values = [v.of(name, range(len(v.data))) for v in (other, train)]
+            values = [v.of(name, range(len(v.data))) for v in sets]
             found = vector_report(study.vectors(row, name), *values)
             counts = f"{len(values[0]):,} held-out and {len(values[1]):,} training ones"
             note = f"{row.count:,} sampled '{name}' against {counts}."
@@ -149,7 +144,7 @@ def vector_table(found: dict[str, Any]) -> Table:
     lines = [["measure", "sampled", "held out: the floor", "training set"]]
     for name in ("frechet", "kid", "precision", "recall", "density", "coverage"):
         values = found[name] or {"sampled": None, "floor": None}
-        plain = [v["value"] if isinstance(v, dict) else v for v in (values["sampled"], values["floor"])]
+        plain = [v["value"] if isinstance(v, dict) else v for v in values.values()]
         lines.append([name, *("-" if v is None else number(v) for v in plain), ""])
     for name in ("norm", "cosine"):
         spread = [f"{number(found[name][k]['mean'])} (sd {number(found[name][k]['std'])})" for k in found[name]]
@@ -163,7 +158,7 @@ def vector_table(found: dict[str, Any]) -> Table:
 
 def kid_curves(results: Results) -> bytes:
     numeric = all(isinstance(x, int | float) for x in results.x)
-    x = [float(v) for v in results.x] if numeric else list(map(float, range(len(results.x))))
+    x = [float(v) for v in (results.x if numeric else range(len(results.x)))]
     judges = [judge for judge in judges_of(results.rows) if results.rows[0].of("kid", judge)]
     found = [plots.Curve(judge, x, *kid_of(results.rows, judge)) for judge in judges]
     return plots.curves(found, results.title, results.title.split(",")[0].split(".")[-1], "KID x1000")
@@ -176,10 +171,7 @@ def kid_bars(results: Results) -> bytes:
 
 
 def kid_of(rows: Sequence[Measured], judge: str) -> tuple[list[float], list[float], list[float]]:
-    scale, values, low, high = SCALE["kid"], [], [], []
-    for row in rows:
-        value, error = (row.mean("kid", judge) or 0.0) * scale, row.error("kid", judge) * scale
-        values.append(value)
-        low.append(value - 1.96 * error)
-        high.append(value + 1.96 * error)
-    return values, low, high
+    """The value of every row, and the ends of its 95% interval."""
+    values = [SCALE["kid"] * (row.mean("kid", judge) or 0.0) for row in rows]
+    spreads = [SCALE["kid"] * 1.96 * row.error("kid", judge) for row in rows]
+    return values, list(map(sub, values, spreads)), list(map(add, values, spreads))

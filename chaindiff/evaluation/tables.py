@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
-from chaindiff.evaluation.provenance import Figure, compare
+from chaindiff.evaluation.provenance import Figure, check_alike
 
 Table = list[list[str]]
 SCALE = {"kid": 1000.0}  # KID is shown in thousandths
@@ -45,10 +45,9 @@ class Measured:
         """Standard error of the mean over seeds: of the seeds' scatter, or of the figures' own intervals if larger."""
         found = self.of(metric, judge)
         own = [(f.high - f.low) / 3.92 for f in found if f.low is not None and f.high is not None]
-        within = math.sqrt(sum(e**2 for e in own)) / len(found) if own else 0.0
-        values = [f.value for f in found]
-        between = math.sqrt(sum((v - fmean(values)) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0
-        return max(within, between / math.sqrt(len(values)) if values else 0.0)
+        within = math.hypot(*own) / len(found) if own else 0.0
+        between = stdev(f.value for f in found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+        return max(within, between)
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,16 @@ def link_costs(results: Results, stages: Sequence[str], metric: str = "kid") -> 
     measured stage's own, add up to the whole. 95% intervals by error propagation.
     """
     by_label = {row.label: row for row in results.rows}
-    ladder = [by_label["the whole chain"]]
-    named = []
-    for count in range(1, len(stages) + 1):
-        row = by_label.get(f"{', '.join(stages[:count])} from the data") or by_label.get(
-            f"{stages[count - 1]} from the data"
-        )
-        if row is not None:
-            ladder.append(row)
-            named.append(stages[count - 1])
-    judges = {j: own for j, own in judges_of(results.rows).items() if ladder[0].of(metric, j)}
+    whole = last = by_label["the whole chain"]
+    judges = {j: own for j, own in judges_of(results.rows).items() if whole.of(metric, j)}
     lines = [["stage", *(f"{NAMES[metric]} {judge}{'*' if own else ''}" for judge, own in judges.items())]]
-    for name, before, after in zip(named, ladder, ladder[1:], strict=False):
-        lines.append([f"{name}: sampled, not from the data", *(difference(before, after, metric, j) for j in judges)])
-    lines.append(["all else: the last stage, given the data's values", *(cell(ladder[-1], metric, j) for j in judges)])
-    return [*lines, ["the whole chain", *(cell(ladder[0], metric, j) for j in judges)]]
+    for count, stage in enumerate(stages, 1):
+        row = by_label.get(f"{', '.join(stages[:count])} from the data") or by_label.get(f"{stage} from the data")
+        if row is not None:
+            lines.append([f"{stage}: sampled, not from the data", *(difference(last, row, metric, j) for j in judges)])
+            last = row
+    lines.append(["all else: the last stage, given the data's values", *(cell(last, metric, j) for j in judges)])
+    return [*lines, ["the whole chain", *(cell(whole, metric, j) for j in judges)]]
 
 
 def difference(before: Measured, after: Measured, metric: str, judge: str) -> str:
@@ -133,18 +127,17 @@ def difference(before: Measured, after: Measured, metric: str, judge: str) -> st
     a, b, scale = before.mean(metric, judge), after.mean(metric, judge), SCALE.get(metric, 1.0)
     if a is None or b is None:
         return "-"
-    compare(before.of(metric, judge)[0], after.of(metric, judge)[0])
+    check_alike(before.of(metric, judge)[0], after.of(metric, judge)[0])
     error = math.hypot(before.error(metric, judge), after.error(metric, judge))
     return f"{number((a - b) * scale)} ± {number(1.96 * error * scale)}"
 
 
 def markdown(table: Table) -> str:
     head, *rows = table
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def plain(table: Table) -> str:
     """Columns aligned with spaces, for a terminal."""
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in table)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)

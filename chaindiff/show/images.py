@@ -15,11 +15,8 @@ from torch import Tensor
 
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import write_whole
-from chaindiff.show.drawing import Arrow, Box, chain_png, chain_svg
 
 LINE = 14  # pixels of a line under a picture
-
-__all__ = ["Arrow", "Box", "chain_png", "chain_svg", "grid", "png_bytes", "save_png", "to_image", "to_uint8"]
 
 
 def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

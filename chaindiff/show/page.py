@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
-from importlib.resources import files
-from string import Template
-from typing import TypeVar
 
 from chaindiff.io.files import write_whole
-
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -74,93 +68,24 @@ def write_report(path: str | os.PathLike[str], page: Page) -> None:
 
 def html(page: Page) -> str:
     """The page as one self-contained HTML document."""
-    body = "\n".join(part for part in _parts(page) if part)
-    template = files("chaindiff").joinpath("report_template.html").read_text(encoding="utf-8")
-    return Template(template).substitute(title=escape(page.title), body=body)
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # which only pages need
+
+    templates = Environment(loader=PackageLoader("chaindiff", "show"), autoescape=True, undefined=StrictUndefined)
+    templates.keep_trailing_newline = True
+    templates.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return templates.get_template("page.html.jinja").render(page=page, stages=_stage_table(page.stages))
 
 
-def _parts(page: Page) -> Iterable[str]:
-    if page.banner:
-        yield f'<p class="banner" role="note">{escape(page.banner)}</p>'
-    yield f"<h1>{escape(page.title)}</h1>"
-    if page.description:
-        yield f'<p class="description">{escape(page.description)}</p>'
-    if page.chain_svg:  # as an image: whatever it holds, nothing in it runs
-        image = _image("image/svg+xml", page.chain_svg.encode(), "the chain, from left to right")
-        yield f'<h2>Chain</h2>\n<div class="wide chain">{image}</div>'
-    if page.pictures:
-        yield f'<h2>Samples</h2>\n<div class="grids">{"".join(map(_figure, page.pictures))}</div>'
-    if page.stages:
-        yield f'<h2>Plan and cost</h2>\n<div class="wide">{_stage_table(page.stages)}</div>'
-    for section in page.sections:
-        yield from _section(section)
-    for heading, entries in page.provenance.items():
-        if entries:
-            yield f"<h2>{escape(heading)}</h2>\n{_definitions(entries)}"
-    if page.recipe:
-        yield f"<details><summary>The locked recipe</summary>\n<pre>{escape(page.recipe)}</pre></details>"
-
-
-def _section(section: Section) -> Iterable[str]:
-    yield f"<h2>{escape(section.title)}</h2>"
-    if section.note:
-        yield f'<p class="description">{escape(section.note)}</p>'
-    if section.table:
-        head, *rows = (
-            "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
-            for tag, row in zip(("th", *["td"] * len(section.table)), section.table, strict=False)
-        )
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        yield f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    if section.pictures:
-        yield f'<div class="grids smooth">{"".join(map(_figure, section.pictures))}</div>'
-
-
-def _image(kind: str, data: bytes, alt: str) -> str:
-    return f'<img src="data:{kind};base64,{base64.b64encode(data).decode()}" alt="{escape(alt)}">'
-
-
-def _figure(picture: Picture) -> str:
-    caption = f" · {escape(picture.caption)}" if picture.caption else ""
-    image = _image("image/png", picture.png, picture.title)
-    return f"<figure><figcaption><b>{escape(picture.title)}</b>{caption}</figcaption>{image}</figure>"
-
-
-def _definitions(entries: Mapping[str, object]) -> str:
-    rows = (f'<dt>{escape(str(k))}</dt><dd class="mono">{escape(_plain(v))}</dd>' for k, v in entries.items())
-    return f"<dl>{''.join(rows)}</dl>"
-
-
-def _plain(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _stage_table(stages: Sequence[StageRow]) -> str:
-    """Costs per stage with their shares; a share or a total needs every stage's number."""
-    gflops, seconds = _total(s.gflops for s in stages), _total(s.seconds for s in stages)
-    parameters, nfe = _total(s.parameters for s in stages), _total(s.nfe for s in stages)
-    titles = ("stage", "generates", "network", "parameters", "NFE", "GFLOPs per sample", "share", "seconds")
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} class="number">{escape(c)}</{tag}>' if i > 2 else f"<{tag}>{escape(c)}</{tag}>"
-            for i, c in enumerate(cells)
-        )
-
-    lines = [f"<thead><tr>{row('th', titles)}</tr></thead><tbody>"]
-    for s in stages:
-        share = f"{s.gflops / gflops:.0%}" if gflops and s.gflops is not None else "–"
-        cells = (s.name, s.what, s.network, count(s.parameters), _whole(s.nfe), _digits(s.gflops), share)
-        lines.append(f"<tr>{row('td', (*cells, _digits(s.seconds)))}</tr>")
-    whole = "100%" if gflops else "–"
-    total = ("total", "", "", count(parameters), _whole(nfe), _digits(gflops), whole, _digits(seconds))
-    lines.append(f"</tbody><tfoot><tr>{row('td', total)}</tr></tfoot>" if len(stages) > 1 else "</tbody>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _total(values: Iterable[Number | None]) -> Number | None:
-    known = list(values)
-    return None if None in known else sum(v for v in known if v is not None)  # type: ignore[return-value]
+def _stage_table(stages: Sequence[StageRow]) -> Sequence[Sequence[str]]:
+    """Titles, costs per stage with their shares, and totals; a share or a total needs every stage's number."""
+    known = ([getattr(s, name) for s in stages] for name in ("parameters", "nfe", "gflops", "seconds"))
+    total = StageRow("total", "", "", *(None if None in values else sum(values) for values in known))
+    lines = [("stage", "generates", "network", "parameters", "NFE", "GFLOPs per sample", "share", "seconds")]
+    for s in (*stages, total):
+        share = f"{s.gflops / total.gflops:.0%}" if total.gflops and s.gflops is not None else "–"
+        cells = (s.name, s.what, s.network, count(s.parameters), _digits(s.nfe), _digits(s.gflops), share)
+        lines.append((*cells, _digits(s.seconds)))
+    return lines
 
 
 def count(number: int | None) -> str:
@@ -173,9 +98,8 @@ def count(number: int | None) -> str:
     return str(number)
 
 
-def _whole(number: int | None) -> str:
-    return "–" if number is None else f"{number:,}"
-
-
 def _digits(number: float | None) -> str:
-    return "–" if number is None else f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+    """Three digits, or all of a whole number or one from a thousand on."""
+    if number is None:
+        return "–"
+    return f"{number:,.0f}" if isinstance(number, int) or number >= 1000 else f"{number:.3g}"

@@ -31,11 +31,8 @@ def curves(given: Sequence[Curve], title: str, x_title: str, y_title: str, log: 
     """Curves with their intervals; settings that are not numbers should come as 0, 1, 2 ..."""
     canvas, axes = _axes(title, x_title, y_title)
     for curve, colour in zip(given, COLOURS * len(given), strict=False):
-        value = np.asarray(curve.value)
-        spread = np.abs(np.stack([value - np.asarray(curve.low), np.asarray(curve.high) - value]))
-        axes.errorbar(
-            curve.x, value, spread, label=curve.label, color=colour, marker="o", markersize=4, capsize=3, linewidth=1.5
-        )
+        look = {"color": colour, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.5}
+        axes.errorbar(curve.x, curve.value, _spread(curve.value, curve.low, curve.high), label=curve.label, **look)
     if log:
         axes.set_xscale("log", base=2)
         points = sorted({x for curve in given for x in curve.x})
@@ -58,11 +55,14 @@ def histograms(parts: Mapping[str, Float[np.ndarray, " n"]], title: str, x_title
 def bars(values: Mapping[str, tuple[float, float, float]], title: str, x_title: str) -> bytes:
     """One bar a row, (value, low, high), the first on top."""
     canvas, axes = _axes(title, x_title, "", height=1.2 + 0.38 * len(values))
-    names, numbers = list(values), np.array(list(values.values()))
-    spread = np.abs(np.stack([numbers[:, 0] - numbers[:, 1], numbers[:, 2] - numbers[:, 0]]))
-    axes.barh(names, numbers[:, 0], xerr=spread, color=COLOURS[0], alpha=0.8, capsize=3)
+    value, low, high = zip(*values.values(), strict=True)
+    axes.barh(list(values), value, xerr=_spread(value, low, high), color=COLOURS[0], alpha=0.8, capsize=3)
     axes.invert_yaxis()
     return _png(canvas)
+
+
+def _spread(value: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Float[np.ndarray, "2 n"]:
+    return np.abs(np.subtract([value, high], [low, value]))
 
 
 def _axes(title: str, x_title: str, y_title: str, height: float = 3.4):  # type: ignore[no-untyped-def]
@@ -79,8 +79,6 @@ def _axes(title: str, x_title: str, y_title: str, height: float = 3.4):  # type:
 
 
 def _png(canvas: Canvas) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     buffer = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(buffer)
+    canvas.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -31,20 +31,18 @@ class Metrics:
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["images"] <= images]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
-        append(self.board, event(images, file_version="brain.Event:2"))
-        append(self.board, event(images + 1, session_log=SessionLog(status=SessionLog.START)))  # hides what was after
+        self._event(images, file_version="brain.Event:2")
+        self._event(images + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was after
 
     def write(self, images: int, **values: float) -> None:
         append(self.path, (json.dumps({"images": images, **values}) + "\n").encode())
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        append(self.board, event(images, summary=Summary(value=scalars)))
+        self._event(images, summary=Summary(value=scalars))
 
-
-def event(images: int, **what: Any) -> bytes:
-    """A record of TensorBoard's event files."""
-    record = io.BytesIO()
-    RecordWriter(record).write(Event(step=images, wall_time=time.time(), **what).SerializeToString())
-    return record.getvalue()
+    def _event(self, images: int, **what: Any) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(step=images, wall_time=time.time(), **what).SerializeToString())
+        append(self.board, record.getvalue())
 
 
 def append(path: Path, data: bytes) -> None:
