@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from chaindiff.specs.fields import models
+from chaindiff.specs.fields import limit, models
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import StageSpec
 
@@ -31,7 +31,6 @@ given value, `*` means all of them: `--set "stages.*.sample.steps=20"`. The fiel
 *This page is generated: `python -m chaindiff.specs.reference > docs/recipe-reference.md`.*
 """
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
-_SIGNS = {Gt: ("above", "gt"), Ge: ("at least", "ge"), Lt: ("below", "lt"), Le: ("at most", "le")}
 
 
 def page() -> str:
@@ -81,9 +80,7 @@ def _section(model: type[BaseModel]) -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    limits = [f"{_SIGNS[type(m)][0]} {getattr(m, _SIGNS[type(m)][1]):g}" for m in field.metadata if type(m) in _SIGNS]
-    kind = " ".join([_type(field.annotation), ", ".join(limits)]).strip()
-    cells = [f"`{name}`", kind, _default(field), field.description or ""]
+    cells = [f"`{name}`", _limited(field.annotation, field.metadata), _default(field), field.description or ""]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |".replace("|  |", "| |")
 
 
@@ -101,8 +98,7 @@ def _type(annotation: Any) -> str:
     """A type in words, models as links to their sections."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        limits = [f"{_SIGNS[type(m)][0]} {getattr(m, _SIGNS[type(m)][1]):g}" for m in _metadata(arguments[1:])]
-        return " ".join([_type(arguments[0]), ", ".join(limits)]).strip()
+        return _limited(arguments[0], arguments[1:])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is Union or type(annotation).__name__ == "UnionType":
@@ -118,10 +114,11 @@ def _type(annotation: Any) -> str:
     return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-def _metadata(parts: Any) -> list[Any]:
-    """Limits of a number, whether given bare or within pydantic's Field."""
-    found = [m for part in parts for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
-    return [m for m in found if type(m) in _SIGNS]
+def _limited(annotation: Any, metadata: Sequence[Any]) -> str:
+    """A type and the limits of its numbers, whether given bare or within pydantic's Field."""
+    parts = [m for part in metadata for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
+    limits = [limit(asdict(part)) for part in parts if is_dataclass(part)]
+    return " ".join([_type(annotation), ", ".join(filter(None, limits))]).strip()
 
 
 if __name__ == "__main__":

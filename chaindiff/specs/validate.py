@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.specs.base import PROBLEM
 from chaindiff.specs.code import CODE
-from chaindiff.specs.fields import child, kinds, model_of, tagged
+from chaindiff.specs.fields import child, kinds, limit, model_of, tagged
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import Node, describe, wrap
 
@@ -28,14 +29,6 @@ _EXPECTED = {
     "tuple": "a list",
     "dict": "fields (a mapping)",
     "model": "fields (a mapping)",
-}
-
-_LIMITS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "greater_than": lambda c: f"above {c['gt']:g}",
-    "greater_than_equal": lambda c: f"at least {c['ge']:g}",
-    "less_than": lambda c: f"below {c['lt']:g}",
-    "less_than_equal": lambda c: f"at most {c['le']:g}",
-    "finite_number": lambda c: "a finite number",
 }
 
 
@@ -133,13 +126,17 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
 
 def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> str:
     """What is wrong with a value, by pydantic's name for the error."""
+    if code == PROBLEM:
+        return message
     if code == "literal_error":
         names = [name for name in context["expected"].replace(" or ", ", ").replace("'", "").split(", ") if name]
         return f"{describe(value)} is not one of {', '.join(names)}" + (
             did_you_mean(value, names) if isinstance(value, str) else ""
         )
-    if code in _LIMITS:
-        return f"should be {_LIMITS[code](context)}, not {describe(value)}"
+    if code == "finite_number":
+        return f"should be a finite number, not {describe(value)}"
+    if bound := limit(context):
+        return f"should be {bound}, not {describe(value)}"
     if code == "string_pattern_mismatch" and CODE in context["pattern"]:
         ours = "'diffusion' or " if context["pattern"] != f"^{CODE}$" else ""
         return f"expected {ours}code of your own, as my_package.module:Name, not {describe(value)}"
