@@ -175,6 +175,9 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
         elif link.keep and (most := max(link.keep)) > variable.shape[0]:
             yield f"{field}.keep", f"{most} is more than the {variable.shape[0]} entries of '{link.variable}'"
 
+    links = {link.variable: link for link in stage.given}
+    yield from ((f"sample.{field}", problem) for field, problem in stage.sample.untrained(links))
+
 
 def _network(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
     """Whether the network fits what the stage generates; one of code says that itself when it is built."""

@@ -101,13 +101,12 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
         name, plain = os.path.join(name, LOCK), True
     # A bare word means a recipe or card of that name, never some file without a suffix.
     names = [name] if plain else [*([name] if os.path.basename(name) != name else []), f"{name}.yaml", f"{name}.yml"]
-    for root in _roots(near):
-        for folder in (root, root / _FOLDERS[what]):
-            for candidate in names:
-                if os.path.isfile(folder / candidate):
-                    return folder / candidate
-    for path in (folder / name for root in _roots(near) for folder in (root, root / _FOLDERS[what])):
-        if reason := _unfit(path, what):
+    folders = [folder for root in _roots(near) for folder in (root, root / _FOLDERS[what])]
+    for path in (folder / candidate for folder in folders for candidate in names):
+        if os.path.isfile(path):
+            return path
+    for folder in folders:
+        if reason := _unfit(folder / name, what):
             raise UserError(f"{source} {reason[0]}", where, reason[1])
     known = available(what, near)
     hint = f"`chaindiff list` shows all; a path such as {_FOLDERS[what]}/NAME.yaml is found too"

@@ -34,7 +34,7 @@ class UNetSpec(Spec):
 
     kind: Literal["unet"]
     arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
-    channels: PositiveInt = Field(default=128, le=16_384)
+    channels: Annotated[int, Field(gt=0, le=16_384)] = 128
     mult: list[UpToThousand] = Field(default=[1, 2, 2, 2], min_length=1)
     blocks: UpToThousand = 4
     attention: list[PositiveInt] = Field(default=[16], description="resolutions with self-attention")
@@ -54,9 +54,9 @@ class PriorSpec(Spec):
     """A DALL-E 2 style decoder-only transformer for vectors."""
 
     kind: Literal["prior"]
-    width: PositiveInt = Field(default=512, le=65_536)
+    width: Annotated[int, Field(gt=0, le=65_536)] = 512
     depth: UpToThousand = 6
-    heads: PositiveInt = Field(default=8, le=65_536)
+    heads: Annotated[int, Field(gt=0, le=65_536)] = 8
     dropout: Probability = 0.0
 
     def problems(self) -> Problems:
@@ -351,7 +351,7 @@ class SamplerSpec(Spec):
     """How to sample: EDM's independent choices of solver, steps, schedule and noise (section 3), and guidance."""
 
     solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "heun"
-    steps: PositiveInt = Field(default=18, le=100_000)
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 18
     discretisation: Literal["edm", "vp", "ve", "iddpm", "time"] = Field(
         default="edm",
         description="where the steps lie: as published with one formulation, or evenly in the schedule's time",
@@ -521,8 +521,6 @@ class StageSpec(Spec):
             if link.null == "learned" and not link.can_be_absent:
                 problem = "is never used: the link has no `dropout`, so its value is never absent in training"
                 yield f"given.{index}.null", problem
-        for field, problem in self.sample.untrained(dict(zip(names, self.given, strict=True))):
-            yield f"sample.{field}", problem
 
     def _of_levels(self) -> Problems:
         """Whether network, preconditioning and training noise belong together."""

@@ -92,11 +92,12 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
             annotation = tags[part]
             continue
         # What pydantic adds to the way: "[key]" for a field's name, or the alternative of a type that it tried.
-        added = part == "[key]" or model_of(annotation) is None
+        kind = tree.deepest(path).get("kind")
+        model = model_of(annotation, kind and kind.plain())
+        added = part == "[key]" or model is None
         if added and error["type"] != "missing" and tree.deepest(path).get(part) is None:
             continue
-        owner = model_of(annotation)
-        annotation = child(annotation, part)
+        owner, annotation = model, child(model or annotation, part)
         path.append(part)
     code, value, context = error["type"], error["input"], error.get("ctx", {})
 
