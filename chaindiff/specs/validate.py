@@ -99,30 +99,27 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
             continue
         owner, annotation = model, child(model or annotation, part)
         path.append(part)
-    code, value, context = error["type"], error["input"], error.get("ctx", {})
-
-    def at(place: Sequence[str | int], what: str) -> UserError:
-        return UserError(f"{dotted(place)}: {what}" if place else what, tree.deepest(place).where)
-
+    code, shown = error["type"], path
     if code == "extra_forbidden":
-        names = list(owner.model_fields) if owner else []
-        names += ["use"] if owner is StageSpec else []
-        tail = did_you_mean(str(path[-1]), names)
-        if path[-1] in MOVED:
-            link = tree.deepest(path[:-1]).get("variable")
-            tail = f"; it is said as sample.links.{link.value if link else 'NAME'}.{MOVED[str(path[-1])]} now"
-        problem = at(path[:-1], f"unknown field '{path[-1]}'{tail}")
-        problem.where = tree.deepest(path).where
-        return problem
-    if code == "missing":
-        lacks = f"field '{path[-1]}'" if isinstance(path[-1], str) else f"item {path[-1] + 1} of the list"
-        return at(path[:-1], f"missing {lacks}")
-    if code == "union_tag_not_found":
-        return at(path, f"missing field 'kind'; known: {', '.join(kinds(annotation))}")
-    if code == "union_tag_invalid":
-        said = context["tag"]
-        return at([*path, "kind"], f"unknown kind '{said}'{did_you_mean(said, kinds(annotation))}")
-    return at(path, _explain(code, value, context, error["msg"]))
+        *shown, last = path
+        names = [*(owner.model_fields if owner else ()), *(["use"] if owner is StageSpec else [])]
+        problem = f"unknown field '{last}'{did_you_mean(str(last), names)}"
+        if last in MOVED:
+            link = tree.deepest(shown).get("variable")
+            now = f"sample.links.{link.value if link else 'NAME'}.{MOVED[str(last)]}"
+            problem = f"unknown field '{last}'; it is said as {now} now"
+    elif code == "missing":
+        *shown, last = path
+        problem = f"missing field '{last}'" if isinstance(last, str) else f"missing item {last + 1} of the list"
+    elif code == "union_tag_not_found":
+        problem = f"missing field 'kind'; known: {', '.join(kinds(annotation))}"
+    elif code == "union_tag_invalid":
+        said = error["ctx"]["tag"]
+        path.append("kind")
+        problem = f"unknown kind '{said}'{did_you_mean(said, kinds(annotation))}"
+    else:
+        problem = _explain(code, error["input"], error.get("ctx", {}), error["msg"])
+    return UserError(f"{dotted(shown)}: {problem}" if shown else problem, tree.deepest(path).where)
 
 
 def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> str:
