@@ -200,7 +200,7 @@ def _network(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
 
 def _joint(network: JointNetworkSpec, names: Sequence[str], made: list[VariableSpec]) -> Problems:
     kinds = [variable.kind for variable in made]
-    if kinds.count("image") != 1 or kinds.count("vector") != len(kinds) - 1 or len(kinds) < 2:
+    if kinds.count("image") != 1 or kinds.count("vector") != len(kinds) - 1:
         listed = ", ".join(f"'{name}' ({kind})" for name, kind in zip(names, kinds, strict=True))
         yield "generates", f"a joint network generates one image and one or more vectors, not {listed}"
         return

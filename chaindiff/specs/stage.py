@@ -543,6 +543,9 @@ class StageSpec(Spec):
             for field, unused in (("joint", joint != JointSpec()), ("sample.offset", self.sample.offset != 0)):
                 if unused:
                     yield field, "is for stages that generate several variables together; this one generates one"
+            if isinstance(self.network, JointNetworkSpec):
+                alone = f"'{self.generates[0]}' alone" if self.generates else "one variable"
+                yield "generates", f"a joint network generates one image and one or more vectors, not {alone}"
             return
         if joint.exact + joint.pure > 1:
             yield "joint.pure", f"{joint.pure:g} and exact, {joint.exact:g}, should be no more than 1 together"
