@@ -30,8 +30,8 @@ class Spec(BaseModel):
     @model_validator(mode="after")
     def _validated(self) -> Self:
         found = [
-            InitErrorDetails(type=PydanticCustomError(PROBLEM, problem), loc=tuple(field.split(".")), input=None)
-            for field, problem in self.problems()
+            InitErrorDetails(type=PydanticCustomError(PROBLEM, problem), loc=(*path,), input=getattr(self, path[0]))
+            for path, problem in ((field.split("."), problem) for field, problem in self.problems())
         ]
         if found:
             raise ValidationError.from_exception_data(type(self).__name__, found)

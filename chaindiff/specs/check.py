@@ -81,7 +81,11 @@ def _variables(recipe: Recipe) -> Problems:
     for field, edges in (("encoder", encoded), ("decoder", _decoded(recipe))):
         if circle := _circle(edges):
             yield f"variables.{circle[0]}.{field}", f"{field}s read each other in a circle: {' -> '.join(circle)}"
-        elif deep := next((name for name in edges if _is_deep(name, edges)), None):
+            continue
+        depth: dict[str, int] = {}
+        for name in TopologicalSorter(edges).static_order():
+            depth[name] = 1 + depth[edges[name][0]] if name in edges else 0
+        if deep := next((name for name in edges if depth[name] > _DEEPEST), None):
             yield f"variables.{deep}.{field}", f"{field}s read each other more than {_DEEPEST} deep"
 
 
@@ -106,15 +110,6 @@ def _coder(coder: Encoder | Decoder, source: VariableSpec, variable: VariableSpe
 
 def _decoded(recipe: Recipe) -> dict[str, list[str]]:
     return {name: [v.decoder.of] for name, v in recipe.variables.items() if v.decoder is not None}
-
-
-def _is_deep(name: str, edges: Mapping[str, Sequence[str]]) -> bool:
-    """Whether too many in a row make a variable."""
-    for _ in range(_DEEPEST):
-        if name not in edges:
-            return False
-        (name,) = edges[name]
-    return name in edges
 
 
 # ---------------------------------------------------------------- stages
