@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from chaindiff.specs.code import OURS, THEIRS, CodeSpec, is_code
-
-_LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-
-
-def limit(names: Mapping[str, Any]) -> str:
-    """The limit of a number in words, by pydantic's name for it; empty if there is none."""
-    found = ((word, names[name]) for name, word in _LIMITS.items() if name in names)
-    return "".join(f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}" for word, bound in found)
 
 
 def options(annotation: Any) -> list[Any]:

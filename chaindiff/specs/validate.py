@@ -10,7 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.base import PROBLEM
 from chaindiff.specs.code import CODE
-from chaindiff.specs.fields import child, kinds, limit, model_of, tagged
+from chaindiff.specs.fields import child, kinds, model_of, tagged
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import Node, describe, wrap
 
@@ -30,6 +30,7 @@ _EXPECTED = {
     "dict": "fields (a mapping)",
     "model": "fields (a mapping)",
 }
+_LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def config(kind: Any, said: Any, where: str) -> Any:
@@ -133,7 +134,7 @@ def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> st
         )
     if code == "finite_number":
         return f"should be a finite number, not {describe(value)}"
-    if bound := limit(context):
+    if bound := next((f"{word} {context[name]:.7g}" for name, word in _LIMITS.items() if name in context), None):
         return f"should be {bound}, not {describe(value)}"
     if code == "string_pattern_mismatch" and CODE in context["pattern"]:
         ours = "'diffusion' or " if context["pattern"] != f"^{CODE}$" else ""
