@@ -30,8 +30,12 @@ class Spec(BaseModel):
     @model_validator(mode="after")
     def _validated(self) -> Self:
         found = [
-            InitErrorDetails(type=PydanticCustomError(PROBLEM, problem), loc=(*path,), input=getattr(self, path[0]))
-            for path, problem in ((field.split("."), problem) for field, problem in self.problems())
+            InitErrorDetails(
+                type=PydanticCustomError(PROBLEM, "{problem}", {"problem": problem}),
+                loc=tuple(field.split(".")),
+                input=getattr(self, field.partition(".")[0]),
+            )
+            for field, problem in self.problems()
         ]
         if found:
             raise ValidationError.from_exception_data(type(self).__name__, found)

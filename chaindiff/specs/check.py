@@ -68,10 +68,9 @@ def _variables(recipe: Recipe) -> Problems:
         path, encoder = f"variables.{name}", variable.encoder
         if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
             yield f"{path}.shape", f"images of the data have 3 channels (RGB), not {variable.shape[0]}"
-        named = isinstance(encoder, OpenClipSpec) and model_folder(encoder.model) is None
-        if named and encoder.model not in (known := known_models()):
-            problem = f"there is no open_clip model '{encoder.model}'{did_you_mean(encoder.model, known)}"
-            yield f"{path}.encoder.model", problem
+        model = encoder.model if isinstance(encoder, OpenClipSpec) else None
+        if model is not None and model_folder(model) is None and model not in (known := known_models()):
+            yield f"{path}.encoder.model", f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
         for field, coder in (("encoder", encoder), ("decoder", variable.decoder)):
             if coder is not None and not isinstance(coder, FileSpec):
                 source = recipe.variables.get(coder.of)

@@ -90,7 +90,7 @@ def _type(said: Any, models: Schema) -> str:
         case {"items": item}:
             return f"list of {_type(item, models)}"
         case {"patternProperties": values}:
-            return f"mapping of text to {_type(*values.values(), models)}"
+            return f"mapping of text to {_type(next(iter(values.values())), models)}"
         case {"additionalProperties": value}:
             return f"mapping of text to {_type(value, models)}"
         case {"type": kind}:

@@ -18,7 +18,6 @@ from pydantic import (
     TypeAdapter,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -488,11 +487,9 @@ class StageSpec(Spec):
             raise PydanticCustomError("missing", "Field required")
         return said
 
-    @model_validator(mode="after")
-    def _validated(self) -> StageSpec:
+    def model_post_init(self, context: Any) -> None:
         if "noise" not in self.model_fields_set:  # a frozen model is filled in as pydantic itself does it
             object.__setattr__(self, "noise", published_noise(self.precondition))
-        return super()._validated()
 
     def problems(self) -> Problems:
         yield from self._of_code()
@@ -529,12 +526,13 @@ class StageSpec(Spec):
             tail = f"leave `noise` out, or say precondition: {{kind: edm}}, which takes noise of kind {self.noise.kind}"
             problem = f"a network of kind {kind} knows the noise levels of {kind} with the same numbers alone; {tail}"
             yield "noise", problem
-        joint = isinstance(self.network, JointNetworkSpec)
-        network = self.network.image if joint else self.network
+        network, place = self.network, "network.arch"
+        if isinstance(network, JointNetworkSpec):
+            network, place = network.image, "network.image.arch"
         if isinstance(network, UNetSpec) and network.arch == "ncsnpp" and kind not in ("edm", "x0", "ve"):
             tail = f"but {kind} tells times up to 1000; use ddpmpp"
             problem = f"ncsnpp embeds the logarithm of a level (edm, x0, ve), {tail}"
-            yield "network.image.arch" if joint else "network.arch", problem
+            yield place, problem
 
     def _of_several(self) -> Problems:
         """Whether what is said of several variables has several to say it of."""
