@@ -15,7 +15,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationInfo,
     field_validator,
 )
@@ -170,11 +169,6 @@ Precondition = Annotated[
     Field(discriminator="kind"),
     _by_default("edm"),
 ]
-
-
-def precondition_of(kind: str) -> Precondition:
-    """The parametrisation of this kind as published."""
-    return TypeAdapter(Precondition).validate_python({"kind": kind})
 
 
 class NoiseSpec(Spec):
