@@ -106,7 +106,9 @@ def test_resize_encoder():
 
 @pytest.mark.parametrize("shape", [[3, 12, 10], [1, 12, 12], [12]])
 def test_resize_refuses_other_shapes(shape):
-    message = refusal(lambda: build_encoder("small", resizing([3, 24, 24], shape)))
+    variables = resizing([3, 24, 24], [3, 12, 12])
+    variables["small"] = variables["small"].model_copy(update={"shape": shape})  # unchecked
+    message = refusal(lambda: build_encoder("small", variables))
     assert f"variables.small.shape: an image of shape [3, 24, 24] cannot be resized to {shape}" in message
 
 
@@ -186,7 +188,9 @@ def test_shapes_that_do_not_fit(tiny):
     message = refusal(lambda: build_encoder("clip", specs(tiny, shape=9)))
     assert "variable 'clip' has shape [9], but the embedding of the model has 8 numbers" in message
     assert "set shape: [8]" in message
-    message = refusal(lambda: build_encoder("clip", specs(tiny, reduce={"kind": "pca", "k": 2})))
+    variables = specs(tiny, shape=2, reduce={"kind": "pca", "k": 2})
+    variables["clip"] = variables["clip"].model_copy(update={"shape": [8]})  # unchecked
+    message = refusal(lambda: build_encoder("clip", variables))
     assert "has shape [8], but the embedding reduced to 2 numbers" in message
 
 

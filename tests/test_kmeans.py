@@ -130,7 +130,9 @@ def test_a_label_is_the_nearest_centroid_and_a_vector_the_centroid_itself() -> N
 
 def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(UserError, match=r"shape \[6\], but its embeddings have 5 clusters"):
-        build_encoder("clusters", variables("label", 6))
+        fitting = variables("label", 5)
+        unfit = fitting["clusters"].model_copy(update={"shape": [6]})  # unchecked
+        build_encoder("clusters", {**fitting, "clusters": unfit})
     with pytest.raises(UserError, match=r"shape \[5\], but the embedding of the model has 128 numbers"):
         build_encoder("clusters", variables("vector", 5))
 

@@ -30,14 +30,15 @@ from chaindiff.specs.stage import (
     IddpmSpec,
     LogitNormalSpec,
     NoiseSpec,
+    Precondition,
     PriorSpec,
     SamplerSpec,
     StageSpec,
     UniformTimeSpec,
     VeSpec,
     VpSpec,
-    precondition_of,
 )
+from chaindiff.specs.validate import config
 
 KINDS = ["edm", "x0", "v", "flow", "vp", "ve", "iddpm"]
 SPREAD = 0.5  # sigma_data
@@ -54,7 +55,7 @@ LEVEL = {
 
 
 def built(kind: str):
-    return preconditioning(precondition_of(kind), SPREAD)
+    return preconditioning(config(Precondition, {"kind": kind}, "precondition"), SPREAD)
 
 
 @pytest.mark.parametrize("kind", ["edm", "vp", "ve", "iddpm"])

@@ -106,7 +106,7 @@ def test_settings_of_one_call_leave_the_stage_as_it_was() -> None:
         ),
         (
             {"stages": {"point": {"sampler": {"eta": 1.0}}}},
-            "stages.point.sample: eta is for ddim and dpmpp_2m; heun takes",
+            "point.sampler: eta: is for ddim and dpmpp_2m; heun takes",
         ),
         ({"stages": {"point": {"sampler": {"links": {"side": {"keep": 1}}}}}}, "links.side.keep: 1 was not trained"),
         (

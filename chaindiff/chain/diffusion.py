@@ -27,7 +27,6 @@ from chaindiff.edm.solvers import Churn, Step, Update, integrate, updates
 from chaindiff.guidance.classifier_free import classifier_free, guidance_terms
 from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition, Interface
-from chaindiff.specs.sampling import sampling_problems
 from chaindiff.specs.stage import (
     JointSpec,
     LinkSpec,
@@ -250,7 +249,7 @@ class Diffusion(nn.Module):
         if isinstance(found, Mapping):
             own = self.sampler.model_dump(exclude_unset=True)
             found = cast(SamplerSpec, config(SamplerSpec, {**own, **found}, f"{self.name}.sampler"))
-        for place, problem in sampling_problems({k.variable.name: k.spec for k in self.conditioner}, found):
+        for place, problem in found.untrained({k.variable.name: k.spec for k in self.conditioner}):
             raise UserError(problem, f"stages.{self.name}.sample.{place}")
         return found
 

@@ -1,20 +1,42 @@
-"""The base of every config object. Imports no torch."""
+"""The base of every config object, which says itself what is wrong with it. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+# Beyond these numbers nothing could be built, or even planned, in anybody's lifetime and memory.
+UpToThousand = Annotated[int, Field(gt=0, le=1_000)]
+UpToMillion = Annotated[int, Field(gt=0, le=1_000_000)]
+
+Problems = Iterator[tuple[str, str]]  # a field, dotted, and what is wrong with it
+PROBLEM = "problem"  # pydantic's name for what is wrong in our own words
 
 
 class Spec(BaseModel):
-    """Base of every config object: frozen, unknown fields refused, defaults validated."""
+    """Base of every config object: frozen, unknown fields refused, defaults validated, its fields fit each other."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    def problems(self) -> Problems:
+        """What is wrong with this object alone, beyond the types of its fields."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _validated(self) -> Self:
+        found = [
+            InitErrorDetails(
+                type=PydanticCustomError(PROBLEM, "{problem}", {"problem": problem}),
+                loc=tuple(field.split(".")),
+                input=getattr(self, field.partition(".")[0]),
+            )
+            for field, problem in self.problems()
+        ]
+        if found:
+            raise ValidationError.from_exception_data(type(self).__name__, found)
+        return self

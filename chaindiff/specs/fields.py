@@ -50,12 +50,10 @@ def model_of(annotation: Any, kind: Any = None) -> type[BaseModel] | None:
 
 def tagged(annotation: Any) -> dict[str, Any]:
     """The types that pydantic's tags stand for, those by which a union's members are told apart."""
-    found = models(annotation)
-    ours = [model for model in found if not issubclass(model, CodeSpec)]
-    if not ours or len(ours) == len(found):
-        return dict(kinds(annotation))
-    (theirs,) = (model for model in found if issubclass(model, CodeSpec))
-    return {OURS: Union[tuple(ours)], THEIRS: theirs}  # noqa: UP007 (of a tuple)
+    theirs = [model for model in models(annotation) if issubclass(model, CodeSpec)]
+    ours = [model for model in models(annotation) if model not in theirs]
+    # Of a tuple, `|` makes no union.
+    return {OURS: Union[tuple(ours)], THEIRS: theirs[0]} if ours and theirs else dict(kinds(annotation))  # noqa: UP007
 
 
 def child(annotation: Any, key: str | int, kind: Any = None) -> Any:

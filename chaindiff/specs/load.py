@@ -101,13 +101,12 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
         name, plain = os.path.join(name, LOCK), True
     # A bare word means a recipe or card of that name, never some file without a suffix.
     names = [name] if plain else [*([name] if os.path.basename(name) != name else []), f"{name}.yaml", f"{name}.yml"]
-    for root in _roots(near):
-        for folder in (root, root / _FOLDERS[what]):
-            for candidate in names:
-                if os.path.isfile(folder / candidate):
-                    return folder / candidate
-    for path in (folder / name for root in _roots(near) for folder in (root, root / _FOLDERS[what])):
-        if reason := _unfit(path, what):
+    folders = [folder for root in _roots(near) for folder in (root, root / _FOLDERS[what])]
+    for path in (folder / candidate for folder in folders for candidate in names):
+        if os.path.isfile(path):
+            return path
+    for folder in folders:
+        if reason := _unfit(folder / name, what):
             raise UserError(f"{source} {reason[0]}", where, reason[1])
     known = available(what, near)
     hint = f"`chaindiff list` shows all; a path such as {_FOLDERS[what]}/NAME.yaml is found too"
@@ -147,9 +146,8 @@ def _roots(near: Path | None) -> list[Path]:
 
 
 def _without_use(node: Node) -> Node:
-    if not isinstance(node.value, dict):
-        return node
-    return Node({key: part for key, part in node.value.items() if key != "use"}, node.where)
+    fields = node.value
+    return Node({k: v for k, v in fields.items() if k != "use"}, node.where) if isinstance(fields, dict) else node
 
 
 def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
@@ -166,12 +164,11 @@ def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
     for name, stage in said.fields("stages").items():
         use = stage.get("use")
         cards[name] = Node(_card(use, path, ()).value if use else {}, stage.where)
-    tree = Node({}, recipe.where)
-    for layer in (Node({"stages": Node(cards, said.deepest(["stages"]).where)}, None), recipe, *known):
-        bare = {name: _without_use(stage) for name, stage in layer.fields("stages").items()}
-        if bare:
-            layer = Node({**layer.value, "stages": Node(bare, layer.value["stages"].where)}, layer.where)
+    tree = Node({"stages": Node(cards, said.deepest(["stages"]).where)}, recipe.where)
+    for layer in (recipe, *known):
         tree = merge(tree, layer, Recipe)
+    stages = tree.fields("stages")
+    stages.update({name: _without_use(stage) for name, stage in stages.items()})
     return tree
 
 

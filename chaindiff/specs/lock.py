@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from chaindiff.io.files import write_whole
 from chaindiff.specs.load import LOCK
 from chaindiff.specs.recipe import Recipe
+from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import dump
 
 _STRICT = {"required", "discriminator"}
@@ -34,14 +34,10 @@ def write_lock(directory: Path, recipe: Recipe, extra: Mapping[str, Any]) -> Pat
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of recipe files. A stage that uses a card may leave out any field, at any depth."""
-    schema = Recipe.model_json_schema()
-    definitions = schema["$defs"]
-    partial: dict[str, Any] = {}
-    _relax("StageSpec", definitions, partial)
+    schema, part = Recipe.model_json_schema(), _partial(StageSpec.model_json_schema())
     use = {"type": "string", "description": "a stage card, by name or path; the fields beside it override the card's"}
-    part = partial["StageSpecPart"]
-    part["properties"] = {"use": use, **part["properties"]}
-    part["required"] = ["use"]
+    schema["$defs"] |= part.pop("$defs")
+    schema["$defs"]["StageSpecPart"] = {**part, "properties": {"use": use, **part["properties"]}, "required": ["use"]}
     stages = schema["properties"]["stages"]
     choice = {
         "if": {"required": ["use"]},
@@ -50,31 +46,18 @@ def json_schema() -> dict[str, Any]:
     }
     stages["patternProperties"] = dict.fromkeys(stages["patternProperties"], choice)
     stages["additionalProperties"] = False
-    definitions.update(partial)
     lock = {"type": "object", "description": "written by chaindiff: what a run resolved beside the recipe"}
     schema["properties"]["lock"] = lock
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _relax(name: str, definitions: Mapping[str, Any], partial: dict[str, Any]) -> str:
-    """Adds a copy of a definition in which no field is required, and of all that it refers to; returns its name."""
-    part = f"{name}Part"
-    if part not in partial:
-        partial[part] = {}
-        partial[part] = _relaxed(copy.deepcopy(definitions[name]), definitions, partial)
-    return part
+def _partial(schema: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a schema in which no field is required, its definitions and references renamed to NAMEPart."""
 
+    def relaxed(said: dict[str, Any]) -> dict[str, Any]:
+        # Without a required `kind` a mapping may fit several members of a union.
+        said = {"anyOf" if key == "oneOf" else key: value for key, value in said.items() if key not in _STRICT}
+        return said if "$ref" not in said else {**said, "$ref": f"{said['$ref']}Part"}
 
-def _relaxed(schema: Any, definitions: Mapping[str, Any], partial: dict[str, Any]) -> Any:
-    if isinstance(schema, list):
-        return [_relaxed(item, definitions, partial) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    # Without a required `kind` a mapping may fit several members of a union.
-    renamed = {"anyOf" if key == "oneOf" else key: value for key, value in schema.items() if key not in _STRICT}
-    for key, value in renamed.items():
-        if key == "$ref":
-            renamed[key] = f"#/$defs/{_relax(value.rsplit('/', 1)[1], definitions, partial)}"
-        elif key != "default":
-            renamed[key] = _relaxed(value, definitions, partial)
-    return renamed
+    copy = json.loads(json.dumps(schema), object_hook=relaxed)
+    return {**copy, "$defs": {f"{name}Part": below for name, below in copy["$defs"].items()}}

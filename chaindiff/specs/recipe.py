@@ -12,7 +12,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from chaindiff.specs.base import Name, Spec
+from chaindiff.specs.base import Name, Problems, Spec, UpToMillion
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
@@ -40,14 +40,14 @@ class PcaSpec(Spec):
     """The first k principal components of an encoder's output, fitted once on the training data."""
 
     kind: Literal["pca"]
-    k: PositiveInt
+    k: UpToMillion
 
 
 class KMeansSpec(Spec):
     """The nearest of k centroids, fitted once on the training data: its number for a label, itself for a vector."""
 
     kind: Literal["kmeans"]
-    k: PositiveInt
+    k: UpToMillion
     seed: NonNegativeInt = 0
 
 
@@ -103,6 +103,10 @@ class FileSpec(Spec):
         """What the numbers are, wherever the file lies."""
         return self.identity or PurePath(self.path).name
 
+    def problems(self) -> Problems:
+        if PurePath(self.path).suffix not in (".safetensors", ".npy"):
+            yield "path", f"expected a .safetensors or .npy file, not '{self.path}'"
+
 
 Encoder = Annotated[
     Annotated[ResizeSpec | OpenClipSpec | FileSpec, Field(discriminator="kind"), Ours]
@@ -127,12 +131,21 @@ Decoder = Annotated[Annotated[EnlargeSpec, Ours] | Annotated[CodeEncoderSpec, Th
 
 # ---------------------------------------------------------------- variables
 
+SHAPES = {
+    "image": "[channels, height, width]",
+    "vector": "[elements]",
+    "tokens": "[length, width]",
+    "label": "[number of classes]",
+    "text": "[]",
+}
+A = {"image": "an image", "vector": "a vector", "tokens": "tokens", "label": "a label", "text": "a text"}
+
 
 class VariableSpec(Spec):
     """A named random quantity of the chain."""
 
     kind: Literal["image", "vector", "tokens", "label", "text"]
-    shape: list[PositiveInt] = []
+    shape: list[UpToMillion] = []
     encoder: Encoder | None = None
     decoder: Decoder | None = Field(default=None, description="makes it of a generated variable, such as a latent")
     source: Literal["empirical", "uniform", "given"] | None = Field(
@@ -148,6 +161,41 @@ class VariableSpec(Spec):
         """The variable that the encoder reads, if there is one."""
         return None if self.encoder is None or isinstance(self.encoder, FileSpec) else self.encoder.of
 
+    def problems(self) -> Problems:
+        kind, shape, encoder = self.kind, self.shape, self.encoder
+        if len(shape) != (0 if kind == "text" else SHAPES[kind].count(",") + 1):
+            yield "shape", f"expected {SHAPES[kind]} for kind {kind}, not {shape}"
+            return
+        if kind == "image" and shape[1] != shape[2]:
+            yield "shape", f"images are square, not {shape[1]} x {shape[2]}"
+        if isinstance(encoder, FileSpec) and kind not in ("vector", "label"):
+            yield "encoder.kind", f"a file holds vectors, or what becomes clusters, not {A[kind]}"
+        elif isinstance(encoder, OpenClipSpec | FileSpec) and kind in ("vector", "label"):
+            yield from self._of_reducer(encoder)
+        if self.of is not None and kind not in ("label", "text"):
+            yield "of", f"only a label or a text is read from a field of the data, not a variable of kind {kind}"
+        elif self.of is not None and encoder is not None:
+            yield "of", "is never used: this variable comes of its encoder, not of a field of the data"
+        if self.source in ("uniform", "empirical") and kind != "label":
+            how = "uniformly" if self.source == "uniform" else "from the data"
+            yield "source", f"only a label can be drawn {how}, not {A[kind]}"
+        elif self.source == "empirical" and isinstance(encoder, CodeEncoderSpec):
+            yield "source", "how often the encoder's own code makes which class is not known; use uniform"
+
+    def _of_reducer(self, encoder: OpenClipSpec | FileSpec) -> Problems:
+        """What is wrong with the way from an embedding to the variable."""
+        reduce, size = encoder.reduce, self.shape[0]
+        if self.kind == "vector":
+            if isinstance(reduce, PcaSpec) and reduce.k != size:
+                yield "encoder.reduce.k", f"{reduce.k} components do not make a vector of shape {self.shape}"
+        elif not isinstance(reduce, KMeansSpec):
+            problem = f"an embedding becomes a label as the nearest of its clusters: {{kind: kmeans, k: {size}}}"
+            yield "encoder.reduce", problem
+        elif reduce.k != size:
+            yield "encoder.reduce.k", f"{reduce.k} clusters do not make a label of {size} classes"
+        elif encoder.scaling == "raw":
+            yield "encoder.scaling", "is never used: the number of a cluster is not scaled"
+
 
 class SampleSpec(Spec):
     want: list[Name] = []
@@ -158,7 +206,7 @@ class SampleSpec(Spec):
     )
     count: PositiveInt = 64
     seed: NonNegativeInt = 0
-    batch: PositiveInt = 64
+    batch: UpToMillion = 64
     exact: bool = Field(default=False, description="pad every call to one tile: bit-identical for any batch size")
     execution: Literal["auto", "eager", "compile"] = "auto"
     precision: Literal["float32", "bf16"] = Field(

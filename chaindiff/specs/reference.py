@@ -1,20 +1,13 @@
-"""The reference of recipes, written from their schema: `python -m chaindiff.specs.reference` prints it."""
+"""The reference of recipes, written from their JSON Schema: `python -m chaindiff.specs.reference` prints it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from types import NoneType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
-from chaindiff.specs.fields import models
 from chaindiff.specs.recipe import Recipe
-from chaindiff.specs.stage import StageSpec
 
 HEAD = """# Recipe reference
 
@@ -30,98 +23,80 @@ given value, `*` means all of them: `--set "stages.*.sample.steps=20"`. The fiel
 
 *This page is generated: `python -m chaindiff.specs.reference > docs/recipe-reference.md`.*
 """
-_PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
-_SIGNS = {Gt: ("above", "gt"), Ge: ("at least", "ge"), Lt: ("below", "lt"), Le: ("at most", "le")}
+_PLAIN = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+_LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
+
+Schema = Mapping[str, Any]
 
 
 def page() -> str:
     """The page in Markdown: a section for every model, in the order in which a reader meets them."""
-    return "\n".join([HEAD, *(_section(model) for model in _reached(Recipe, []))])
+    recipe = Recipe.model_json_schema()
+    models = {"Recipe": recipe, **recipe["$defs"]}
+    return "\n".join([HEAD, *(_section(name, models) for name in _reached("Recipe", models, []))])
 
 
-def _reached(model: type[BaseModel], seen: list[type[BaseModel]]) -> list[type[BaseModel]]:
+def _reached(name: str, models: Schema, seen: list[str]) -> list[str]:
     """The model and all that its fields may hold, depth first, each once."""
-    if model not in seen:
-        seen.append(model)
-        for field in model.model_fields.values():
-            for below in _models(field.annotation):
-                _reached(below, seen)
+    if name not in seen:
+        seen.append(name)
+        for below in re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(models[name]["properties"])):
+            _reached(below, models, seen)
     return seen
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a type mentions at any depth."""
-    yield from (found := models(annotation))
-    if not found:
-        for part in get_args(annotation):
-            yield from _models(part)
-
-
-def title(model: type[BaseModel]) -> str:
+def _title(name: str, models: Schema) -> str:
     """A heading: the model's name, and the `kind` that chooses it where others may stand."""
-    name = model.__name__.removesuffix("Spec").lower()
-    kind = model.model_fields.get("kind")
-    choices = get_args(kind.annotation) if kind else ()
-    return f"{name} (`kind: {choices[0]}`)" if len(choices) == 1 else name
+    kind = models[name]["properties"].get("kind", {}).get("const")
+    return name.removesuffix("Spec").lower() + (f" (`kind: {kind}`)" if kind else "")
 
 
-def _anchor(model: type[BaseModel]) -> str:
-    return "".join(c for c in title(model).lower().replace(" ", "-") if c.isalnum() or c in "-_")
-
-
-def _section(model: type[BaseModel]) -> str:
-    lines = [f"## {title(model)}", ""]
-    if model.__doc__:
-        lines += [" ".join(model.__doc__.split()), ""]
+def _section(name: str, models: Schema) -> str:
+    model = models[name]
+    lines = [f"## {_title(name, models)}", ""]
+    if "description" in model:
+        lines += [" ".join(model["description"].split()), ""]
     lines += ["| field | type | default | |", "|---|---|---|---|"]
-    if model is StageSpec:
+    if name == "StageSpec":
         lines.append("| `use` | text | none | a stage card, by name or path; these fields go over the card's |")
-    lines += [_row(name, field) for name, field in model.model_fields.items()]
+    for field, said in model["properties"].items():
+        default = "**required**" if field in model.get("required", ()) else _default(said["default"])
+        cells = [f"`{field}`", _type(said, models), default, said.get("description", "")]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |".replace("|  |", "| |"))
     return "\n".join([*lines, ""])
 
 
-def _row(name: str, field: FieldInfo) -> str:
-    limits = [f"{_SIGNS[type(m)][0]} {getattr(m, _SIGNS[type(m)][1]):g}" for m in field.metadata if type(m) in _SIGNS]
-    kind = " ".join([_type(field.annotation), ", ".join(limits)]).strip()
-    cells = [f"`{name}`", kind, _default(field), field.description or ""]
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |".replace("|  |", "| |")
+def _default(value: Any) -> str:
+    if value is None:
+        return "none"
+    return "its defaults" if isinstance(value, dict) and value else f"`{json.dumps(value)}`"
 
 
-def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
-        return "**required**"
-    value = field.default
-    if isinstance(value, BaseModel):
-        said = value.model_dump(mode="json", exclude_defaults=True)
-        return f"`{json.dumps(said)}`" if said else "its defaults"
-    return "none" if value is None else f"`{json.dumps(value)}`"
-
-
-def _type(annotation: Any) -> str:
+def _type(said: Any, models: Schema) -> str:
     """A type in words, models as links to their sections."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        limits = [f"{_SIGNS[type(m)][0]} {getattr(m, _SIGNS[type(m)][1]):g}" for m in _metadata(arguments[1:])]
-        return " ".join([_type(arguments[0]), ", ".join(limits)]).strip()
-    if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin is Union or type(annotation).__name__ == "UnionType":
-        return " or ".join(dict.fromkeys(_type(part) for part in arguments if part is not NoneType))
-    if origin is list:
-        return f"list of {_type(arguments[0])}"
-    if origin is tuple:
-        return f"list: {', '.join(map(_type, arguments))}"
-    if origin is dict:
-        return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[{title(annotation).replace('`', '')}](#{_anchor(annotation)})"
-    return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _metadata(parts: Any) -> list[Any]:
-    """Limits of a number, whether given bare or within pydantic's Field."""
-    found = [m for part in parts for m in (part.metadata if isinstance(part, FieldInfo) else [part])]
-    return [m for m in found if type(m) in _SIGNS]
+    match said:
+        case {"$ref": reference}:
+            title = _title(reference.rpartition("/")[2], models).replace("`", "")
+            anchor = re.sub(r"[^\w-]", "", title.replace(" ", "-"))
+            return f"[{title}](#{anchor})"
+        case {"enum": choices}:
+            return ", ".join(f"`{choice}`" for choice in choices)
+        case {"const": choice}:
+            return f"`{choice}`"
+        case {"anyOf": parts} | {"oneOf": parts}:
+            return " or ".join(dict.fromkeys(_type(part, models) for part in parts if part != {"type": "null"}))
+        case {"prefixItems": parts}:
+            return f"list: {', '.join(_type(part, models) for part in parts)}"
+        case {"items": item}:
+            return f"list of {_type(item, models)}"
+        case {"patternProperties": values}:
+            return f"mapping of text to {_type(next(iter(values.values())), models)}"
+        case {"additionalProperties": value}:
+            return f"mapping of text to {_type(value, models)}"
+        case {"type": kind}:
+            limits = ", ".join(f"{word} {said[name]:.7g}" for name, word in _LIMITS.items() if name in said)
+            return f"{_PLAIN[kind]} {limits}".strip()
+    return "anything"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -14,15 +15,14 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from chaindiff.specs.base import Name, Probability, Spec
-from chaindiff.specs.code import CODE, OURS_OR_CODE, CodeSpec, Ours, Theirs
+from chaindiff.io.errors import did_you_mean
+from chaindiff.specs.base import Name, Probability, Problems, Spec, UpToMillion, UpToThousand
+from chaindiff.specs.code import CODE, OURS_OR_CODE, CodeSpec, Ours, Theirs, is_code
 
 # ---------------------------------------------------------------- networks
 
@@ -32,9 +32,9 @@ class UNetSpec(Spec):
 
     kind: Literal["unet"]
     arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
-    channels: PositiveInt = 128
-    mult: list[PositiveInt] = [1, 2, 2, 2]
-    blocks: PositiveInt = 4
+    channels: Annotated[int, Field(gt=0, le=16_384)] = 128
+    mult: list[UpToThousand] = Field(default=[1, 2, 2, 2], min_length=1)
+    blocks: UpToThousand = 4
     attention: list[PositiveInt] = Field(default=[16], description="resolutions with self-attention")
     dropout: Probability = 0.1
     label_init: Literal["published", "zeros"] = Field(
@@ -43,15 +43,23 @@ class UNetSpec(Spec):
         "told, like VCDM from the weights of an unconditional network",
     )
 
+    def problems(self) -> Problems:
+        if self.channels % 2:
+            yield "channels", f"should be even, not {self.channels}"
+
 
 class PriorSpec(Spec):
     """A DALL-E 2 style decoder-only transformer for vectors."""
 
     kind: Literal["prior"]
-    width: PositiveInt = 512
-    depth: PositiveInt = 6
-    heads: PositiveInt = 8
+    width: Annotated[int, Field(gt=0, le=65_536)] = 512
+    depth: UpToThousand = 6
+    heads: Annotated[int, Field(gt=0, le=65_536)] = 8
     dropout: Probability = 0.0
+
+    def problems(self) -> Problems:
+        if self.width % self.heads or self.width % 2:
+            yield "width", f"should be even and a multiple of heads ({self.heads}), not {self.width}"
 
 
 class JointNetworkSpec(Spec):
@@ -77,6 +85,11 @@ JointNetwork = partial(JointNetworkSpec, kind="joint")
 # ---------------------------------------------------------------- stages
 
 
+def _by_default(kind: str) -> BeforeValidator:
+    """The kind of a mapping that says none."""
+    return BeforeValidator(lambda said: {"kind": kind, **said} if isinstance(said, dict) else said)
+
+
 class LinkSpec(Spec):
     """How a stage receives one given variable, and what training does to it."""
 
@@ -99,6 +112,10 @@ class LinkSpec(Spec):
     def can_be_absent(self) -> bool:
         """Whether training teaches the stage to go without the value."""
         return self.dropout > 0 or 0 in self.keep
+
+    def problems(self) -> Problems:
+        if self.keep and not max(self.keep):
+            yield "keep", "0 alone never gives anything; leave the link out"
 
 
 Link = Annotated[
@@ -125,6 +142,10 @@ class VeSpec(Spec):
     sigma_min: PositiveFloat = 0.02
     sigma_max: PositiveFloat = 100.0
 
+    def problems(self) -> Problems:
+        if self.sigma_min >= self.sigma_max:
+            yield "sigma_min", f"{self.sigma_min:g} should be below sigma_max, {self.sigma_max:g}"
+
 
 class IddpmSpec(Spec):
     """iDDPM's discrete formulation (Nichol & Dhariwal 2021; EDM, table 1): its network, or its training noise."""
@@ -146,13 +167,8 @@ class PreconditionSpec(Spec):
 Precondition = Annotated[
     PreconditionSpec | VpSpec | VeSpec | IddpmSpec,
     Field(discriminator="kind"),
-    BeforeValidator(lambda said: {"kind": "edm", **said} if isinstance(said, dict) else said),
+    _by_default("edm"),
 ]
-
-
-def precondition_of(kind: str) -> Precondition:
-    """The parametrisation of this kind as published."""
-    return TypeAdapter(Precondition).validate_python({"kind": kind})
 
 
 class NoiseSpec(Spec):
@@ -178,6 +194,10 @@ class UniformTimeSpec(Spec):
     min: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     max: Annotated[float, Field(gt=0, lt=1)] = 1 - 1e-3
 
+    def problems(self) -> Problems:
+        if self.min >= self.max:
+            yield "min", f"{self.min:g} should be below max, {self.max:g}"
+
 
 class CosineNoiseSpec(Spec):
     """Training noise: uniform time of the cosine schedule, log-SNR within 20 of 0 (Salimans & Ho 2022)."""
@@ -188,7 +208,7 @@ class CosineNoiseSpec(Spec):
 NoiseLevels = Annotated[
     NoiseSpec | LogitNormalSpec | UniformTimeSpec | CosineNoiseSpec | VpSpec | VeSpec | IddpmSpec,
     Field(discriminator="kind"),
-    BeforeValidator(lambda said: {"kind": "lognormal", **said} if isinstance(said, dict) else said),
+    _by_default("lognormal"),
 ]
 
 
@@ -212,10 +232,13 @@ class AugmentSpec(Spec):
     seed: NonNegativeInt = 0
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(Spec):
     kind: Literal["adam", "adamw"] = "adam"
     lr: PositiveFloat = 1e-4
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     warmup: NonNegativeInt = Field(default=0, description="images over which the learning rate rises linearly")
@@ -249,17 +272,21 @@ class PowerEmaSpec(Spec):
     )
     snapshot_every: PositiveInt = Field(default=100_000, description="images between snapshots of all tracks")
 
+    def problems(self) -> Problems:
+        if len(set(self.tracks)) < len(self.tracks):
+            yield "tracks", f"an average is kept once, not twice: {self.tracks}"
+
 
 Ema = Annotated[
     EmaSpec | PowerEmaSpec,
     Field(discriminator="kind"),
-    BeforeValidator(lambda said: {"kind": "exponential", **said} if isinstance(said, dict) else said),
+    _by_default("exponential"),
 ]
 
 
 class TrainSpec(Spec):
     images: NonNegativeInt = Field(description="training images seen in all")
-    batch: PositiveInt = 256
+    batch: UpToMillion = 256
     accumulate: PositiveInt = Field(default=1, description="micro-batches a step; batch is the whole")
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: Ema = EmaSpec()
@@ -270,6 +297,10 @@ class TrainSpec(Spec):
     log_every: PositiveInt = Field(default=50, description="steps between lines of metrics.jsonl")
     seed: NonNegativeInt = 0
 
+    def problems(self) -> Problems:
+        if self.batch % self.accumulate:
+            yield "accumulate", f"{self.accumulate} micro-batches do not divide a batch of {self.batch}"
+
 
 class ChurnSpec(Spec):
     """EDM's stochastic sampler (algorithm 2)."""
@@ -278,6 +309,10 @@ class ChurnSpec(Spec):
     min: NonNegativeFloat = Field(default=0.0, description="S_min")
     max: PositiveFloat | None = Field(default=None, description="S_max; none: no limit")
     noise: PositiveFloat = Field(default=1.0, description="S_noise")
+
+    def problems(self) -> Problems:
+        if self.max is not None and self.min > self.max:
+            yield "min", f"{self.min:g} should not be above churn.max, {self.max:g}"
 
 
 # sigma_min and sigma_max of EDM's sampler by discretisation (its published defaults); vp: times from 0.001 to 1
@@ -309,7 +344,7 @@ class SamplerSpec(Spec):
     """How to sample: EDM's independent choices of solver, steps, schedule and noise (section 3), and guidance."""
 
     solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "heun"
-    steps: PositiveInt = 18
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 18
     discretisation: Literal["edm", "vp", "ve", "iddpm", "time"] = Field(
         default="edm",
         description="where the steps lie: as published with one formulation, or evenly in the schedule's time",
@@ -354,6 +389,48 @@ class SamplerSpec(Spec):
     def link(self, name: str) -> LinkSampling:
         """What sampling does to a given variable."""
         return self.links.get(name, LinkSampling())
+
+    def problems(self) -> Problems:
+        low, high = self.levels
+        if low >= high and self.sigma_min:
+            yield "sigma_min", f"{low:g} should be below sigma_max, {high:g}"
+        elif low >= high:
+            yield "sigma_max", f"{high:g} should be above sigma_min, {low:g}"
+        if self.rho != type(self).model_fields["rho"].default and self.discretisation != "edm":
+            yield "rho", f"shapes the steps of discretisation edm alone, not of {self.discretisation}"
+        if self.eta and self.solver not in ("ddim", "dpmpp_2m"):
+            yield "eta", f"is for ddim and dpmpp_2m; {self.solver} takes its noise from `churn`"
+        elif self.eta and self.churn.amount:
+            yield "eta", "and churn both add noise to every step; set one of them to 0"
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            yield "guidance_interval", "should rise: the level is above the first number and at most the second"
+
+    def untrained(self, links: Mapping[str, LinkSpec]) -> Problems:
+        """What this asks of given variables that training did not teach."""
+        for name, said in self.links.items():
+            field, link = f"links.{name}", links.get(name)
+            if link is None:
+                yield field, f"the stage is not given '{name}'{did_you_mean(name, links)}"
+                continue
+            if said.noise > link.noise:
+                problem = f"{said.noise:g} is above {link.noise:g}, the largest level in training (`noise`)"
+                yield f"{field}.noise", problem
+            if said.keep is not None and said.keep not in link.keep:
+                known = f"one of {link.keep}" if link.keep else "which this link has not"
+                yield f"{field}.keep", f"{said.keep} was not trained: it should be in the link's `keep`, {known}"
+            if said.absent and not link.can_be_absent:
+                problem = "the value is never absent in training: the link has no `dropout`, and no 0 in `keep`"
+                yield f"{field}.absent", problem
+        droppable = [name for name, link in links.items() if link.can_be_absent and self.link(name).sampled]
+        if not isinstance(self.guidance, dict):
+            if self.guidance != 1 and not droppable:
+                problem = f"{self.guidance:g} compares with an absent value, but no link of this stage has a `dropout`"
+                yield "guidance", problem
+            return
+        for name in self.guidance:
+            if name not in droppable:
+                tail = "has no `dropout`, so it is never absent" if name in links else "is not given to this stage"
+                yield f"guidance.{name}", f"compares with an absent value, but '{name}' {tail}"
 
 
 class JointSpec(Spec):
@@ -404,8 +481,68 @@ class StageSpec(Spec):
             raise PydanticCustomError("missing", "Field required")
         return said
 
-    @model_validator(mode="after")
-    def _noise(self) -> StageSpec:
+    def model_post_init(self, context: Any) -> None:
         if "noise" not in self.model_fields_set:  # a frozen model is filled in as pydantic itself does it
             object.__setattr__(self, "noise", published_noise(self.precondition))
-        return self
+
+    def problems(self) -> Problems:
+        yield from self._of_code()
+        yield from self._of_given()
+        yield from self._of_levels()
+        yield from self._of_several()
+
+    def _of_code(self) -> Problems:
+        """What only our own stages read is no part of a stage of one's own, nor the other way round."""
+        if not is_code(self.kind):
+            if self.settings:
+                yield "settings", "are for code: for a stage whose kind is MODULE:NAME"
+            return
+        diffusion = {"network", "precondition", "noise", "joint", "sample", "init"}
+        said = [*self.model_dump(include=diffusion & self.model_fields_set, exclude_defaults=True)]
+        for index, link in enumerate(self.given):
+            said += [f"given.{index}.{f}" for f in link.model_dump(exclude={"variable"}, exclude_defaults=True)]
+        for field in sorted(said):
+            yield field, "is for diffusion stages; what the code of this stage is to know stands in its `settings`"
+
+    def _of_given(self) -> Problems:
+        names = [link.variable for link in self.given]
+        for index, link in enumerate(self.given):
+            if link.variable in names[:index]:
+                yield f"given.{index}", f"'{link.variable}' is given twice"
+            if link.null == "learned" and not link.can_be_absent:
+                problem = "is never used: the link has no `dropout`, so its value is never absent in training"
+                yield f"given.{index}.null", problem
+
+    def _of_levels(self) -> Problems:
+        """Whether network, preconditioning and training noise belong together."""
+        kind = self.precondition.kind
+        if not isinstance(self.precondition, PreconditionSpec) and self.noise != self.precondition:
+            tail = f"leave `noise` out, or say precondition: {{kind: edm}}, which takes noise of kind {self.noise.kind}"
+            problem = f"a network of kind {kind} knows the noise levels of {kind} with the same numbers alone; {tail}"
+            yield "noise", problem
+        network, place = self.network, "network.arch"
+        if isinstance(network, JointNetworkSpec):
+            network, place = network.image, "network.image.arch"
+        if isinstance(network, UNetSpec) and network.arch == "ncsnpp" and kind not in ("edm", "x0", "ve"):
+            tail = f"but {kind} tells times up to 1000; use ddpmpp"
+            problem = f"ncsnpp embeds the logarithm of a level (edm, x0, ve), {tail}"
+            yield place, problem
+
+    def _of_several(self) -> Problems:
+        """Whether what is said of several variables has several to say it of."""
+        joint, kind = self.joint, self.precondition.kind
+        if len(self.generates or ()) < 2:
+            for field, unused in (("joint", joint != JointSpec()), ("sample.offset", self.sample.offset != 0)):
+                if unused:
+                    yield field, "is for stages that generate several variables together; this one generates one"
+            if isinstance(self.network, JointNetworkSpec):
+                alone = f"'{self.generates[0]}' alone" if self.generates else "one variable"
+                yield "generates", f"a joint network generates one image and one or more vectors, not {alone}"
+            return
+        if joint.exact + joint.pure > 1:
+            yield "joint.pure", f"{joint.pure:g} and exact, {joint.exact:g}, should be no more than 1 together"
+        elif not isinstance(self.precondition, PreconditionSpec):
+            reason = "at which one of several variables is known exactly; use edm, x0, v or flow"
+            yield "precondition", f"a network of kind {kind} does not know level 0, {reason}"
+        if self.init is not None:
+            yield "init", "begins one network from another's weights; a joint network is made of several"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.specs.base import PROBLEM
 from chaindiff.specs.code import CODE
 from chaindiff.specs.fields import child, kinds, model_of, tagged
 from chaindiff.specs.stage import StageSpec
@@ -29,14 +30,7 @@ _EXPECTED = {
     "dict": "fields (a mapping)",
     "model": "fields (a mapping)",
 }
-
-_LIMITS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "greater_than": lambda c: f"above {c['gt']:g}",
-    "greater_than_equal": lambda c: f"at least {c['ge']:g}",
-    "less_than": lambda c: f"below {c['lt']:g}",
-    "less_than_equal": lambda c: f"at most {c['le']:g}",
-    "finite_number": lambda c: "a finite number",
-}
+_LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def config(kind: Any, said: Any, where: str) -> Any:
@@ -99,47 +93,49 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
             annotation = tags[part]
             continue
         # What pydantic adds to the way: "[key]" for a field's name, or the alternative of a type that it tried.
-        added = part == "[key]" or model_of(annotation) is None
+        kind = tree.deepest(path).get("kind")
+        model = model_of(annotation, kind and kind.plain())
+        added = part == "[key]" or model is None
         if added and error["type"] != "missing" and tree.deepest(path).get(part) is None:
             continue
-        owner = model_of(annotation)
-        annotation = child(annotation, part)
+        owner, annotation = model, child(model or annotation, part)
         path.append(part)
-    code, value, context = error["type"], error["input"], error.get("ctx", {})
-
-    def at(place: Sequence[str | int], what: str) -> UserError:
-        return UserError(f"{dotted(place)}: {what}" if place else what, tree.deepest(place).where)
-
+    code, shown = error["type"], path
     if code == "extra_forbidden":
-        names = list(owner.model_fields) if owner else []
-        names += ["use"] if owner is StageSpec else []
-        tail = did_you_mean(str(path[-1]), names)
-        if path[-1] in MOVED:
-            link = tree.deepest(path[:-1]).get("variable")
-            tail = f"; it is said as sample.links.{link.value if link else 'NAME'}.{MOVED[str(path[-1])]} now"
-        problem = at(path[:-1], f"unknown field '{path[-1]}'{tail}")
-        problem.where = tree.deepest(path).where
-        return problem
-    if code == "missing":
-        lacks = f"field '{path[-1]}'" if isinstance(path[-1], str) else f"item {path[-1] + 1} of the list"
-        return at(path[:-1], f"missing {lacks}")
-    if code == "union_tag_not_found":
-        return at(path, f"missing field 'kind'; known: {', '.join(kinds(annotation))}")
-    if code == "union_tag_invalid":
-        said = context["tag"]
-        return at([*path, "kind"], f"unknown kind '{said}'{did_you_mean(said, kinds(annotation))}")
-    return at(path, _explain(code, value, context, error["msg"]))
+        *shown, last = path
+        names = [*(owner.model_fields if owner else ()), *(["use"] if owner is StageSpec else [])]
+        problem = f"unknown field '{last}'{did_you_mean(str(last), names)}"
+        if last in MOVED:
+            link = tree.deepest(shown).get("variable")
+            now = f"sample.links.{link.value if link else 'NAME'}.{MOVED[str(last)]}"
+            problem = f"unknown field '{last}'; it is said as {now} now"
+    elif code == "missing":
+        *shown, last = path
+        problem = f"missing field '{last}'" if isinstance(last, str) else f"missing item {last + 1} of the list"
+    elif code == "union_tag_not_found":
+        problem = f"missing field 'kind'; known: {', '.join(kinds(annotation))}"
+    elif code == "union_tag_invalid":
+        said = error["ctx"]["tag"]
+        path.append("kind")
+        problem = f"unknown kind '{said}'{did_you_mean(said, kinds(annotation))}"
+    else:
+        problem = _explain(code, error["input"], error.get("ctx", {}), error["msg"])
+    return UserError(f"{dotted(shown)}: {problem}" if shown else problem, tree.deepest(path).where)
 
 
 def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> str:
     """What is wrong with a value, by pydantic's name for the error."""
+    if code == PROBLEM:
+        return message
     if code == "literal_error":
         names = [name for name in context["expected"].replace(" or ", ", ").replace("'", "").split(", ") if name]
         return f"{describe(value)} is not one of {', '.join(names)}" + (
             did_you_mean(value, names) if isinstance(value, str) else ""
         )
-    if code in _LIMITS:
-        return f"should be {_LIMITS[code](context)}, not {describe(value)}"
+    if code == "finite_number":
+        return f"should be a finite number, not {describe(value)}"
+    if bound := next((f"{word} {context[name]:.7g}" for name, word in _LIMITS.items() if name in context), None):
+        return f"should be {bound}, not {describe(value)}"
     if code == "string_pattern_mismatch" and CODE in context["pattern"]:
         ours = "'diffusion' or " if context["pattern"] != f"^{CODE}$" else ""
         return f"expected {ours}code of your own, as my_package.module:Name, not {describe(value)}"

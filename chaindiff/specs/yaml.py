@@ -23,8 +23,7 @@ MAX_INT = 2**63 - 1
 _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULL = re.compile(r"(~|null|Null|NULL)?")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
-_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_INT = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 # What YAML calls not printable (1.2.2, section 5.1): control characters, lone surrogates, noncharacters.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -62,8 +61,7 @@ class Node:
         """The node at a path, or the last that exists on the way there."""
         node = self
         for key in path:
-            child = node.get(key)
-            if child is None:
+            if (child := node.get(key)) is None:
                 break
             node = child
         return node
@@ -161,7 +159,10 @@ class _Builder:
 
     def _events(self) -> Iterator[Any]:
         try:
-            yield from yaml.parse(self.text, Loader=_Parser)
+            for event in yaml.parse(self.text, Loader=_Parser):
+                if getattr(event, "tag", None) not in (None, "!"):
+                    self._refuse(event, f"the tag {event.tag!r} has no meaning here")
+                yield event
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 1
@@ -185,10 +186,6 @@ class _Builder:
     def _refuse(self, event: Any, message: str, hint: str | None = None) -> NoReturn:
         raise UserError(message, self._where(event), hint)
 
-    def _refuse_tag(self, event: Any) -> None:
-        if event.tag not in (None, "!"):
-            self._refuse(event, f"the tag {event.tag!r} has no meaning here")
-
     def _where(self, event: Any) -> str:
         return self.place(event.start_mark.line + 1)
 
@@ -208,7 +205,6 @@ class _Builder:
             self._count(event, nodes, depth + height)
             return node
         self._count(event, 1, depth)
-        self._refuse_tag(event)
         if isinstance(event, yaml.ScalarEvent):
             node = Node(self._scalar(event), self._where(event))
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -227,7 +223,6 @@ class _Builder:
         while not isinstance(key := next(self.events), yaml.MappingEndEvent):
             if not isinstance(key, yaml.ScalarEvent):
                 self._refuse(key, "a field's name should be plain text")
-            self._refuse_tag(key)
             if key.value == "<<" and key.implicit[0]:
                 self._refuse(key, "merge keys (`<<`) are not read", "put what is shared in a stage card and `use` it")
             if key.value in fields:
@@ -244,29 +239,20 @@ class _Builder:
             return None
         if _BOOL.fullmatch(text):
             return text.lower() == "true"
-        if _INT.fullmatch(text) or _BASED.fullmatch(text):
-            return self._whole(event, text.replace("_", ""))
-        if _FLOAT.fullmatch(text):
-            bare = text.replace("_", "").lower()
-            return float(bare.replace(".inf", "inf").replace(".nan", "nan"))
-        return text
-
-    def _whole(self, event: Any, text: str) -> int:
-        """A whole number: of 64 bits, as every reader takes it, so that it can be computed with and shown."""
-        based = _BASED.fullmatch(text)
-        number = MAX_INT + 1 if len(text) > 30 else int(text, 0 if based else 10)
-        if abs(number) > MAX_INT:
-            self._refuse(event, "is too large a whole number: it does not fit into 64 bits")
-        return number
+        bare = text.replace("_", "").lower()
+        if _INT.fullmatch(text):  # of 64 bits, as every reader takes it, so that it can be computed with and shown
+            number = MAX_INT + 1 if len(bare) > 30 else int(bare, 0 if bare[:2] in ("0o", "0x") else 10)
+            if abs(number) > MAX_INT:
+                self._refuse(event, "is too large a whole number: it does not fit into 64 bits")
+            return number
+        return float(bare.replace(".inf", "inf").replace(".nan", "nan")) if _FLOAT.fullmatch(text) else text
 
 
 def _measure(node: Node) -> tuple[int, int]:
     """How many nodes there are, and how many levels below this one."""
     children = node.value.values() if isinstance(node.value, dict) else node.value
-    if not isinstance(node.value, (dict, list)) or not node.value:
-        return 1, 0
-    sizes = [_measure(child) for child in children]
-    return 1 + sum(size for size, _ in sizes), 1 + max(height for _, height in sizes)
+    sizes = [_measure(child) for child in children] if isinstance(node.value, (dict, list)) else []
+    return 1 + sum(size for size, _ in sizes), max((1 + height for _, height in sizes), default=0)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -277,7 +263,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})\Z"), list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"(?:{_BASED.pattern}|{_INT.pattern})\Z"), None)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"(?:{_INT.pattern})\Z"), None)
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
