@@ -18,11 +18,11 @@ from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import cache_folder
 from chaindiff.io.memory import noted
-from chaindiff.io.processes import processes
-from chaindiff.io.progress import Bar
+from chaindiff.io.processes import processes, share
+from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, save_png
-from chaindiff.training.batches import Batches, Features, TextFeatures
+from chaindiff.training.batches import Batches, Features
 from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
 from chaindiff.training.fit import fit
@@ -142,7 +142,7 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                         encoder = build_encoder(variable, recipe.variables, path)
             caches[variable] = features
         elif recipe.variables[encoder.of].kind == "text":
-            caches[variable] = TextFeatures(encoder.features(assembly.data.field(assembly.columns[encoder.of].field)))
+            caches[variable] = encoder.features(assembly.data.field(assembly.columns[encoder.of].field))
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
@@ -165,7 +165,7 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
             return encoder.rows_of(data.names)
     root = assembly.root
     if assembly.recipe.variables[encoder.of].kind == "text":
-        return TextFeatures(encoder.features(data.field(assembly.columns[encoder.of].field)))
+        return encoder.features(data.field(assembly.columns[encoder.of].field))
     if encoder.of != root.name:
         raise UserError(
             f"variable '{encoder.name}' embeds '{encoder.of}', which is not the data's own image '{root.name}'",
@@ -179,11 +179,5 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
             "set augment.variants, say to 8: so many augmented versions of every image are embedded once",
         )
     cache = EmbeddingCache(cache_folder(), encoder, data, augment, root.shape[-1])
-    state = processes()
-    progress = cache.build(EMBEDDING_BATCH, state.process_index, state.num_processes)
-    done, total = next(progress)
-    if done < total:
-        with Bar(f"embed {encoder.name}", total, done) as bar:
-            for done, _ in progress:
-                bar.update(done)
-    return cache
+    shown(f"embed {encoder.name}", cache.build(EMBEDDING_BATCH, share(cache.missing())))
+    return cache["features"]

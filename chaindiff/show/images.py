@@ -23,7 +23,9 @@ __all__ = ["Arrow", "Box", "chain_png", "chain_svg", "grid", "png_bytes", "save_
 
 
 def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to 0..255, rounded to the nearest and clamped. Raises UserError if a value is not finite."""
+    """[-1, 1] to 0..255, rounded to the nearest and clamped; 8 bits stay. Raises UserError if a value is not finite."""
+    if x.dtype == torch.uint8:
+        return x
     if not bool(torch.isfinite(x).all()):
         raise UserError("images hold values that are not finite (NaN or infinity)", hint="the model may have diverged")
     return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
