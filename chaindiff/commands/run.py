@@ -181,16 +181,14 @@ def sample_chain(assembly: Assembly) -> Sampled:
         state.wait_for_everyone()
         return Sampled(samples, found, weights, lock, 0.0, {})
     chain = assembly.chain(found.running)  # weights that do not load are found before anything is deleted
-    with state.main_process_first():
-        if stale and load_recipe(out).lock.get("samples") != lock["samples"]:  # no other process was here before
-            if samples.folder.exists():
-                say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
+    state.wait_for_everyone()  # all of them have read the lock before one changes it
+    if state.is_main_process:
+        if stale and samples.folder.exists():
+            say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
             samples.clear()
-        missing = samples.missing()
-        if state.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            write_lock(out, assembly.recipe, lock)
-    mine = share(missing)
+        write_lock(out, assembly.recipe, lock)
+    state.wait_for_everyone()
+    mine = share(samples.missing())
     prepare(chain, lock["execution"], asked.precision)
     began = time.perf_counter()
     settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "want": keep, "given": values}

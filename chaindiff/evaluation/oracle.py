@@ -45,7 +45,7 @@ class DataValues:
     def __init__(self, assembly: Assembly, data: Data, folder: Path):
         self.assembly, self.data, self.folder = assembly, data, folder
         self._encoder = cache(lambda name: assembly.encoders[name].build())
-        self._vectors = cache(self._vectors)
+        self._vectors = cache(self._read_vectors)
 
     def of(self, name: str, rows: Sequence[int]) -> Tensor:
         """A variable's values for some rows; images are computed again each time, everything else is kept."""
@@ -75,7 +75,7 @@ class DataValues:
             return self.data.column(assembly.columns[name].field)[list(rows)]
         return [self.data.field(assembly.columns[name].field)[row] for row in rows]
 
-    def _vectors(self, name: str) -> Features:
+    def _read_vectors(self, name: str) -> Features:
         encoder = self._encoder(name)
         assert isinstance(encoder, FileVectors)
         with self.assembly.located():

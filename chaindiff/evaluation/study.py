@@ -86,7 +86,8 @@ class DataImages:
 
     def images(self, rows: Sequence[int]) -> Tensor:
         """uint8 [n, 3, h, w]."""
-        return to_uint8(self.values.of(self.of, rows))
+        parts = (rows[first : first + BATCH] for first in range(0, len(rows), BATCH))
+        return torch.cat([to_uint8(self.values.of(self.of, part)) for part in parts])
 
     @cached_property
     def values(self) -> DataValues:
@@ -198,12 +199,7 @@ class Study:
     def _patches(self, row: Row, against: DataImages) -> list[Figure]:
         """Sliced Wasserstein distance of patches, mean over the levels of the pyramid; it needs no network."""
         count = min(row.count, against.count, MOST)
-        real, fake = (
-            torch.cat(
-                [x.images(some.tolist()) for some in torch.from_numpy(chosen(x.count, count, row.seed)).split(BATCH)]
-            )
-            for x in (against, row)
-        )
+        real, fake = (x.images(chosen(x.count, count, row.seed).tolist()) for x in (against, row))
         levels = sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH)
         return [Figure(metric="swd", value=fmean(levels.values()), **self._about(row, against))]
 

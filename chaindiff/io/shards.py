@@ -41,10 +41,7 @@ class Shards:
         return self._read(rows) is not None
 
     def fill(
-        self,
-        make: Callable[[range], Mapping[str, Tensor]],
-        batch: int | None = None,
-        mine: Sequence[range] | None = None,
+        self, make: Callable[[range], Mapping[str, Tensor]], batch: int, mine: Sequence[range] | None = None
     ) -> Iterator[tuple[int, int]]:
         """Make what is missing, `batch` rows at a time, and yield (rows done, rows in all) as it goes.
 
@@ -55,7 +52,7 @@ class Shards:
         yield done, self.count
         for rows in mine:
             made = []
-            for part in _parts(rows, batch or self.size):
+            for part in _parts(rows, batch):
                 made.append(make(part))
                 done += len(part)
                 if part.stop == rows.stop:  # rows count as done for good once their file is there
@@ -91,7 +88,7 @@ class Shards:
 
 
 class Stored:
-    """Rows of one tensor of `shards`, the first `count`, read when they are asked for: as much of a tensor as most need.
+    """The first `count` rows of one tensor of `shards`, read when they are asked for: as much as metrics need of one.
 
     Files are opened anew every time: pages that stayed mapped would count as this process's memory.
     """

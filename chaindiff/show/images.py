@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -22,7 +22,7 @@ LINE = 14  # pixels of a line under a picture
 __all__ = ["Arrow", "Box", "chain_png", "chain_svg", "grid", "png_bytes", "save_png", "to_image", "to_uint8"]
 
 
-def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+def to_uint8(x: Num[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """[-1, 1] to 0..255, rounded to the nearest and clamped; 8 bits stay. Raises UserError if a value is not finite."""
     if x.dtype == torch.uint8:
         return x
@@ -31,8 +31,8 @@ def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def to_image(x: Float[Tensor, "channels height width"]) -> Image.Image:
-    """One image in [-1, 1], RGB or grey."""
+def to_image(x: Num[Tensor, "channels height width"]) -> Image.Image:
+    """One image in [-1, 1] or of 8 bits, RGB or grey."""
     pixels = to_uint8(x).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from chaindiff.io.errors import UserError
 from chaindiff.specs.stage import AugmentSpec
 
 
+@runtime_checkable
 class Features(Protocol):
     """An encoder's features of the data, as rows of a tensor: one for each image, or all its variants in turn."""
 
