@@ -48,12 +48,12 @@ class DataValues:
         self._vectors = cache(self._read_vectors)
 
     def of(self, name: str, rows: Sequence[int]) -> Tensor:
-        """A variable's values for some rows; images are computed again each time, everything else is kept."""
+        """A variable's values for some rows; what encoders make is kept, but for images."""
         variable = self.assembly.variables[name]
-        if variable.kind == "image":
-            return self._compute(name, rows)
         if variable.kind == "text":
             raise UserError(f"a text is no value to sample from; ask for what encodes '{name}'")
+        if variable.kind == "image" or name not in self.assembly.encoders:
+            return self._compute(name, rows)
         key = digest([variable.identity, self.assembly.encoders[name].digest, self.data.digest, len(self.data)])
         store = Shards(self.folder / f"{name}-{key}", key, len(self.data))
         shown(f"encode {name}", store.fill(lambda some: {"values": self._compute(name, some)}, BATCH))
