@@ -174,8 +174,6 @@ def sample_chain(assembly: Assembly) -> Sampled:
     samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size, captions)
     before = load_recipe(out).lock if (out / LOCK).exists() else {}
     lock = lock_of(assembly, found, weights, values, before)
-    if lock["samples"] != before.get("samples"):  # another request: how it is executed is decided anew
-        lock = lock_of(assembly, found, weights, values, {})
     stale = bool(before) and before.get("samples") != lock["samples"]
     if samples.complete and not stale:
         state.wait_for_everyone()

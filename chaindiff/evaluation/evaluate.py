@@ -16,7 +16,7 @@ from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import Measured, Results
 from chaindiff.io.errors import UserError
 from chaindiff.io.memory import noted
-from chaindiff.io.processes import processes
+from chaindiff.io.processes import processes, share
 from chaindiff.io.progress import shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import Loaded, load_recipe
@@ -204,9 +204,8 @@ def draw_all(rows: Sequence[Row]) -> None:
     """
     # The longest of the rows that share their samples; a row's home is known when it is planned and its weights found.
     own = {row.store.folder: row for row in sorted(rows, key=lambda row: row.count)}
-    state = processes()
     less = f"evaluate samples {BATCH} at a time; --set sample.precision=bf16 needs less"
-    for row in list(own.values())[state.process_index :: state.num_processes]:
+    for row in share(list(own.values())):
         with noted(less):
             shown(f"sample {row.label}, seed {row.seed}", row.draw())
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.evaluation.metrics import vector_report
-from chaindiff.evaluation.oracle import DataValues
 from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
@@ -84,9 +83,7 @@ class Report:
         for name in row.made:
             if assembly.variables[name].kind != "vector" or held is None:
                 continue
-            train = DataValues(assembly, study.data(row, None).data, self.folder / "data")
-            other = DataValues(assembly, held.data, self.folder / "data")
-            values = [v.of(name, range(len(v.data))) for v in (other, train)]
+            values = [data.values.of(name, range(data.count)) for data in (held, study.data(row, None))]
             found = vector_report(row.samples(name), *values)
             counts = f"{len(values[0]):,} held-out and {len(values[1]):,} training ones"
             note = f"{row.count:,} sampled '{name}' against {counts}."

@@ -75,6 +75,7 @@ class DataImages:
     data: Data
     of: str
     split: str | None
+    folder: Path  # where values are kept
 
     @cached_property
     def key(self) -> str:
@@ -91,7 +92,7 @@ class DataImages:
 
     @cached_property
     def values(self) -> DataValues:
-        return DataValues(self.assembly, self.data, Path())
+        return DataValues(self.assembly, self.data, self.folder / "data")
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Study:
         return store["features"]
 
     def data(self, row: Row, split: str | None) -> DataImages:
-        return DataImages(row.assembly, split_of(row.assembly, split), row.of, split)
+        return DataImages(row.assembly, split_of(row.assembly, split), row.of, split, self.folder)
 
     def held(self, row: Row) -> DataImages | None:
         """The images that training never saw; None if the data has no such split."""

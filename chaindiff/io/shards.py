@@ -72,7 +72,7 @@ class Shards:
 
     def read(self, number: int) -> dict[str, Tensor]:
         """The tensors of the file that holds row `number`, mapped into memory. Raises UserError if it is missing."""
-        rows = next(rows for rows in _parts(range(self.count), self.size)[number // self.size :])
+        rows = range(self.count)[number - number % self.size :][: self.size]
         if (tensors := self._read(rows)) is None:
             message = f"{self.folder} is not complete: {self.path(rows.start).name} is missing"
             raise UserError(message, hint="run the same command again: it makes what is missing")

@@ -78,11 +78,15 @@ def lock_of(
 ) -> dict[str, Any]:
     """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on; `before` is what
     the run's lock says already."""
-    execution = chosen_execution(assembly, found, before.get("execution"))
-    depends = {**depends_on(assembly, found, weights, values), "execution": execution}
+    depends = depends_on(assembly, found, weights, values)
+    for decided in (before.get("execution"), None):
+        execution = chosen_execution(assembly, found, decided)
+        samples = digest({**depends, "execution": execution})
+        if samples == before.get("samples"):
+            break  # else it is another request: how it is executed is decided anew
     return {
-        "samples": digest(depends),
-        "execution": depends["execution"],
+        "samples": samples,
+        "execution": execution,
         "weights": depends["weights"],
         "given": depends["given"],
         "threads": torch.get_num_threads(),

@@ -135,11 +135,10 @@ def prepare(assembly: Assembly, name: str) -> Batches:
             features = embed(assembly, encoder, name)
             state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
             if not encoder.fitted:
-                with state.main_process_first():
-                    if state.is_main_process:
-                        fit(encoder, features, path)
-                    else:
-                        encoder = build_encoder(variable, recipe.variables, path)
+                if state.is_main_process:
+                    fit(encoder, features, path)
+                state.wait_for_everyone()
+                encoder = build_encoder(variable, recipe.variables, path)
             caches[variable] = features
         elif recipe.variables[encoder.of].kind == "text":
             caches[variable] = encoder.features(assembly.data.field(assembly.columns[encoder.of].field))
