@@ -412,7 +412,7 @@ def test_memory_of_an_evaluation_does_not_grow_with_the_samples(tmp_path):
     of megabytes of free blocks, more or fewer from run to run.
     """
     shipped = Row("shipped", load_recipe("vcdm_emoji16"), "image16", tmp_path).assembly
-    weights = {name: {"weights": str(shipped.weights(name))} for name in ("clip", "image16")}
+    weights = {name: {"weights": str(shipped.stages[name].weights())} for name in ("clip", "image16")}
     changes = {"data": {"where": {"style": "google"}}, "stages": weights}  # a quarter of the data
     assembly = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", tmp_path).assembly
     for split in ("train", "test"):
