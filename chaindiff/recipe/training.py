@@ -131,17 +131,16 @@ def prepare(assembly: Assembly, name: str) -> Batches:
         path = assembly.encoders[variable].path
         with assembly.located():
             encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
-        if isinstance(encoder, Embedding):
-            features = embed(assembly, encoder, name)
-            state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
-            if not encoder.fitted:
-                if state.is_main_process:
-                    fit(encoder, features, path)
-                state.wait_for_everyone()
-                encoder = build_encoder(variable, recipe.variables, path)
-            caches[variable] = features
-        elif recipe.variables[encoder.of].kind == "text":
-            caches[variable] = encoder.features(assembly.data.field(assembly.columns[encoder.of].field))
+        if source is not None and recipe.variables[source].kind == "text":
+            caches[variable] = encoder.features(assembly.data.field(assembly.columns[source].field))
+        elif isinstance(encoder, Embedding):
+            caches[variable] = embed(assembly, encoder, name)
+        state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
+        if isinstance(encoder, Embedding) and not encoder.fitted:
+            if state.is_main_process:
+                fit(encoder, caches[variable], path)
+            state.wait_for_everyone()
+            encoder = build_encoder(variable, recipe.variables, path)
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
@@ -155,16 +154,14 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
     """Features of an encoder over the training data; images' are cached on disk: this process embeds its own share of
     what is missing.
 
-    Raises UserError if the encoder reads neither the data's own image nor a text, nothing could be cached, or a file of
-    vectors does not fit.
+    Raises UserError if the encoder does not read the data's own image, nothing could be cached, or a file of vectors
+    does not fit.
     """
     data, augment = assembly.data, assembly.recipe.stages[name].augment
     if isinstance(encoder, FileVectors):
         with assembly.located():
             return encoder.rows_of(data.names)
     root = assembly.root
-    if assembly.recipe.variables[encoder.of].kind == "text":
-        return encoder.features(data.field(assembly.columns[encoder.of].field))
     if encoder.of != root.name:
         raise UserError(
             f"variable '{encoder.name}' embeds '{encoder.of}', which is not the data's own image '{root.name}'",
