@@ -328,7 +328,6 @@ def test_an_interrupted_file_is_made_again(tmp_path):
     store = Shards(tmp_path, "twenty", 20, 12)
     steps = store.fill(lambda rows: {"features": network(images[list(rows)])}, 6)
     assert [next(steps) for _ in range(4)] == [(0, 20), (6, 20), (12, 20), (18, 20)]
-    steps.close()
     assert store.missing() == [range(12, 20)] and len(list(tmp_path.iterdir())) == 1
     list(store.fill(lambda rows: {"features": network(images[list(rows)])}, 6))
     assert torch.equal(store["features"][:], network(images))
