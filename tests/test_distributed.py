@@ -243,7 +243,7 @@ def test_embeddings_are_shared_out_and_those_of_one_process(done: Done) -> None:
     assert (
         [path.name for path in one]
         == [path.name for path in two]
-        == [f"00000{shard}.safetensors" for shard in range(5)]
+        == [f"{first:06d}.safetensors" for first in range(0, 36, ranks.SHARD)]
     )
     assert all(torch.equal(tensors(a)["features"], tensors(b)["features"]) for a, b in zip(one, two, strict=True))
     made = [[p for p in done.changed("trained", rank) if p in two] for rank in range(2)]
@@ -328,7 +328,7 @@ def test_rows_are_shared_out_and_the_first_process_alone_measures_them(done: Don
     wrote = [{p for p in done.changed("measured", rank) if p.is_relative_to(folder) and p.suffix} for rank in range(2)]
     assert [len(wrote[rank] & set(drawn)) for rank in range(2)] == [2, 1]
     assert wrote[0].isdisjoint(wrote[1])
-    assert {path.parent.parent for path in wrote[1]} <= {folder, folder / "rows"}
+    assert {path.parent.parent for path in wrote[1]} <= {folder / "data", folder / "rows"}
     assert done.two / "measured/run/metrics.json" in done.changed("measured", 0)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from jaxtyping import Float64
 from torch import Tensor
 
-from chaindiff.evaluation.stored import Vectors
+from chaindiff.io.shards import Vectors
 
 BLOCK = 512  # rows of a block; what is made of a pair of blocks takes 2 MiB in float64
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chaindiff.encoders.base import file_digest
 from chaindiff.encoders.clip_files import find
 from chaindiff.evaluation.extractor import Extractor
 from chaindiff.evaluation.judge_networks import SIZE, TRUNKS
 from chaindiff.io import tensorfile
+from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.files import cache_folder
 from chaindiff.specs.recipe import OpenClipSpec

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.evaluation.neighbours import nearest
-from chaindiff.evaluation.stored import Vectors
+from chaindiff.io.shards import Vectors
 
 QUANTILE = 0.05  # of held-out distances: samples nearer than that are counted
 

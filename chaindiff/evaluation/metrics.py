@@ -12,7 +12,7 @@ from chaindiff.evaluation.frechet import frechet_distance
 from chaindiff.evaluation.interval import Interval
 from chaindiff.evaluation.kernels import cmmd, kid
 from chaindiff.evaluation.neighbours import density_coverage, precision_recall
-from chaindiff.evaluation.stored import Vectors
+from chaindiff.io.shards import Vectors
 
 
 def distances(real: Vectors, fake: Vectors, judge: str = "", seed: int = 0) -> dict[str, float | Interval]:

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.evaluation.blocks import blocks
-from chaindiff.evaluation.stored import Vectors
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Vectors
 
 SAME = 1e-12  # squared distances below this share of the squared norms are rounding errors of equal rows
 

@@ -8,7 +8,6 @@ from operator import add, sub
 from pathlib import Path
 from typing import Any
 
-from chaindiff.evaluation.oracle import DataValues
 from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
@@ -77,12 +76,12 @@ class Report:
         """Every sampled vector against held-out ones: a prior can be judged without an image."""
         if (held := study.held(row)) is None:
             return
-        sets = [DataValues(row.assembly, x.data, self.folder / "data") for x in (held, study.data(row, None))]
+        sets = held, study.data(row, None)
         for name in row.made:
             if row.assembly.variables[name].kind != "vector":
                 continue
-            values = [v.of(name, range(len(v.data))) for v in sets]
-            found = vector_report(study.vectors(row, name), *values)
+            values = [data.values.of(name, range(data.count)) for data in sets]
+            found = vector_report(row.samples(name), *values)
             counts = f"{len(values[0]):,} held-out and {len(values[1]):,} training ones"
             note = f"{row.count:,} sampled '{name}' against {counts}."
             self.add(f"The prior of '{name}' alone", note, vector_table(found))

@@ -14,8 +14,8 @@ from chaindiff.encoders.moments import Moments
 from chaindiff.evaluation.interval import Interval, mean_interval
 from chaindiff.evaluation.memorisation import memorisation
 from chaindiff.evaluation.metrics import distances
-from chaindiff.evaluation.stored import Vectors
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Vectors
 
 BLOCK = 4096  # rows read at once
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from chaindiff.io.errors import UserError
@@ -10,17 +12,17 @@ from chaindiff.io.errors import UserError
 UNWRITABLE = "free some space or choose another folder with --out; the last complete file is untouched"
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Writes a file (text as UTF-8) under a temporary name beside it, then renames; makes the folder if need be.
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside a file to write it under, renamed at the end; makes the folder if need be.
 
     Raises UserError if it cannot be written (a full disk, no permission); what stood there before is left as it was.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -28,6 +30,12 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
         raise UserError(f"cannot write {path}: a file lies where its folder should be", hint=UNWRITABLE) from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}", hint=UNWRITABLE) from error
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Writes a file (text as UTF-8) as `whole` does."""
+    with whole(Path(path)) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def cache_folder() -> Path:

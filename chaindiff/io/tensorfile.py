@@ -15,28 +15,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import UNWRITABLE
+from chaindiff.io.files import whole
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file under a temporary name, flush it to the disk, then rename it into place.
-
-    Raises UserError if it cannot be written (a full disk, no permission); what stood there before is left as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a safetensors file as `files.whole` does, flushed to the disk; raises what that raises."""
     plain = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, plain)
+    with whole(path) as temporary:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, plain)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}", hint=UNWRITABLE) from error
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,7 +16,7 @@ from chaindiff.chain.chain import Chain
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value
-from chaindiff.chain.variable import digest
+from chaindiff.io.digest import digest, file_digest
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.stage import StageSpec
 
@@ -78,19 +78,18 @@ def lock_of(
 ) -> dict[str, Any]:
     """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on; `before` is what
     the run's lock says already."""
-    execution = chosen_execution(assembly, found, before.get("execution"))
-    depends = {**depends_on(assembly, found, weights, values), "execution": execution}
+    depends = depends_on(assembly, found, weights, values)
+    for decided in (before.get("execution"), None):
+        execution = chosen_execution(assembly, found, decided)
+        samples = digest({**depends, "execution": execution})
+        if samples == before.get("samples"):
+            break  # else it is another request: how it is executed is decided anew
     return {
-        "samples": digest(depends),
-        "execution": depends["execution"],
+        "samples": samples,
+        "execution": execution,
         "weights": depends["weights"],
         "given": depends["given"],
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "versions": {p: version(p) for p in ("chain-diffusion-models", "torch", "numpy")},
     }
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

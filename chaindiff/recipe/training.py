@@ -17,11 +17,11 @@ from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import cache_folder
 from chaindiff.io.memory import noted
-from chaindiff.io.processes import processes
-from chaindiff.io.progress import Bar
+from chaindiff.io.processes import processes, share
+from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, save_png
-from chaindiff.training.batches import Batches, Features, TextFeatures
+from chaindiff.training.batches import Batches, Features
 from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
 from chaindiff.training.fit import fit
@@ -116,18 +116,16 @@ def prepare(assembly: Assembly, name: str) -> Batches:
         path = assembly.encoders[variable].path
         with assembly.located():
             encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
-        if isinstance(encoder, Embedding):
-            features = embed(assembly, encoder, name)
-            state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
-            if not encoder.fitted:
-                with state.main_process_first():
-                    if state.is_main_process:
-                        fit(encoder, features, path)
-                    else:
-                        encoder = build_encoder(variable, recipe.variables, path)
-            caches[variable] = features
-        elif recipe.variables[encoder.of].kind == "text":
-            caches[variable] = TextFeatures(encoder.features(assembly.data.field(assembly.columns[encoder.of].field)))
+        if source is not None and recipe.variables[source].kind == "text":
+            caches[variable] = encoder.features(assembly.data.field(assembly.columns[source].field))
+        elif isinstance(encoder, Embedding):
+            caches[variable] = embed(assembly, encoder, name)
+        state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
+        if isinstance(encoder, Embedding) and not encoder.fitted:
+            if state.is_main_process:
+                fit(encoder, caches[variable], path)
+            state.wait_for_everyone()
+            encoder = build_encoder(variable, recipe.variables, path)
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
@@ -141,16 +139,14 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
     """Features of an encoder over the training data; images' are cached on disk: this process embeds its own share of
     what is missing.
 
-    Raises UserError if the encoder reads neither the data's own image nor a text, nothing could be cached, or a file of
-    vectors does not fit.
+    Raises UserError if the encoder does not read the data's own image, nothing could be cached, or a file of vectors
+    does not fit.
     """
     data, augment = assembly.data, assembly.recipe.stages[name].augment
     if isinstance(encoder, FileVectors):
         with assembly.located():
             return encoder.rows_of(data.names)
     root = assembly.root
-    if assembly.recipe.variables[encoder.of].kind == "text":
-        return TextFeatures(encoder.features(data.field(assembly.columns[encoder.of].field)))
     if encoder.of != root.name:
         raise UserError(
             f"variable '{encoder.name}' embeds '{encoder.of}', which is not the data's own image '{root.name}'",
@@ -164,11 +160,5 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
             "set augment.variants, say to 8: so many augmented versions of every image are embedded once",
         )
     cache = EmbeddingCache(cache_folder(), encoder, data, augment, root.shape[-1])
-    state = processes()
-    progress = cache.build(EMBEDDING_BATCH, state.process_index, state.num_processes)
-    done, total = next(progress)
-    if done < total:
-        with Bar(f"embed {encoder.name}", total, done) as bar:
-            for done, _ in progress:
-                bar.update(done)
-    return cache
+    shown(f"embed {encoder.name}", cache.build(EMBEDDING_BATCH, share(cache.missing())))
+    return cache["features"]

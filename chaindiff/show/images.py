@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -19,15 +19,17 @@ from chaindiff.io.files import write_whole
 LINE = 14  # pixels of a line under a picture
 
 
-def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to 0..255, rounded to the nearest and clamped. Raises UserError if a value is not finite."""
+def to_uint8(x: Num[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0..255, rounded to the nearest and clamped; 8 bits stay. Raises UserError if a value is not finite."""
+    if x.dtype == torch.uint8:
+        return x
     if not bool(torch.isfinite(x).all()):
         raise UserError("images hold values that are not finite (NaN or infinity)", hint="the model may have diverged")
     return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def to_image(x: Float[Tensor, "channels height width"]) -> Image.Image:
-    """One image in [-1, 1], RGB or grey."""
+def to_image(x: Num[Tensor, "channels height width"]) -> Image.Image:
+    """One image in [-1, 1] or of 8 bits, RGB or grey."""
     pixels = to_uint8(x).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 

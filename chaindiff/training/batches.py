@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,27 +20,11 @@ from chaindiff.specs.stage import AugmentSpec
 
 @runtime_checkable
 class Features(Protocol):
-    """An encoder's features of the training data: rows by image and augmented variant."""
+    """An encoder's features of the data, as rows of a tensor: one for each image, or all its variants in turn."""
 
     def __len__(self) -> int: ...
-    def rows(self, indices: Sequence[int], variants: Sequence[int]) -> Tensor: ...
-    def chunks(self) -> Iterator[Tensor]: ...
-
-
-class TextFeatures:
-    """Features of every row's text, in memory; a text is the same in every variant of its image."""
-
-    def __init__(self, features: Tensor):
-        self.features = features
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def rows(self, indices: Sequence[int], variants: Sequence[int]) -> Tensor:
-        return self.features[list(indices)]
-
-    def chunks(self) -> Iterator[Tensor]:
-        yield self.features
+    def __getitem__(self, rows: Any, /) -> Tensor: ...
+    def split(self, rows: int, /) -> Iterable[Tensor]: ...
 
 
 class Batches:
@@ -102,7 +86,9 @@ class Batches:
                 return augment.apply(self.data.pixels(rows, self.root.shape[-1]), drawn)
             encoder = self.encoders[name]
             if name in self.caches:
-                return encoder.scale(self.caches[name].rows(rows, variants))
+                features = self.caches[name]
+                each = len(features) // len(self.data)
+                return encoder.scale(features[[r * each + v % each for r, v in zip(rows, variants, strict=True)]])
             return encoder(value(encoder.of))
 
         batch = {v.name: value(v.name) for v in self.wanted}

@@ -14,17 +14,18 @@ from chaindiff.chain import saving
 from chaindiff.chain.chain import Chain
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.stage import Stage, learns
-from chaindiff.chain.variable import Variable, digest
+from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import active
 from chaindiff.data.images import ImageData
 from chaindiff.data.items import Data, Items
 from chaindiff.encoders.base import Encoder
 from chaindiff.io import tensorfile
+from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec, TrainSpec
 from chaindiff.specs.validate import config
-from chaindiff.training.batches import Batches, TextFeatures
+from chaindiff.training.batches import Batches
 from chaindiff.training.loop import Progress
 from chaindiff.training.loop import train as steps_of
 
@@ -158,13 +159,13 @@ def _held(data: Data) -> set[str]:
 
 def _encoded(
     data: Data, root: Variable | None, variables: Mapping[str, Variable], encoders: Mapping[str, Encoder]
-) -> dict[str, TextFeatures]:
+) -> dict[str, Tensor]:
     """What encoders that make no images make of every item, in memory."""
-    kept: dict[str, TextFeatures] = {}
+    kept: dict[str, Tensor] = {}
 
     def value(name: str, rows: range) -> Any:
         if name in kept:
-            return kept[name].rows(rows, [0] * len(rows))
+            return kept[name][rows.start : rows.stop]
         if name in encoders:
             return encoders[name](value(encoders[name].of, rows))
         if root is not None and name == root.name:
@@ -181,5 +182,5 @@ def _encoded(
             for first in range(0, len(data), ENCODED_AT_ONCE):
                 parts.append(value(name, range(first, min(first + ENCODED_AT_ONCE, len(data)))).cpu())
                 bar.update(first + len(parts[-1]))
-        kept[name] = TextFeatures(torch.cat(parts))
+        kept[name] = torch.cat(parts)
     return kept
