@@ -46,7 +46,7 @@ class FileVectors(Embedding):
     def features_identity(self) -> dict[str, Any]:
         return {"kind": "file", "identity": self.spec.called, "content": self.content}
 
-    def rows_of(self, names: Sequence[str]) -> FileFeatures:
+    def rows_of(self, names: Sequence[str]) -> RowFeatures:
         """The vectors of these images. Raises UserError for a file that is missing, damaged, or has not all of them."""
         if not self.path.is_file():
             hint = "write it (docs/how-to/own-encoder.md shows how), or set `path` to where it lies"
@@ -60,7 +60,7 @@ class FileVectors(Embedding):
             shape = list(numbers.shape)
             raise UserError(f"{self.path} holds numbers of shape {shape}; expected [rows, width]", self.where)
         self.check_shape(numbers.shape[1], f"the vectors in {self.path} have")
-        features = FileFeatures(numbers, self._order(len(numbers), known, names))
+        features = RowFeatures(numbers, self._order(len(numbers), known, names))
         for number, chunk in enumerate(features.chunks()):
             if not bool((finite := chunk.isfinite().all(1)).all()):
                 name = names[number * CHUNK + int((~finite).nonzero()[0])]
@@ -111,10 +111,10 @@ class FileVectors(Embedding):
         return torch.tensor([place[name] for name in names])
 
 
-class FileFeatures:
-    """Rows of a file by image; every augmented variant of an image has the same one."""
+class RowFeatures:
+    """Vectors of a file or of texts by row, in `order` if any; every augmented variant of an image has the same."""
 
-    def __init__(self, numbers: Tensor, order: Tensor | None):
+    def __init__(self, numbers: Tensor, order: Tensor | None = None):
         self.numbers, self.order = numbers, order
 
     def __len__(self) -> int:

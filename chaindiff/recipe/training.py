@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.data.augment import active
 from chaindiff.edm.random import Draws
-from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
+from chaindiff.encoders import Embedding, Encoder, FileVectors, RowFeatures, build_encoder
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import cache_folder
@@ -22,7 +22,7 @@ from chaindiff.io.processes import processes
 from chaindiff.io.progress import Bar
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, save_png
-from chaindiff.training.batches import Batches, Features, TextFeatures
+from chaindiff.training.batches import Batches, Features, Kept
 from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
 from chaindiff.training.fit import fit
@@ -119,7 +119,7 @@ def prepare(assembly: Assembly, name: str) -> Batches:
     spec, recipe, state = assembly.recipe.stages[name], assembly.recipe, processes()
     wanted = assembly.stages[name].variables
     encoders: dict[str, Encoder] = {}
-    caches: dict[str, Features] = {}
+    kept: dict[str, Kept] = {}
     queue = [v.name for v in wanted]
     while queue:
         variable = queue.pop()
@@ -140,16 +140,18 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                         fit(encoder, features, path)
                     else:
                         encoder = build_encoder(variable, recipe.variables, path)
-            caches[variable] = features
-        elif recipe.variables[encoder.of].kind == "text":
-            caches[variable] = TextFeatures(encoder.features(assembly.data.field(assembly.columns[encoder.of].field)))
+            kept[variable] = lambda rows, variants, e=encoder, f=features: e.scale(f.rows(rows, variants))
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
         _ = assembly.columns[label].classes  # raises, if they are not those of the data
     texts = {n: assembly.columns[n].field for n, s in recipe.variables.items() if s.kind == "text"}
     root = assembly.root if any(variable.kind == "image" for variable in recipe.variables.values()) else None
-    return Batches(assembly.data, root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed)
+    read = [assembly.variables[encoder.of] for name, encoder in encoders.items() if name not in kept]
+    seed = spec.train.seed
+    batches = Batches(assembly.data, root, wanted, encoders, kept, labels | texts, spec.augment, seed, read)
+    batches.keep(n for n, e in encoders.items() if n not in kept and recipe.variables[e.of].kind == "text")
+    return batches
 
 
 def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
@@ -165,7 +167,7 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
             return encoder.rows_of(data.names)
     root = assembly.root
     if assembly.recipe.variables[encoder.of].kind == "text":
-        return TextFeatures(encoder.features(data.field(assembly.columns[encoder.of].field)))
+        return RowFeatures(encoder.features(data.field(assembly.columns[encoder.of].field)))
     if encoder.of != root.name:
         raise UserError(
             f"variable '{encoder.name}' embeds '{encoder.of}', which is not the data's own image '{root.name}'",
