@@ -10,11 +10,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from chaindiff.chain.variable import Variable
 from chaindiff.data import ImageData, augment, open_data
 from chaindiff.encoders import build_encoder
 from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import DataSpec, VariableSpec
 from chaindiff.specs.stage import AugmentSpec
+from chaindiff.training.batches import Batches
 from chaindiff.training.cache import EmbeddingCache
 from chaindiff.training.fit import fit
 
@@ -72,7 +74,12 @@ def cache(tmp_path, model, data) -> EmbeddingCache:
 
 
 def again(cache: EmbeddingCache) -> EmbeddingCache:
-    return EmbeddingCache(cache.folder.parent, cache.encoder, cache.data, cache.spec, cache.size)
+    return EmbeddingCache(cache.folder.parent, cache.encoder, cache.data, cache.spec, cache.side)
+
+
+def features(cache: EmbeddingCache, *pairs: tuple[int, int]) -> torch.Tensor:
+    """Of images and their variants."""
+    return cache["features"][[index * cache.variants + variant for index, variant in pairs]]
 
 
 def direct(cache: EmbeddingCache, index: int, variant: int) -> torch.Tensor:
@@ -83,25 +90,29 @@ def direct(cache: EmbeddingCache, index: int, variant: int) -> torch.Tensor:
 
 
 def test_rows_are_the_features_of_the_augmented_images(cache):
-    assert not cache.complete and len(cache) == 21
+    assert cache.missing() == [range(8), range(8, 16), range(16, 21)] and len(cache) == 21
     progress = list(cache.build(batch=3))
     assert progress[0] == (0, 21) and progress[-1] == (21, 21)
     assert [done for done, _ in progress] == sorted({done for done, _ in progress})
-    assert cache.complete and again(cache).complete
+    assert cache.missing() == again(cache).missing() == []
     pairs = [(6, 2), (0, 0), (3, 1), (0, 0), (5, 1)]
-    rows = again(cache).rows(*zip(*pairs, strict=True))
+    rows = features(again(cache), *pairs)
     torch.testing.assert_close(rows, torch.stack([direct(cache, *pair) for pair in pairs]), rtol=1e-4, atol=1e-5)
-    assert torch.equal(torch.cat(list(cache.chunks())), cache.rows(np.repeat(range(7), 3), np.tile(range(3), 7)))
+    everything = features(cache, *((index, variant) for index in range(7) for variant in range(3)))
+    assert torch.equal(torch.cat(list(cache["features"].split(5))), everything)
     assert list(cache.build(batch=3)) == [(21, 21)]
 
 
 def test_without_augmentation_one_variant_stands_for_all(tmp_path, model, data):
-    cache = EmbeddingCache(tmp_path, encoder(model), data, STILL, SIDE)
+    cache = EmbeddingCache(tmp_path, encoder(model, scaling="raw"), data, STILL, SIDE)
     list(cache.build())
     assert len(cache) == IMAGES
-    rows = cache.rows([2, 2, 2], [0, 1, 2])
-    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
-    torch.testing.assert_close(rows[0], direct(cache, 2, 0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features(cache, (2, 0))[0], direct(cache, 2, 0), rtol=1e-4, atol=1e-5)
+    image = Variable.image("image", 3, SIDE)
+    clip = Variable.vector("clip", 8)
+    batches = Batches(data, image, [clip], {"clip": cache.encoder}, {"clip": cache["features"]}, {}, STILL, 0)
+    rows = batches.rows(range(IMAGES))
+    assert torch.equal(batches(list(range(IMAGES)))["clip"], features(cache, *((row, 0) for row in rows)))
 
 
 def test_an_interrupted_build_goes_on(cache):
@@ -112,34 +123,36 @@ def test_an_interrupted_build_goes_on(cache):
     first = (cache.folder / "000000.safetensors").stat().st_mtime_ns
     assert [done for done, _ in again(cache).build(batch=4)] == [8, 12, 16, 20, 21]
     assert (cache.folder / "000000.safetensors").stat().st_mtime_ns == first
-    assert again(cache).complete
+    assert again(cache).missing() == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another's", "missing"])
 def test_a_damaged_shard_is_made_anew(cache, damage):
     list(cache.build())
-    expected = cache.rows([4], [0]).clone()
-    path = cache.folder / "000001.safetensors"
+    expected = features(cache, (4, 0))
+    path = cache.folder / "000008.safetensors"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-20])
     elif damage == "missing":
         path.unlink()
     else:
         path.unlink()
-        save_file({"features": torch.zeros(8, 8)}, path, {"key": "another's"})
+        save_file({"features": torch.zeros(8, 8)}, path, {"identity": "another's"})
     fresh = again(cache)
-    assert not fresh.complete
+    assert fresh.missing() == [range(8, 16)]
     with pytest.raises(UserError) as error:
-        fresh.rows([4], [0])
-    assert "is not complete: shard 1 is missing" in str(error.value)
-    assert "run the same training command again" in str(error.value)
+        features(fresh, (4, 0))
+    assert "is not complete: 000008.safetensors is missing" in str(error.value)
+    assert "run the same command again" in str(error.value)
     assert [done for done, _ in fresh.build()] == [13, 21]
-    assert torch.equal(again(cache).rows([4], [0]), expected)
+    assert torch.equal(features(again(cache), (4, 0)), expected)
 
 
 def test_ranks_share_the_shards(cache):
-    assert [list(again(cache).build(8, rank, 2))[-1] for rank in range(2)] == [(13, 13), (8, 8)]
-    assert cache.complete
+    missing = cache.missing()
+    for rank, steps in ((0, [(8, 21), (16, 21), (21, 21)]), (1, [(13, 21), (21, 21)])):
+        assert list(again(cache).build(8, missing[rank::2])) == steps
+    assert cache.missing() == []
 
 
 def test_the_key_covers_all_that_the_numbers_depend_on(tmp_path, model, data):
@@ -171,8 +184,8 @@ def test_fitted_values_have_the_deviation_asked_for(tmp_path, model, cache):
     list(cache.build())
     path = tmp_path / "clip.safetensors"
     fresh = encoder(model, k=3)
-    fit(fresh, cache, path)
-    everything = torch.cat(list(cache.chunks()))
+    fit(fresh, cache["features"], path)
+    everything = cache["features"][:]
     values = fresh.scale(everything)
     torch.testing.assert_close(values.mean(0), torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(values.T @ values / len(values), 0.25 * torch.eye(3), rtol=0, atol=1e-3)
@@ -188,7 +201,7 @@ def test_fitted_values_have_the_deviation_asked_for(tmp_path, model, cache):
 
 def test_statistics_of_another_encoder_are_refused(tmp_path, model, cache):
     list(cache.build())
-    path = fit(encoder(model, k=3), cache, tmp_path / "clip.safetensors")
+    path = fit(encoder(model, k=3), cache["features"], tmp_path / "clip.safetensors")
     for options in ({"k": 2}, {"k": 3, "scaling": "raw"}, {}):
         with pytest.raises(UserError) as error:
             encoder(model, fitted=path, **options)
@@ -205,7 +218,7 @@ def test_missing_and_broken_statistics(tmp_path, model, cache):
     assert "training a stage that uses it fits them" in str(error.value)
     assert encoder(model, scaling="raw", fitted=path).fitted  # needs none
 
-    fit(encoder(model, k=3), cache, path)
+    fit(encoder(model, k=3), cache["features"], path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
     with pytest.raises(UserError, match="not a complete file of fitted statistics"):
@@ -216,5 +229,5 @@ def test_missing_and_broken_statistics(tmp_path, model, cache):
 
 
 def test_fitting_needs_a_complete_cache(tmp_path, model, cache):
-    with pytest.raises(UserError, match="is not complete: shard 0 is missing"):
-        fit(encoder(model, k=3), cache, tmp_path / "clip.safetensors")
+    with pytest.raises(UserError, match=r"is not complete: 000000\.safetensors is missing"):
+        fit(encoder(model, k=3), cache["features"], tmp_path / "clip.safetensors")

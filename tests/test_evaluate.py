@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chaindiff import cli
 from chaindiff.chain.chain import Chain
-from chaindiff.chain.variable import digest
 from chaindiff.data import open_data
 from chaindiff.edm.random import Draws
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
@@ -28,7 +27,7 @@ from chaindiff.evaluation.features import extractor
 from chaindiff.evaluation.oracle import DataValues, oracle, split_of
 from chaindiff.evaluation.provenance import Figure
 from chaindiff.evaluation.report import provenance
-from chaindiff.evaluation.rows import CHUNK, Row
+from chaindiff.evaluation.rows import BATCH, CHUNK, Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import (
     Measured,
@@ -41,6 +40,7 @@ from chaindiff.evaluation.tables import (
     training,
 )
 from chaindiff.io import tensorfile
+from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import to_uint8
@@ -183,14 +183,13 @@ def test_an_interrupted_row_goes_on_with_the_same_samples(recipe, run, tmp_path)
     list(whole.draw())
     parts = Row("parts", loaded, "image", tmp_path / "b", 2 * CHUNK, out=run)
     drawing = parts.draw()
-    assert next(drawing) == 0 and next(drawing) == CHUNK
+    assert [next(drawing) for _ in range(3)] == [(0, 2 * CHUNK), (BATCH, 2 * CHUNK), (CHUNK, 2 * CHUNK)]
     drawing.close()
     again = Row("parts", loaded, "image", tmp_path / "b", 2 * CHUNK, out=run)
-    assert list(again.draw()) == [CHUNK, 2 * CHUNK]
-    for left, right in zip(whole.chunks("image"), again.chunks("image"), strict=True):
-        assert torch.equal(left, right)
+    assert [done for done, _ in again.draw()] == [CHUNK, CHUNK + BATCH, 2 * CHUNK]
+    assert torch.equal(whole.samples("image")[:], again.samples("image")[:])
     fewer = Row("fewer", loaded, "image", tmp_path / "b", 30, out=run)
-    assert fewer.done() == 30 and sum(len(c) for c in fewer.chunks("image")) == 30
+    assert list(fewer.draw()) == fewer.store.missing() == [] and len(fewer.samples("image")[:]) == 30
 
 
 def test_oracles_are_values_of_one_image(recipe, run, tmp_path):
@@ -200,7 +199,7 @@ def test_oracles_are_values_of_one_image(recipe, run, tmp_path):
     assert drawn["small"].shape == (40, 3, 4, 4) and drawn["group"].shape == (40,)
     expected = torch.nn.functional.avg_pool2d(drawn["photo"], 4)  # two halvings by box filters
     assert torch.allclose(drawn["small"], expected, atol=1e-5)
-    pixels = values.pixels(range(16))
+    pixels = values.of("photo", range(16))
     labels = assembly.data.categories("group")[1]
     for photo, group in zip(drawn["photo"], drawn["group"], strict=True):
         row = (pixels - photo).flatten(1).abs().sum(1).argmin()
@@ -273,13 +272,14 @@ def test_rows_are_sampled_given_what_the_recipe_gives(recipe, run, tmp_path, mon
     assert given(recipe, run, tmp_path, group=1).key == one.key  # the same class
     seen = []
 
-    def stream(chain, count, given, **settings):
+    def request(chain, count, given, **settings):
         seen.append(given["group"])
-        return iter(())
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Chain, "stream", stream)
+    monkeypatch.setattr(Chain, "request", request)
     for row in (one, several):
-        list(row.draw())
+        with pytest.raises(KeyboardInterrupt):
+            list(row.draw())
     assert seen[0].tolist() == [1] and seen[1].tolist() == [0, 1, 2, 0] * (CHUNK // 4) + [0, 1]  # in turn
 
 
@@ -335,7 +335,7 @@ def test_alignment_is_with_the_caption_of_the_image_that_a_sample_was_made_for(r
     clip = extractor(CLIP)
     small = to_uint8(DataValues(row.assembly, data, tmp_path).of("image", range(16)))
     for metric, seen in (
-        ("alignment", clip(torch.cat(list(row.chunks("image"))))),
+        ("alignment", clip(row.samples("image")[:])),
         ("alignment_data", clip(small)[images]),
     ):
         cosines = torch.nn.functional.cosine_similarity(seen, texts[images])[told]
@@ -386,15 +386,15 @@ from chaindiff.evaluation.report import Report
 from chaindiff.evaluation.rows import CHUNK, Row
 from chaindiff.evaluation.study import Study
 from chaindiff.specs.load import load_recipe
-from chaindiff.io import tensorfile
 
 changes, folder, count = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 row = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", folder, count)
-for first in row.firsts:  # in place of samples
+for rows in row.store.missing():  # in place of samples
+    first = rows.start
     draw = torch.Generator().manual_seed(first)
     image = torch.randint(0, 256, (CHUNK, 3, 16, 16), dtype=torch.uint8, generator=draw)
     clip = 0.5 * torch.randn(CHUNK, 32, generator=draw)
-    tensorfile.save(row.path(first), {"image16": image, "clip": clip}, {"seconds": "1"})
+    row.store.write(first, {"image16": image, "clip": clip, "seconds": torch.ones(CHUNK)})
 study, report = Study(folder, ["pixels:16"]), Report(folder)
 report.add_group(measure_group(Group("noise", "main", [[row]]), study))
 report.add_memorisation(study, row)

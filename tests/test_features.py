@@ -22,9 +22,9 @@ from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, res
 from chaindiff.evaluation.inception import Inception
 from chaindiff.evaluation.judge_networks import TRUNKS, Judge
 from chaindiff.evaluation.metrics import Moments, kid
-from chaindiff.evaluation.store import AsTheyAre, FeatureStore
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Shards
 from chaindiff.specs.recipe import DataSpec
 from tools import judge
 
@@ -300,63 +300,60 @@ def test_views_of_a_judge_are_a_function_of_their_number(emoji):
 
 def test_features_on_disk(tmp_path):
     network, images = extractor("pixels:16"), pixels(50, 16)
-    store = FeatureStore(tmp_path, network, "fifty")
-    assert list(store.fill(images[:20].split(8))) == [0, 8, 16, 20]
-    again = FeatureStore(tmp_path, network, "fifty")
     calls = []
-    counting = FeatureStore(tmp_path, network, "fifty")
-    object.__setattr__(counting, "extractor", Counted(network, calls))
-    assert list(counting.fill(images.split(16))) == [20, 32, 48, 50]
-    assert calls == [12, 16, 2]  # nothing twice
-    assert torch.equal(again.features[:], network(images))
-    assert torch.equal(torch.cat(list(again.features.split(7))), again.features[:])
-    assert torch.equal(again.first(20)[:], network(images)[:20])
-    np.testing.assert_allclose(again.moments().mean, Moments.over([network(images)]).mean, rtol=1e-12)
-    assert len(FeatureStore(tmp_path, network, "others")) == 0
-    assert FeatureStore(tmp_path, extractor("pixels:8"), "fifty").path != store.path
+
+    def make(rows):
+        calls.append(rows)
+        return {"features": network(images[list(rows)])}
+
+    fewer, store = Shards(tmp_path, "fifty", 20, 16), Shards(tmp_path, "fifty", 50, 16)
+    assert list(fewer.fill(make, 8)) == [(0, 20), (8, 20), (16, 20), (20, 20)]
+    assert store.missing() == [range(16, 32), range(32, 48), range(48, 50)]  # the second has too few rows
+    assert list(store.fill(make, 16)) == [(16, 50), (32, 50), (48, 50), (50, 50)]
+    assert calls == [range(8), range(8, 16), range(16, 20), *store_parts(16, 50)]  # no whole file twice
+    found = store["features"]
+    assert torch.equal(found[:], network(images))
+    assert torch.equal(torch.cat(list(found.split(7))), found[:])
+    assert fewer.missing() == [] and torch.equal(fewer["features"][:], network(images)[:20])
+    np.testing.assert_allclose(Moments.over(found.split(50)).mean, Moments.over([network(images)]).mean, rtol=1e-12)
+    assert len(Shards(tmp_path, "others", 50, 16).missing()) == 4
 
 
-class Counted:
-    def __init__(self, network, calls):
-        self.network, self.calls = network, calls
-
-    def __getattr__(self, name):
-        return getattr(self.network, name)
-
-    def __call__(self, images):
-        self.calls.append(len(images))
-        return self.network(images)
+def store_parts(first: int, end: int) -> list[range]:
+    return [range(start, min(start + 16, end)) for start in range(first, end, 16)]
 
 
-def test_an_interrupted_chunk_is_made_again(tmp_path):
+def test_an_interrupted_file_is_made_again(tmp_path):
     network, images = extractor("pixels:8"), pixels(20, 8)
-    store = FeatureStore(tmp_path, network, "twenty")
-    list(store.fill([images[:12]]))
-    with open(store.path, "ab") as file:
-        file.write(b"half a chunk")
-    list(store.fill([images]))
-    assert torch.equal(store.features[:], network(images))
-    store.path.write_bytes(store.path.read_bytes()[:-4])
-    assert "not those that were written" in refusal(lambda: store.features)
+    store = Shards(tmp_path, "twenty", 20, 12)
+    steps = store.fill(lambda rows: {"features": network(images[list(rows)])}, 6)
+    assert [next(steps) for _ in range(4)] == [(0, 20), (6, 20), (12, 20), (18, 20)]
+    steps.close()
+    assert store.missing() == [range(12, 20)] and len(list(tmp_path.iterdir())) == 1
+    list(store.fill(lambda rows: {"features": network(images[list(rows)])}, 6))
+    assert torch.equal(store["features"][:], network(images))
+    path = store.path(12)
+    path.write_bytes(path.read_bytes()[:-4])
+    assert store.missing() == [range(12, 20)]
+    assert f"{tmp_path} is not complete: 000012.safetensors is missing" in refusal(lambda: store["features"][:])
 
 
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
 from chaindiff.evaluation.features import extractor
-from chaindiff.evaluation.moments import frechet_distance
-from chaindiff.evaluation.store import FeatureStore
+from chaindiff.evaluation.moments import Moments, frechet_distance
+from chaindiff.io.shards import Shards
 
 count, folder = int(sys.argv[1]), Path(sys.argv[2])
-def images(seed):
-    for first in range(0, count, 250):
-        draw = torch.Generator().manual_seed(seed + first)
-        yield torch.randint(0, 256, (250, 3, 32, 32), dtype=torch.uint8, generator=draw)
-moments = []
+moments, judge = [], extractor("pixels:16")
 for seed in (0, 1):
-    store = FeatureStore(folder, extractor("pixels:16"), f"{seed} {count}")
-    list(store.fill(images(seed)))
-    moments.append(store.moments())
+    def make(rows):
+        draw = torch.Generator().manual_seed(seed + rows.start)
+        return {"features": judge(torch.randint(0, 256, (len(rows), 3, 32, 32), dtype=torch.uint8, generator=draw))}
+    store = Shards(folder / str(seed), "", count, 1000)
+    list(store.fill(make, 250))
+    moments.append(Moments.over(store["features"].split(1000)))
 frechet_distance(*moments)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -364,15 +361,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def test_stored_rows_are_read_as_a_tensor_s(tmp_path):
     vectors = torch.from_numpy(np.random.default_rng(0).standard_normal((23, 5))).float()
-    store = FeatureStore(tmp_path, AsTheyAre("clip", 5), "some")
-    list(store.fill(vectors.split(6)))
-    found = store.features
+    store = Shards(tmp_path, "some", 23, 6)
+    list(store.fill(lambda rows: {"clip": vectors[list(rows)], "other": torch.zeros(len(rows))}, 4))
+    found = store["clip"]
     assert len(found) == 23 and found.shape == vectors.shape and found.dtype == vectors.dtype
-    for part in (slice(None), slice(3, 9), slice(20, 99), slice(0, 0), torch.tensor([4, 22, 4, 0]), torch.arange(0)):
+    for part in (slice(None), slice(3, 9), slice(20, 99), slice(0, 0), slice(2, 20, 3), torch.tensor([4, 22, 4, 0]),
+                 torch.arange(0), [3, 19]):  # fmt: skip
         assert torch.equal(found[part], vectors[part])
     assert [len(part) for part in found.split(10)] == [10, 10, 3]
-    with pytest.raises(ValueError, match="without a step"):
-        found[::2]
+    for part in ([23], [-1]):
+        with pytest.raises(IndexError, match="of 23"):
+            found[part]
 
 
 @pytest.mark.slow

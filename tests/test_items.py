@@ -235,7 +235,7 @@ def test_embeddings_of_items_are_cached(tmp_path) -> None:
     data = Items({"image": FLOATS})
     cache = EmbeddingCache(tmp_path, Mean(), data, STILL, SIDE)
     assert list(cache.build())[-1] == (ROWS, ROWS)
-    torch.testing.assert_close(cache.rows([5, 1], [0, 0]), FLOATS[[5, 1]].mean((2, 3)))
+    torch.testing.assert_close(cache["features"][[5, 1]], FLOATS[[5, 1]].mean((2, 3)))
     assert EmbeddingCache(tmp_path, Mean(), Items({"image": FLOATS * 0.5}), STILL, SIDE).folder != cache.folder
 
 
@@ -267,7 +267,7 @@ stages:
     assembly = Assembly(load_recipe("r.yaml"))
     data = Items(Rows(image=list(FLOATS), v=list(VECTORS), kind=list("ababab")))
     values = DataValues(assembly, data, tmp_path)
-    assert torch.equal(values.pixels([3]), FLOATS[[3]]) and torch.equal(values.of("v", [3, 1]), VECTORS[[3, 1]])
+    assert torch.equal(values.of("image", [3]), FLOATS[[3]]) and torch.equal(values.of("v", [3, 1]), VECTORS[[3, 1]])
     assert values.of("kind", [0, 1]).tolist() == [0, 1] and values.of("small", [0]).shape == (1, 3, 4, 4)
 
 

@@ -30,8 +30,8 @@ from chaindiff.evaluation.metrics import (
     vector_report,
 )
 from chaindiff.evaluation.provenance import Figure, compare
-from chaindiff.evaluation.store import AsTheyAre, FeatureStore
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Shards
 
 
 def normal(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -312,9 +312,9 @@ def test_figures_of_vectors_in_a_file_are_those_of_vectors_in_memory(tmp_path, m
     monkeypatch.setattr(vectors, "BLOCK", 100)  # in parts; the tensors are whole
     sets, stored = [normal(n, 6, n).float() for n in (700, 150, 400)], []
     for rows in sets:
-        store = FeatureStore(tmp_path, AsTheyAre("clip", 6), f"{len(rows)}")
-        list(store.fill(rows.split(128)))
-        stored.append(store.features)
+        store = Shards(tmp_path / str(len(rows)), "", len(rows), 128)
+        list(store.fill(lambda some, rows=rows: {"clip": rows[list(some)]}, 128))
+        stored.append(store["clip"])
     found = plain(vector_report(*stored))
     monkeypatch.setattr(vectors, "BLOCK", 10_000)
     expected = plain(vector_report(*sets))

@@ -17,9 +17,10 @@ from torch import nn
 from chaindiff.chain.chain import Chain, Encoder, Source
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.stage import Stage, learns
-from chaindiff.chain.variable import Variable, digest, variable_entry
+from chaindiff.chain.variable import Variable, variable_entry
 from chaindiff.data.augment import augment_dim
 from chaindiff.io import tensorfile
+from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import write_whole
 from chaindiff.specs.code import is_code

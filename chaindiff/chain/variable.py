@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from chaindiff.io.digest import digest
 from chaindiff.specs.recipe import FileSpec, VariableSpec
-
-
-def digest(value: Any) -> str:
-    """A short, stable fingerprint of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

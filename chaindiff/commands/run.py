@@ -21,12 +21,13 @@ from chaindiff.evaluation.tables import plain
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import write_whole
 from chaindiff.io.memory import noted
-from chaindiff.io.processes import processes
-from chaindiff.io.progress import Bar
+from chaindiff.io.processes import processes, share
+from chaindiff.io.progress import shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.execution import lock_of, prepare
 from chaindiff.recipe.given import check_given, read_given
 from chaindiff.recipe.samples import Samples
+from chaindiff.recipe.samples import draw as draw_samples
 from chaindiff.recipe.stage import check_fitted
 from chaindiff.recipe.training import check_begin, train_stage
 from chaindiff.show.drawing import chain_png
@@ -180,29 +181,22 @@ def sample_chain(assembly: Assembly) -> Sampled:
         state.wait_for_everyone()
         return Sampled(samples, found, weights, lock, 0.0, {})
     chain = assembly.chain(found.running)  # weights that do not load are found before anything is deleted
-    with state.main_process_first():
-        if stale and load_recipe(out).lock.get("samples") != lock["samples"]:  # no other process was here before
-            if samples.folder.exists():
-                say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
+    state.wait_for_everyone()  # all of them have read the lock before one changes it
+    if state.is_main_process:
+        if stale and samples.folder.exists():
+            say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
             samples.clear()
-        missing = samples.missing()
-        if state.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            write_lock(out, assembly.recipe, lock)
-    state.wait_for_everyone()  # all of them have seen what is missing before one makes it
+        write_lock(out, assembly.recipe, lock)
+    state.wait_for_everyone()
+    mine = share(samples.missing())
     prepare(chain, lock["execution"], asked.precision)
-    began, mine = time.perf_counter(), missing[state.process_index :: state.num_processes]
-    done = asked.count - sum(map(len, missing))
+    began = time.perf_counter()
     settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "want": keep, "given": values}
     less = f"lower sample.batch (--batch), now {size}"
     if asked.exact:
         less = f"sample.exact always takes {size} at a time; without it, lower sample.batch (--batch)"
-    with noted(less), Bar("sample", done + sum(map(len, mine)), done) as bar:
-        request = chain.request(asked.count, **settings)
-        for batch in mine:
-            samples.write(batch.start, chain.part(request, batch.start))
-            done += len(batch)
-            bar.update(done)
+    with noted(less):
+        shown("sample", draw_samples(chain, samples, mine, **settings))
     state.wait_for_everyone()
     if state.is_main_process:
         samples.write_grids()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import posixpath
 import warnings
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from PIL import Image, ImageOps
 from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
 from chaindiff.data.sources import METADATA, Source, open_source
 from chaindiff.io.code import create
+from chaindiff.io.digest import fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.recipe import Data, DataSpec
@@ -89,7 +88,7 @@ class ImageData:
     def digest(self) -> str:
         """sha256 over names, sizes and checksums (zip) or times of change (folder)."""
         stamps = [[name, *self._source.stamp(name)] for name in self.names]
-        return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+        return fingerprint(stamps)
 
     # -- fields
 

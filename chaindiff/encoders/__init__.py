@@ -8,7 +8,7 @@ from pathlib import Path
 from chaindiff.encoders.base import Encoder
 from chaindiff.encoders.clip import OpenClipImage, OpenClipText
 from chaindiff.encoders.embedding import Embedding
-from chaindiff.encoders.file import FileVectors, RowFeatures
+from chaindiff.encoders.file import FileVectors
 from chaindiff.encoders.own import OwnEncoder
 from chaindiff.encoders.resize import Resize
 from chaindiff.encoders.statistics import Statistics
@@ -24,7 +24,6 @@ __all__ = [
     "OpenClipImage",
     "OpenClipText",
     "Resize",
-    "RowFeatures",
     "Statistics",
     "build_decoder",
     "build_encoder",

@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-
-
-def fingerprint(plain: Any) -> str:
-    """sha256 of plain data, in hexadecimal."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal; it is read again if its size or time has changed."""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Encoder:

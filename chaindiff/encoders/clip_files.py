@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chaindiff.encoders.base import file_digest
+from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.clip_models import CONFIG, known_models, model_folder
 from chaindiff.specs.recipe import OpenClipSpec

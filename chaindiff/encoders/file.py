@@ -15,8 +15,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from chaindiff.encoders.base import file_digest
 from chaindiff.encoders.embedding import Embedding
+from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import FileSpec
 
@@ -46,7 +46,7 @@ class FileVectors(Embedding):
     def features_identity(self) -> dict[str, Any]:
         return {"kind": "file", "identity": self.spec.called, "content": self.content}
 
-    def rows_of(self, names: Sequence[str]) -> RowFeatures:
+    def rows_of(self, names: Sequence[str]) -> FileFeatures:
         """The vectors of these images. Raises UserError for a file that is missing, damaged, or has not all of them."""
         if not self.path.is_file():
             hint = "write it (docs/how-to/own-encoder.md shows how), or set `path` to where it lies"
@@ -60,8 +60,8 @@ class FileVectors(Embedding):
             shape = list(numbers.shape)
             raise UserError(f"{self.path} holds numbers of shape {shape}; expected [rows, width]", self.where)
         self.check_shape(numbers.shape[1], f"the vectors in {self.path} have")
-        features = RowFeatures(numbers, self._order(len(numbers), known, names))
-        for number, chunk in enumerate(features.chunks()):
+        features = FileFeatures(numbers, self._order(len(numbers), known, names))
+        for number, chunk in enumerate(features.split(CHUNK)):
             if not bool((finite := chunk.isfinite().all(1)).all()):
                 name = names[number * CHUNK + int((~finite).nonzero()[0])]
                 message = f"the vector of the image '{name}' in {self.path} is not finite (NaN or infinity)"
@@ -111,19 +111,18 @@ class FileVectors(Embedding):
         return torch.tensor([place[name] for name in names])
 
 
-class RowFeatures:
-    """Vectors of a file or of texts by row, in `order` if any; every augmented variant of an image has the same."""
+class FileFeatures:
+    """Rows of a file by image; every augmented variant of an image has the same one."""
 
-    def __init__(self, numbers: Tensor, order: Tensor | None = None):
+    def __init__(self, numbers: Tensor, order: Tensor | None):
         self.numbers, self.order = numbers, order
 
     def __len__(self) -> int:
         return len(self.numbers) if self.order is None else len(self.order)
 
-    def rows(self, indices: Sequence[int], variants: Sequence[int]) -> Float[Tensor, "n width"]:
-        rows = torch.as_tensor(list(indices), dtype=torch.int64)
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Float[Tensor, "n width"]:
+        rows = rows if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.int64)
         return self.numbers[rows if self.order is None else self.order[rows]].float()
 
-    def chunks(self) -> Iterator[Tensor]:
-        for first in range(0, len(self), CHUNK):
-            yield self.rows(range(first, min(first + CHUNK, len(self))), ())
+    def split(self, rows: int) -> Iterator[Tensor]:
+        return (self[first : first + rows] for first in range(0, len(self), rows))

@@ -13,8 +13,8 @@ from jaxtyping import Float, Float64, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from chaindiff.encoders.base import fingerprint
 from chaindiff.encoders.kmeans import Chunks, cluster
+from chaindiff.io.digest import fingerprint
 from chaindiff.io.errors import UserError
 
 if TYPE_CHECKING:

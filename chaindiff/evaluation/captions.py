@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.data.items import Data
-from chaindiff.encoders.base import fingerprint
 from chaindiff.encoders.clip import OpenClipText
 from chaindiff.encoders.clip_files import find
 from chaindiff.evaluation.features import clip_spec
+from chaindiff.io.digest import fingerprint
 from chaindiff.recipe.assembly import Assembly
 
 FIELDS = ("caption", "text")  # of the metadata, where the recipe declares no text

@@ -17,7 +17,7 @@ from chaindiff.evaluation.tables import Measured, Results
 from chaindiff.io.errors import UserError
 from chaindiff.io.memory import noted
 from chaindiff.io.processes import processes
-from chaindiff.io.progress import Bar
+from chaindiff.io.progress import shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import Loaded, load_recipe
 from chaindiff.specs.merge import nest
@@ -203,13 +203,12 @@ def draw_all(rows: Sequence[Row]) -> None:
     Raises UserError for any of them before the first is sampled.
     """
     # The longest of the rows that share their samples; a row's home is known when it is planned and its weights found.
-    own = {row.home: row for row in sorted(rows, key=lambda row: row.count)}
+    own = {row.store.folder: row for row in sorted(rows, key=lambda row: row.count)}
     state = processes()
     less = f"evaluate samples {BATCH} at a time; --set sample.precision=bf16 needs less"
     for row in list(own.values())[state.process_index :: state.num_processes]:
-        with noted(less), Bar(f"sample {row.label}, seed {row.seed}", row.count, row.done()) as bar:
-            for done in row.draw():
-                bar.update(done)
+        with noted(less):
+            shown(f"sample {row.label}, seed {row.seed}", row.draw())
 
 
 def measure_group(group: Group, study: Study) -> Results:

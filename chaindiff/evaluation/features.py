@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,8 +19,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from chaindiff.encoders.base import fingerprint
 from chaindiff.evaluation.published import load_vision, package_file
+from chaindiff.io.digest import file_digest, fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import OpenClipSpec
 
@@ -257,12 +256,6 @@ def weights_folder() -> Path:
     from chaindiff.io.files import cache_folder
 
     return cache_folder() / "weights"
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _found(name: str, files: tuple[str, ...]) -> Path:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from chaindiff.edm.random import generator
 from chaindiff.evaluation.interval import REPLICATES, Interval, resamples
-from chaindiff.evaluation.stored import Vectors
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Vectors
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from chaindiff.evaluation.neighbours import nearest
-from chaindiff.evaluation.stored import Vectors
+from chaindiff.io.shards import Vectors
 
 __all__ = ["Memorisation", "memorisation", "nearest"]
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from chaindiff.evaluation.stored import Vectors
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Vectors
 
 BLOCK = 512  # rows of a block of distances: 2 MiB in float64
 SAME = 1e-12  # squared distances below this share of the squared norms are rounding errors of equal rows

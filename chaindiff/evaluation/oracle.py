@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from chaindiff.chain.variable import digest
 from chaindiff.data import open_data
 from chaindiff.data.items import Data
 from chaindiff.edm.random import generator
-from chaindiff.encoders import Encoder, FileVectors
-from chaindiff.io import tensorfile
+from chaindiff.encoders import FileVectors
+from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
-from chaindiff.io.progress import Bar
+from chaindiff.io.progress import shown
+from chaindiff.io.shards import Shards
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.recipe import DataSpec, FileSpec
 from chaindiff.training.batches import Features
@@ -43,42 +44,28 @@ class DataValues:
 
     def __init__(self, assembly: Assembly, data: Data, folder: Path):
         self.assembly, self.data, self.folder = assembly, data, folder
-        self._encoders: dict[str, Encoder] = {}
-        self._files: dict[str, Features] = {}
-
-    def pixels(self, rows: Sequence[int]) -> Tensor:
-        """Images in [-1, 1], [rows, channels, height, width]."""
-        return self.data.pixels(list(rows), self.assembly.root.shape[-1])
+        self._encoder = cache(lambda name: assembly.encoders[name].build())
+        self._vectors = cache(self._read_vectors)
 
     def of(self, name: str, rows: Sequence[int]) -> Tensor:
-        """A variable's values for some rows; images are computed again each time, everything else is kept."""
+        """A variable's values for some rows; what encoders make is kept, but for images."""
         variable = self.assembly.variables[name]
-        if variable.kind == "image":
-            return self._compute(name, rows)
         if variable.kind == "text":
             raise UserError(f"a text is no value to sample from; ask for what encodes '{name}'")
-        return self._kept(name)[list(rows)]
-
-    def _kept(self, name: str) -> Tensor:
-        variable = self.assembly.variables[name]
+        if variable.kind == "image" or name not in self.assembly.encoders:
+            return self._compute(name, rows)
         key = digest([variable.identity, self.assembly.encoders[name].digest, self.data.digest, len(self.data)])
-        path = self.folder / f"{name}-{key}.safetensors"
-        if not path.exists():
-            parts = []
-            with Bar(f"encode {name}", len(self.data)) as bar:
-                for first in range(0, len(self.data), BATCH):
-                    parts.append(self._compute(name, range(first, min(first + BATCH, len(self.data)))))
-                    bar.update(first + len(parts[-1]))
-            tensorfile.save(path, {"values": torch.cat(parts)}, {"variable": name})
-        return tensorfile.load(path)[0]["values"]
+        store = Shards(self.folder / f"{name}-{key}", key, len(self.data))
+        shown(f"encode {name}", store.fill(lambda some: {"values": self._compute(name, some)}, BATCH))
+        return store["values"][rows]
 
     def _compute(self, name: str, rows: Sequence[int]) -> Any:
         """A tensor, or for a text the list of it."""
         assembly, spec = self.assembly, self.assembly.recipe.variables[name]
         if name == assembly.root.name:
-            return self.pixels(rows)
+            return self.data.pixels(list(rows), assembly.root.shape[-1])
         if isinstance(spec.encoder, FileSpec):
-            return self._encoder(name).scale(self._vectors(name).rows(rows, rows))
+            return self._encoder(name).scale(self._vectors(name)[rows])
         if spec.reads is not None:
             with torch.no_grad():
                 return self._encoder(name)(self._compute(spec.reads, rows))
@@ -88,18 +75,11 @@ class DataValues:
             return self.data.column(assembly.columns[name].field)[list(rows)]
         return [self.data.field(assembly.columns[name].field)[row] for row in rows]
 
-    def _vectors(self, name: str) -> Features:
-        if name not in self._files:
-            encoder = self._encoder(name)
-            assert isinstance(encoder, FileVectors)
-            with self.assembly.located():
-                self._files[name] = encoder.rows_of(self.data.names)
-        return self._files[name]
-
-    def _encoder(self, name: str) -> Encoder:
-        if name not in self._encoders:
-            self._encoders[name] = self.assembly.encoders[name].build()
-        return self._encoders[name]
+    def _read_vectors(self, name: str) -> Features:
+        encoder = self._encoder(name)
+        assert isinstance(encoder, FileVectors)
+        with self.assembly.located():
+            return encoder.rows_of(self.data.names)
 
 
 def oracle(values: DataValues, names: Iterable[str], count: int, seed: int) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class Report:
             train = DataValues(assembly, study.data(row, None).data, self.folder / "data")
             other = DataValues(assembly, held.data, self.folder / "data")
             values = [v.of(name, range(len(v.data))) for v in (other, train)]
-            found = vector_report(study.vectors(row, name), *values)
+            found = vector_report(row.samples(name), *values)
             counts = f"{len(values[0]):,} held-out and {len(values[1]):,} training ones"
             note = f"{row.count:,} sampled '{name}' against {counts}."
             self.add(f"The prior of '{name}' alone", note, vector_table(found))

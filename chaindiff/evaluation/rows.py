@@ -1,33 +1,31 @@
 """Rows of a comparison: a chain under some settings, some of its variables taken from the data, and what it samples.
 
-Samples are kept on disk in chunks, so that an interrupted evaluation goes on and memory holds one chunk. Images are
-rounded to 8 bits, as image files would be (EDM's practice).
+Samples are kept on disk in chunks, so that an interrupted evaluation goes on and memory holds one chunk.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value, rows_of
-from chaindiff.chain.variable import digest
 from chaindiff.evaluation.oracle import DataValues, oracle, split_of
 from chaindiff.io import tensorfile
+from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Shards, Stored
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.execution import chosen_execution, depends_on, prepare
 from chaindiff.recipe.given import read_given
-from chaindiff.show.images import to_uint8
+from chaindiff.recipe.samples import draw
 from chaindiff.specs.load import Loaded
 
 BATCH = 125  # samples of one call: one shape for every row, so that a network compiles once
@@ -103,61 +101,41 @@ class Row:
         data = self.assembly.data.digest if self.from_data else None
         return digest([depends, self.made, self.from_data, self.split, data, CHUNK])
 
-    @property
-    def home(self) -> Path:
-        return self.folder / "rows" / self.key
+    @cached_property
+    def store(self) -> Shards:
+        """The samples on disk; a last chunk that is whole serves larger counts too."""
+        return Shards(self.folder / "rows" / self.key, self.key, -(-self.count // CHUNK) * CHUNK, CHUNK)
 
-    def path(self, first: int) -> Path:
-        return self.home / f"{first:06d}.safetensors"
-
-    @property
-    def firsts(self) -> range:
-        return range(0, self.count, CHUNK)
-
-    def done(self) -> int:
-        """How many samples are there already."""
-        return next((first for first in self.firsts if not self.path(first).exists()), self.count)
-
-    def draw(self) -> Iterator[int]:
-        """Sample what is missing; yields the number of samples so far after every chunk."""
-        first = self.done()
-        yield first
-        if first >= self.count:
+    def draw(self) -> Iterator[tuple[int, int]]:
+        """Sample what is missing; yields (samples done, samples in all) as it goes."""
+        if not self.store.missing():
             return
-        assembly = self.assembly
+        assembly, whole = self.assembly, len(self.store)
         chain = assembly.chain(self.plan.running)
         for name in self.plan.running:
             if isinstance(stage := chain.stages[name], Diffusion):
                 stage.network = self.compiled.setdefault(str(chain.weights[name]), stage.network)
         prepare(chain, chosen_execution(assembly, self.plan), assembly.recipe.sample.precision)
-        whole = -(-self.count // CHUNK) * CHUNK  # a last chunk that is whole serves larger counts too
         given = {
             n: v if len(v) == 1 else rows_of(v, [row % len(v) for row in range(whole)]) for n, v in self.values.items()
         }
         if self.from_data:
             values = DataValues(assembly, split_of(assembly, self.split), self.folder / "data")
             given |= oracle(values, self.from_data, whole, self.seed)
-        began, parts = time.perf_counter(), []
-        for part in chain.stream(whole, seed=self.seed, batch=BATCH, want=self.made, given=given, first=first):
-            parts.append(part)
-            if len(parts) * BATCH == CHUNK:
-                chunk = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-                images = {n for n in chunk if assembly.variables[n].kind == "image"}
-                kept = {n: to_uint8(v) if n in images else v.contiguous() for n, v in chunk.items()}
-                tensorfile.save(self.path(first), kept, {"seconds": str(time.perf_counter() - began)})
-                began, parts, first = time.perf_counter(), [], first + CHUNK
-                yield min(first, self.count)
+        yield from draw(chain, self.store, seed=self.seed, batch=BATCH, want=self.made, given=given)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The samples of a variable, a chunk at a time: images as uint8 [n, 3, h, w], others as sampled."""
-        for first in self.firsts:
-            yield tensorfile.load(self.path(first))[0][name][: self.count - first]
+    def samples(self, name: str) -> Stored:
+        """The samples of a variable: images as uint8 [n, 3, h, w], others as sampled."""
+        return Stored(self.store, name, self.count)
+
+    def images(self, rows: Sequence[int]) -> Tensor:
+        """Samples of what is measured, uint8 [n, 3, h, w]."""
+        return self.samples(self.of)[rows]
 
     @property
     def seconds_per_image(self) -> float:
-        """Median over chunks, so that a compilation does not count."""
-        seconds = [float(tensorfile.metadata(self.path(first))["seconds"]) for first in self.firsts]
-        return float(torch.tensor(seconds).median()) / CHUNK
+        """Median over samples, so that a compilation does not count."""
+        return self.samples("seconds")[:].median().item()
 
     @property
     def gflops(self) -> float:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from chaindiff.chain.variable import digest
 from chaindiff.data.items import Data
 from chaindiff.evaluation.captions import TextTower, captions
 from chaindiff.evaluation.features import Extractor, encoder_family, extractor
@@ -34,15 +33,16 @@ from chaindiff.evaluation.oracle import BATCH, DataValues, oracle_rows, split_of
 from chaindiff.evaluation.patches import MOST, chosen
 from chaindiff.evaluation.provenance import Figure
 from chaindiff.evaluation.rows import CHUNK, Row
-from chaindiff.evaluation.store import AsTheyAre, Embedder, FeatureStore
-from chaindiff.evaluation.stored import Stored, Vectors
+from chaindiff.io.digest import digest, fingerprint
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import write_whole
-from chaindiff.io.progress import Bar
+from chaindiff.io.progress import shown
+from chaindiff.io.shards import Shards, Stored, Vectors
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import to_uint8
 
 PATCHES = "patches"  # stands for a judge where a metric needs none
+SHARD = 4 * CHUNK  # features of a file: what an interruption can cost
 EACH = {"patches": 16, "directions": 256}  # an eighth of the published counts: small images have few patches
 
 
@@ -84,10 +84,14 @@ class DataImages:
     def count(self) -> int:
         return len(self.data)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        values = DataValues(self.assembly, self.data, Path())
-        for first in range(0, self.count, BATCH):
-            yield to_uint8(values.of(name, range(first, min(first + BATCH, self.count))))
+    def images(self, rows: Sequence[int]) -> Tensor:
+        """uint8 [n, 3, h, w]."""
+        parts = (rows[first : first + BATCH] for first in range(0, len(rows), BATCH))
+        return torch.cat([to_uint8(self.values.of(self.of, part)) for part in parts])
+
+    @cached_property
+    def values(self) -> DataValues:
+        return DataValues(self.assembly, self.data, Path())
 
 
 @dataclass
@@ -109,26 +113,28 @@ class Study:
 
     def features(self, images: Row | DataImages, judge: str, title: str = "") -> Stored:
         """Features of a row's or the data's images, computed once and kept on disk."""
-        chunks, items = images.chunks(images.of), f"{images.of} {images.key}"
-        return self._stored(self.judge(judge), items, chunks, images.count, f"{judge} {title}".strip())
-
-    def vectors(self, row: Row, name: str) -> Stored:
-        """A row's samples of a vector, in one file."""
-        itself = AsTheyAre(name, row.assembly.variables[name].shape[0])
-        return self._stored(itself, f"{name} {row.key}", row.chunks(name), row.count, name)
+        items, maker = f"{images.of} {images.key}", self.judge(judge)
+        return self._kept(maker, items, images.count, images.images, f"{judge} {title}".strip())
 
     def texts(self, judge: str, texts: Sequence[str]) -> Stored:
         """Texts by the tower that belongs to a judge."""
-        chunks = (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
-        return self._stored(TextTower.of(judge), f"texts {digest(texts)}", chunks, len(texts), f"{judge} captions")
+        items, read = f"texts {digest(texts)}", lambda rows: [texts[row] for row in rows]
+        return self._kept(TextTower.of(judge), items, len(texts), read, f"{judge} captions")
 
-    def _stored(self, maker: Embedder, items: str, chunks: Iterable[Any], count: int, title: str) -> Stored:
-        store = FeatureStore(self.folder / "features", maker, items)
-        if len(store) < count:
-            with Bar(title, count, len(store)) as bar:
-                for done in store.fill(chunks):
-                    bar.update(done)
-        return store.first(count)
+    def _kept(
+        self, maker: Extractor | TextTower, items: str, count: int, read: Callable[[range], Any], title: str
+    ) -> Stored:
+        key, name = fingerprint([maker.identity, items]), re.sub(r"[^\w.-]+", "_", Path(maker.name).name)
+        store = Shards(self.folder / "features" / f"{name}-{key[:16]}", key, count, SHARD)
+
+        def make(rows: range) -> dict[str, Tensor]:
+            features = maker(read(rows)).cpu()
+            if not features.isfinite().all():
+                raise UserError(f"the features of '{maker.name}' are not finite")
+            return {"features": features}
+
+        shown(title, store.fill(make, BATCH))
+        return store["features"]
 
     def data(self, row: Row, split: str | None) -> DataImages:
         return DataImages(row.assembly, split_of(row.assembly, split), row.of, split)
@@ -193,7 +199,7 @@ class Study:
     def _patches(self, row: Row, against: DataImages) -> list[Figure]:
         """Sliced Wasserstein distance of patches, mean over the levels of the pyramid; it needs no network."""
         count = min(row.count, against.count, MOST)
-        real, fake = (_only(x.chunks(row.of), chosen(x.count, count, row.seed)) for x in (against, row))
+        real, fake = (x.images(chosen(x.count, count, row.seed).tolist()) for x in (against, row))
         levels = sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH)
         return [Figure(metric="swd", value=fmean(levels.values()), **self._about(row, against))]
 
@@ -221,19 +227,6 @@ class Study:
 
     def pairs(self, row: Row, found: Memorisation, most: int = 8) -> Tensor:
         """The samples that lie closest to a training image, each followed by that image, in [-1, 1]."""
-        train = DataValues(row.assembly, self.data(row, None).data, Path())
-        rows = []
-        for sample, nearest, _ in found.closest[:most]:
-            image = _only(row.chunks(row.of), np.array([sample]))[0]
-            rows += [image.float() / 127.5 - 1, train.of(row.of, [nearest])[0]]
-        return torch.stack(rows)
-
-
-def _only(chunks: Iterable[Tensor], rows: np.ndarray) -> Tensor:
-    """These rows, in rising order, of a set that is read a chunk at a time."""
-    parts, first = [], 0
-    for chunk in chunks:
-        here = rows[(rows >= first) & (rows < first + len(chunk))] - first
-        parts.append(chunk[torch.from_numpy(here)])
-        first += len(chunk)
-    return torch.cat(parts)
+        samples, nearest, _ = zip(*found.closest[:most], strict=True)
+        fake, real = row.images(samples).float() / 127.5 - 1, self.data(row, None).values.of(row.of, nearest)
+        return torch.stack([fake, real], 1).flatten(0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from chaindiff.evaluation.features import extractor
@@ -33,7 +32,7 @@ def measure(
     figures = []
     for name in judges:
         judge = extractor(name)
-        real, fake = (judge(x if x.dtype == torch.uint8 else to_uint8(x)) for x in (reference, samples))
+        real, fake = (judge(to_uint8(x)) for x in (reference, samples))
         said = {**about, "encoder": judge.name, "encoder_identity": judge.identity}
         said["resize"] = f"{samples.shape[-1]} -> {judge.size} bicubic"
         figures += [Figure.of(metric, value, **said) for metric, value in distances(real, fake, name, seed).items()]

@@ -15,8 +15,8 @@ from chaindiff.evaluation.kernels import kid
 from chaindiff.evaluation.memorisation import memorisation
 from chaindiff.evaluation.moments import Moments, frechet_distance
 from chaindiff.evaluation.neighbours import density_coverage, precision_recall
-from chaindiff.evaluation.stored import Vectors
 from chaindiff.io.errors import UserError
+from chaindiff.io.shards import Vectors
 
 BLOCK = 4096  # rows read at once
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # The others wait while one process fits, draws or ends its share. A process that dies does not keep them waiting:
 # the launcher ends them all.
 PATIENCE = timedelta(days=7)
+
+T = TypeVar("T")
 
 
 def processes() -> PartialState:
@@ -23,6 +25,13 @@ def processes() -> PartialState:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def share(missing: list[T]) -> list[T]:
+    """This process's part of what is missing; waits until all have looked, before one of them makes anything."""
+    state = processes()
+    state.wait_for_everyone()
+    return missing[state.process_index :: state.num_processes]
 
 
 def first_to_fail() -> bool:

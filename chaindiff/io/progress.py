@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich import get_console
@@ -46,3 +47,12 @@ class Bar:
             self._next = time.monotonic() + EVERY
             words = f"{self.title}: {done:,} of {self.total:,}" + (f"; {self._text}" if self._text else "")
             self.console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+def shown(title: str, steps: Iterator[tuple[int, int]]) -> None:
+    """Goes through steps that yield (done, total), under a bar if there is anything to do."""
+    done, total = next(steps, (0, 0))
+    if done < total:
+        with Bar(title, total, done) as bar:
+            for done, _ in steps:
+                bar.update(done)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from chaindiff.assets import registry
-from chaindiff.chain.variable import digest
 from chaindiff.encoders import Encoder, build_encoder
 from chaindiff.io import tensorfile
+from chaindiff.io.digest import digest
 from chaindiff.specs.recipe import FileSpec
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from chaindiff.chain.chain import Chain
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value
-from chaindiff.chain.variable import digest
+from chaindiff.io.digest import digest, file_digest
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.stage import StageSpec
 
@@ -89,8 +89,3 @@ def lock_of(
         "machine": platform.machine(),
         "versions": {p: version(p) for p in ("chain-diffusion-models", "torch", "numpy")},
     }
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

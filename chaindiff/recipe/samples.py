@@ -1,57 +1,74 @@
-"""What sampling leaves in a run's directory: every variable's samples, whole files only, and a grid."""
+"""Sampling to disk: what is missing of a request is made; and what it leaves in a run's directory."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from chaindiff.chain.chain import Chain
 from chaindiff.chain.variable import Variable
-from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
-from chaindiff.show.images import grid, save_png, to_image
+from chaindiff.io.shards import Shards
+from chaindiff.show.images import grid, save_png, to_image, to_uint8
 
 GRID = 64  # samples shown in a grid
 
 
-@dataclass(frozen=True)
-class Samples:
+def draw(chain: Chain, store: Shards, mine: Sequence[range] | None = None, **asked: Any) -> Iterator[tuple[int, int]]:
+    """Sample what is missing in a store, or this process's share of it; yields (samples done, samples in all).
+
+    The request, of `asked` as `Chain.sample` takes it, is planned once; a batch is the same whoever makes it. Images
+    are rounded to 8 bits, as image files are (EDM's practice). `seconds` is what a sample took, of its batch.
+    """
+    request = chain.request(len(store), **asked)
+
+    def make(rows: range) -> dict[str, Tensor]:
+        began = time.perf_counter()
+        values = chain.part(request, rows.start)
+        kept = {n: to_uint8(v) if chain.variables[n].kind == "image" else v for n, v in values.items()}
+        return {**kept, "seconds": torch.full((len(rows),), (time.perf_counter() - began) / len(rows))}
+
+    return store.fill(make, request.size, mine)
+
+
+class Samples(Shards):
     """The folder `samples/` of a run, for `count` samples in batches of `batch`.
 
     Images are 000000.png and on; other variables are one safetensors file a batch, named after its first sample.
     """
 
-    folder: Path
-    variables: Sequence[Variable]
-    count: int
-    batch: int
-    captions: Sequence[str] = ()  # of the samples, where texts are given
+    def __init__(
+        self, folder: Path, variables: Sequence[Variable], count: int, batch: int, captions: Sequence[str] = ()
+    ):
+        super().__init__(folder, "", count, batch)
+        self.variables, self.captions = variables, captions  # captions: of the samples, where texts are given
+        self.images = [folder / v.name for v in variables if v.kind == "image"]
+        self.others = [Shards(folder / v.name, v.identity, count, batch) for v in variables if v.kind != "image"]
 
-    def path(self, variable: Variable, number: int) -> Path:
-        suffix = "png" if variable.kind == "image" else "safetensors"
-        return self.folder / variable.name / f"{number:06d}.{suffix}"
+    def holds(self, rows: range) -> bool:
+        images = all(_png(folder, number).exists() for folder in self.images for number in rows)
+        return images and all(store.holds(rows) for store in self.others)
 
-    def files(self, first: int, end: int) -> Iterable[Path]:
-        for variable in self.variables:
-            numbers = range(first, end) if variable.kind == "image" else (first,)
-            yield from (self.path(variable, number) for number in numbers)
-
-    def missing(self) -> list[range]:
-        """The batches, as ranges of sample numbers, that are not wholly there."""
-        starts = range(0, self.count, self.batch)
-        batches = [range(first, min(first + self.batch, self.count)) for first in starts]
-        return [batch for batch in batches if not all(path.exists() for path in self.files(batch.start, batch.stop))]
+    def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
+        for folder in self.images:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(tensors[folder.name], first):
+                save_png(to_image(image), _png(folder, number))
+        for store in self.others:
+            store.write(first, {store.folder.name: tensors[store.folder.name]})
 
     @property
     def grids(self) -> list[Path]:
-        return [self.folder / v.name / "grid.png" for v in self.variables if v.kind == "image"]
+        return [folder / "grid.png" for folder in self.images]
 
     @property
     def complete(self) -> bool:
@@ -67,27 +84,13 @@ class Samples:
             hint = "delete it by hand, or choose another folder with --out"
             raise UserError(f"cannot be deleted: {error.strerror or error}", str(self.folder), hint) from error
 
-    def write(self, first: int, values: Mapping[str, Tensor]) -> None:
-        """One batch of samples, starting at number `first`."""
-        for variable in self.variables:
-            value = values[variable.name]
-            self.path(variable, 0).parent.mkdir(parents=True, exist_ok=True)
-            if variable.kind == "image":
-                for row, image in enumerate(value):
-                    save_png(to_image(image), self.path(variable, first + row))
-            else:
-                # One entry of metadata: with more, the format's writer orders them at random.
-                tensorfile.save(self.path(variable, first), {variable.name: value}, {"identity": variable.identity})
-
     def write_grids(self) -> None:
         """A grid of the first samples of every image variable, from the files."""
         shown = min(self.count, GRID)
-        for variable in self.variables:
-            if variable.kind == "image":
-                images = torch.stack([read_image(self.path(variable, n)) for n in range(shown)])
-                columns = 8 if self.captions else math.ceil(math.sqrt(shown))  # captions are easier to read in rows
-                picture = grid(images, columns=columns, captions=self.captions[:shown])
-                save_png(picture, self.folder / variable.name / "grid.png")
+        columns = 8 if self.captions else math.ceil(math.sqrt(shown))  # captions are easier to read in rows
+        for folder, path in zip(self.images, self.grids, strict=True):
+            images = torch.stack([read_image(_png(folder, number)) for number in range(shown)])
+            save_png(grid(images, columns=columns, captions=self.captions[:shown]), path)
 
 
 def read_image(path: Path) -> Tensor:
@@ -100,3 +103,7 @@ def read_image(path: Path) -> Tensor:
             f"not a readable image: {error}", str(path), "delete it, and the same command makes it again"
         ) from error
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _png(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.png"

@@ -13,11 +13,12 @@ from torch import nn
 from chaindiff.assets import registry
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.stage import Outline, Stage, subsets
-from chaindiff.chain.variable import Variable, digest, variable_entry
+from chaindiff.chain.variable import Variable, variable_entry
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
 from chaindiff.io import tensorfile
 from chaindiff.io.code import create
+from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec

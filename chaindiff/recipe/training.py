@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.data.augment import active
 from chaindiff.edm.random import Draws
-from chaindiff.encoders import Embedding, Encoder, FileVectors, RowFeatures, build_encoder
+from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import cache_folder
 from chaindiff.io.memory import noted
-from chaindiff.io.processes import processes
-from chaindiff.io.progress import Bar
+from chaindiff.io.processes import processes, share
+from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, save_png
-from chaindiff.training.batches import Batches, Features, Kept
+from chaindiff.training.batches import Batches, Features
 from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
 from chaindiff.training.fit import fit
@@ -119,7 +119,7 @@ def prepare(assembly: Assembly, name: str) -> Batches:
     spec, recipe, state = assembly.recipe.stages[name], assembly.recipe, processes()
     wanted = assembly.stages[name].variables
     encoders: dict[str, Encoder] = {}
-    kept: dict[str, Kept] = {}
+    caches: dict[str, Features] = {}
     queue = [v.name for v in wanted]
     while queue:
         variable = queue.pop()
@@ -140,17 +140,17 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                         fit(encoder, features, path)
                     else:
                         encoder = build_encoder(variable, recipe.variables, path)
-            kept[variable] = lambda rows, variants, e=encoder, f=features: e.scale(f.rows(rows, variants))
+            caches[variable] = features
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
         _ = assembly.columns[label].classes  # raises, if they are not those of the data
     texts = {n: assembly.columns[n].field for n, s in recipe.variables.items() if s.kind == "text"}
     root = assembly.root if any(variable.kind == "image" for variable in recipe.variables.values()) else None
-    read = [assembly.variables[encoder.of] for name, encoder in encoders.items() if name not in kept]
-    seed = spec.train.seed
-    batches = Batches(assembly.data, root, wanted, encoders, kept, labels | texts, spec.augment, seed, read)
-    batches.keep(n for n, e in encoders.items() if n not in kept and recipe.variables[e.of].kind == "text")
+    direct = {n: assembly.variables[encoder.of] for n, encoder in encoders.items() if n not in caches}
+    read, seed = [*direct.values()], spec.train.seed
+    batches = Batches(assembly.data, root, wanted, encoders, caches, labels | texts, spec.augment, seed, read)
+    batches.keep(n for n, source in direct.items() if source.kind == "text")
     return batches
 
 
@@ -167,7 +167,7 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
             return encoder.rows_of(data.names)
     root = assembly.root
     if assembly.recipe.variables[encoder.of].kind == "text":
-        return RowFeatures(encoder.features(data.field(assembly.columns[encoder.of].field)))
+        return encoder.features(data.field(assembly.columns[encoder.of].field))
     if encoder.of != root.name:
         raise UserError(
             f"variable '{encoder.name}' embeds '{encoder.of}', which is not the data's own image '{root.name}'",
@@ -181,11 +181,5 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
             "set augment.variants, say to 8: so many augmented versions of every image are embedded once",
         )
     cache = EmbeddingCache(cache_folder(), encoder, data, augment, root.shape[-1])
-    state = processes()
-    progress = cache.build(EMBEDDING_BATCH, state.process_index, state.num_processes)
-    done, total = next(progress)
-    if done < total:
-        with Bar(f"embed {encoder.name}", total, done) as bar:
-            for done, _ in progress:
-                bar.update(done)
-    return cache
+    shown(f"embed {encoder.name}", cache.build(EMBEDDING_BATCH, share(cache.missing())))
+    return cache["features"]

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -24,15 +24,17 @@ LINE = 14  # pixels of a line under a picture
 __all__ = ["Arrow", "Box", "chain_png", "chain_svg", "grid", "png_bytes", "save_png", "to_image", "to_uint8"]
 
 
-def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to 0..255, rounded to the nearest and clamped. Raises UserError if a value is not finite."""
+def to_uint8(x: Num[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0..255, rounded to the nearest and clamped; 8 bits stay. Raises UserError if a value is not finite."""
+    if x.dtype == torch.uint8:
+        return x
     if not bool(torch.isfinite(x).all()):
         raise UserError("images hold values that are not finite (NaN or infinity)", hint="the model may have diverged")
     return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def to_image(x: Float[Tensor, "channels height width"]) -> Image.Image:
-    """One image in [-1, 1], RGB or grey."""
+def to_image(x: Num[Tensor, "channels height width"]) -> Image.Image:
+    """One image in [-1, 1] or of 8 bits, RGB or grey."""
     shape = "1 h w -> h w" if len(x) == 1 else "c h w -> h w c"
     return Image.fromarray(rearrange(to_uint8(x), shape).cpu().numpy())
 

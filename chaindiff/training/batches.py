@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,21 +24,18 @@ ENCODED_AT_ONCE = 128
 
 @runtime_checkable
 class Features(Protocol):
-    """An encoder's features of the training data: rows by image and augmented variant."""
+    """An encoder's features of the data, as rows of a tensor: one for each image, or all its variants in turn."""
 
     def __len__(self) -> int: ...
-    def rows(self, indices: Sequence[int], variants: Sequence[int]) -> Tensor: ...
-    def chunks(self) -> Iterator[Tensor]: ...
-
-
-Kept = Callable[[Sequence[int], Sequence[int]], Tensor]  # rows of the data, and the augmented variant of each
+    def __getitem__(self, rows: Any, /) -> Tensor: ...
+    def split(self, rows: int, /) -> Iterable[Tensor]: ...
 
 
 class Batches:
     """Sample numbers -> the values of some variables, and the augmentation labels under "augment_labels".
 
     `root` is the image variable that the data holds, if any is wanted. What `encoders` make comes of it, and of what
-    else they read of the data; the values of expensive ones are `kept`. Everything else is a column of the data: of its
+    else they `read` of the data, or of features of theirs in `caches`. Everything else is a column of the data: of its
     own name, unless `fields` says another.
     """
 
@@ -48,13 +45,14 @@ class Batches:
         root: Variable | None,
         wanted: Iterable[Variable],
         encoders: Mapping[str, Encoder],
-        kept: Mapping[str, Kept],
+        caches: Mapping[str, Features],
         fields: Mapping[str, str],
         spec: AugmentSpec,
         seed: int,
         read: Sequence[Variable] = (),
     ):
-        self.data, self.root, self.encoders, self.kept = data, root, encoders, dict(kept)
+        self.data, self.root, self.encoders, self.caches = data, root, encoders, caches
+        self.kept: dict[str, Tensor] = {}
         self.wanted, self.spec, self.seed = list(wanted), spec, seed
         self.columns: dict[str, Tensor | list[str]] = {}
         texts = {v.name for v in read if v.kind == "text"}
@@ -73,8 +71,7 @@ class Batches:
                     rows = range(first, min(first + ENCODED_AT_ONCE, len(self.data)))
                     parts.append(self._values([name], rows, [0] * len(rows), None)[name].cpu())
                     bar.update(rows.stop)
-            values = torch.cat(parts)
-            self.kept[name] = lambda rows, _, values=values: values[list(rows)]
+            self.kept[name] = torch.cat(parts)
 
     def rows(self, samples: Iterable[int]) -> list[int]:
         """Rows of the data: a new order every epoch, a function of (seed, epoch)."""
@@ -111,8 +108,13 @@ class Batches:
                 images = self.data.pixels(rows, self.root.shape[-1])
                 return images if drawn is None else augment.apply(images, drawn)
             if name in self.kept:
-                return self.kept[name](rows, variants)
-            return self.encoders[name](value(self.encoders[name].of))
+                return self.kept[name][list(rows)]
+            encoder: Any = self.encoders[name]
+            if name in self.caches:
+                features = self.caches[name]
+                each = len(features) // len(self.data)
+                return encoder.scale(features[[r * each + v % each for r, v in zip(rows, variants, strict=True)]])
+            return encoder(value(encoder.of))
 
         return {name: value(name) for name in names}
 

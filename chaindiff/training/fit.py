@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from chaindiff.encoders import Embedding, Statistics
@@ -10,6 +11,8 @@ from chaindiff.io import tensorfile
 from chaindiff.specs.recipe import KMeansSpec
 from chaindiff.training.batches import Features
 
+CHUNK = 4096  # rows in memory at once
+
 
 def fit(encoder: Embedding, features: Features, path: Path) -> Path:
     """Fit the statistics on all features, write them to `path` and give them to the encoder.
@@ -17,10 +20,11 @@ def fit(encoder: Embedding, features: Features, path: Path) -> Path:
     Raises UserError if the features are not complete, or too few for the reducer.
     """
     reduce = encoder.spec.reduce
+    chunks = partial(features.split, CHUNK)
     if isinstance(reduce, KMeansSpec):
-        statistics, explained = Statistics.fit_clusters(features.chunks, reduce.k, reduce.seed)
+        statistics, explained = Statistics.fit_clusters(chunks, reduce.k, reduce.seed)
     else:
-        statistics, explained = Statistics.fit(features.chunks(), reduce.k if reduce else None)
+        statistics, explained = Statistics.fit(chunks(), reduce.k if reduce else None)
     metadata = {
         "format": FORMAT,
         "encoder": Statistics.belongs_to(encoder),

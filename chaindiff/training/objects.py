@@ -13,11 +13,12 @@ from chaindiff.chain import saving
 from chaindiff.chain.chain import Chain, Encoder
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.stage import Stage, learns
-from chaindiff.chain.variable import Variable, digest
+from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import active
 from chaindiff.data.images import ImageData
 from chaindiff.data.items import Data, Items
 from chaindiff.io import tensorfile
+from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec, TrainSpec
