@@ -14,7 +14,7 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.ema import Average, PowerEma
-from chaindiff.edm.power_ema import coefficients, gamma_of, inner, power_decay
+from chaindiff.edm.power_ema import coefficients, gamma_of, inner
 from chaindiff.edm.random import normal
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
@@ -103,7 +103,7 @@ def test_a_running_average_is_the_integral_of_its_profile() -> None:
         average.update(module, 8, 8 * step)
     shares = np.diff((np.arange(31) / 30) ** (average.gamma + 1))  # the integral of eq. 1
     assert average.model.weight.item() == pytest.approx(shares @ values, rel=1e-12)
-    assert power_decay(8, 8, 5.0) == 0  # the first step leaves nothing of the initial weights
+    assert average.keep(8, 8) == 0  # the first step leaves nothing of the initial weights
 
 
 def test_averages_of_a_recipe() -> None:

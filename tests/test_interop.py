@@ -18,7 +18,7 @@ from chaindiff.chain.conditioning import Given
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import GEOMETRIC
-from chaindiff.interop import load_edm_network, published
+from chaindiff.interop.edm import load_edm_network, published
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition

@@ -8,19 +8,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from chaindiff.edm.power_ema import gamma_of, power_decay
+from chaindiff.edm.power_ema import gamma_of
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def ema_decay(batch: int, images: float, half_life: float, rampup: float | None) -> float:
-    """Share of the old average that one step of `batch` images keeps (EDM, appendix F.2 and table 7).
-
-    The half-life is at most `rampup` times the images seen so far, so that early weights are forgotten.
-    """
-    if rampup is not None:
-        half_life = min(half_life, images * rampup)
-    return 0.5 ** (batch / max(half_life, 1e-8))
 
 
 class Average(Generic[Module]):
@@ -43,22 +33,29 @@ class Average(Generic[Module]):
 
 
 class Ema(Average[Module]):
-    """EDM's average: exponential, with a half-life in images and its warm-up."""
+    """EDM's average: exponential, with a half-life in images (EDM, appendix F.2 and table 7).
+
+    The half-life is at most `rampup` times the images seen so far, so that early weights are forgotten.
+    """
 
     def __init__(self, source: Module, half_life: float, rampup: float | None):
         super().__init__(source)
         self.half_life, self.rampup = half_life, rampup
 
     def keep(self, batch: int, images: float) -> float:
-        return ema_decay(batch, images, self.half_life, self.rampup)
+        longest = self.half_life if self.rampup is None else min(self.half_life, images * self.rampup)
+        return 0.5 ** (batch / max(longest, 1e-8))
 
 
 class PowerEma(Average[Module]):
-    """EDM2's average: a power function of training time, `sigma_rel` being its width as a share of that time."""
+    """EDM2's average: a power function of training time, `sigma_rel` being its width as a share of that time.
+
+    Over weights that stay the same for the length of a step, it is exactly the integral of the profile (EDM2, eq. 2).
+    """
 
     def __init__(self, source: Module, sigma_rel: float):
         super().__init__(source)
         self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
 
     def keep(self, batch: int, images: float) -> float:
-        return power_decay(batch, images, self.gamma)
+        return max(0.0, 1 - batch / images) ** (self.gamma + 1)

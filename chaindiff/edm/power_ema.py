@@ -26,14 +26,6 @@ def gamma_of(sigma_rel: float) -> float:
     return float(roots[roots.imag == 0].real.max())
 
 
-def power_decay(batch: int, images: float, gamma: float) -> float:
-    """Share of the old average that one step of `batch` images keeps, `images` counting that step (EDM2, eq. 2).
-
-    Over weights that stay the same for the length of a step, the average is exactly the integral of the profile.
-    """
-    return max(0.0, 1 - batch / images) ** (gamma + 1)
-
-
 def inner(gamma_a: Numbers, end_a: Numbers, gamma_b: Numbers, end_b: Numbers) -> Numbers:
     """The integral of the product of two profiles, in closed form (EDM2, appendix C)."""
     first = end_a <= end_b
