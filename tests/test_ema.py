@@ -13,8 +13,7 @@ from chaindiff import cli
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.ema import Average, PowerEma
-from chaindiff.edm.power_ema import coefficients, gamma_of, inner
+from chaindiff.edm.ema import Average, PowerEma, coefficients, gamma_of, inner
 from chaindiff.edm.random import normal
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError

@@ -38,7 +38,7 @@ class Encoder(Protocol):
     name: str
     of: str
 
-    def __call__(self, value: Any) -> Tensor: ...
+    def __call__(self, value: Any, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from chaindiff.io.errors import UserError
+from chaindiff.specs.code import CodeEncoderSpec
+from chaindiff.specs.recipe import VariableSpec
 
 
 class Encoder:
@@ -30,3 +36,23 @@ class Encoder:
     def features_identity(self) -> dict[str, Any]:
         """What the features are: the kind of encoder, its weights and its preprocessing; never its name in a recipe."""
         return {}
+
+
+class OwnEncoder(Encoder):
+    """What `made` makes of a batch of values, computed whenever it is needed: nothing is cached, fitted or scaled."""
+
+    def __init__(self, name: str, spec: CodeEncoderSpec, variable: VariableSpec, made: Callable[[Any], Tensor]):
+        self.name, self.of, self.spec = name, spec.of, spec
+        self.shape = [] if variable.kind == "label" else variable.shape
+        self.made = made.eval() if isinstance(made, nn.Module) else made
+
+    @torch.no_grad()
+    def features(self, x: Any) -> Tensor:
+        if isinstance(self.made, nn.Module) and isinstance(x, Tensor):
+            self.made.to(x.device)
+        values = self.made(x)
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if found != (expected := [len(x), *self.shape]):
+            problem = f"'{self.spec.kind}' makes {found} of {len(x)} values of '{self.of}'; expected {expected}"
+            raise UserError(problem, f"variables.{self.name}.encoder")
+        return values

@@ -50,7 +50,8 @@ class Resize(Encoder):
                 f"variables.{name}.shape",
                 "both are square images [channels, side, side] with as many channels",
             )
-        self.name, self.of, self.side, self.filter = name, spec.of, shape[-1], spec.filter
+        self.name, self.of, self.side = name, spec.of, shape[-1]
+        self.filter: Filter = spec.filter
 
     def features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c side side"]:
         return resize(x, self.side, self.filter)
