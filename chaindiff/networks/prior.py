@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,10 +25,9 @@ class TransformerBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        qkv = self.qkv(self.norm_attention(x))
-        q, k, v = rearrange(qkv, "b n (qkv heads c) -> qkv b heads n c", qkv=3, heads=self.heads)
-        y = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b heads n c -> b n (heads c)")
-        x = x + F.dropout(self.proj(y), self.dropout, self.training)
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + F.dropout(self.proj(attended), self.dropout, self.training)
         hidden = F.gelu(self.up(self.norm_forward(x)))
         return x + F.dropout(self.down(hidden), self.dropout, self.training)
 
@@ -79,7 +77,7 @@ class Prior(nn.Module):
         for layer, label in ((self.map_augment, condition.augment), (self.map_label, condition.labels)):
             if layer is not None:
                 tokens.append(layer(vector.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
-        tokens += [level[:, None], self.map_input(vector)[:, None], repeat(self.query, "c -> b 1 c", b=batch)]
+        tokens += [level[:, None], self.map_input(vector)[:, None], self.query.expand(batch, 1, -1)]
         y = torch.cat(tokens, dim=1) + self.position
         for block in self.blocks:
             y = block(y)
