@@ -13,8 +13,7 @@ from chaindiff import cli
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.ema import Average, PowerEma
-from chaindiff.edm.power_ema import coefficients, gamma_of, inner, power_decay, profile, sigma_rel_of
+from chaindiff.edm.ema import Average, PowerEma, coefficients, gamma_of, inner
 from chaindiff.edm.random import normal
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
@@ -26,6 +25,17 @@ from chaindiff.training.loop import train
 from chaindiff.training.snapshots import reconstruct, reconstruct_stage
 
 # ------------------------------------------------------------ profiles
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """Standard deviation of the profile, relative to its length: that of a beta distribution (EDM2, section 3.1)."""
+    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+
+
+def profile(time: np.ndarray, gamma: float, end: float) -> np.ndarray:
+    """p_gamma at a time, for a profile of length `end`; 0 after it (EDM2, eq. 1)."""
+    inside = np.minimum(time / end, 1.0)
+    return np.where(time <= end, (gamma + 1) / end * inside**gamma, 0.0)
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
@@ -92,7 +102,7 @@ def test_a_running_average_is_the_integral_of_its_profile() -> None:
         average.update(module, 8, 8 * step)
     shares = np.diff((np.arange(31) / 30) ** (average.gamma + 1))  # the integral of eq. 1
     assert average.model.weight.item() == pytest.approx(shares @ values, rel=1e-12)
-    assert power_decay(8, 8, 5.0) == 0  # the first step leaves nothing of the initial weights
+    assert average.keep(8, 8) == 0  # the first step leaves nothing of the initial weights
 
 
 def test_averages_of_a_recipe() -> None:

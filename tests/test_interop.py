@@ -18,7 +18,7 @@ from chaindiff.chain.conditioning import Given
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import GEOMETRIC
-from chaindiff.interop import load_edm_network, published
+from chaindiff.interop.edm import load_edm_network, published
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition
@@ -58,7 +58,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 def test_published_networks_give_the_reference_outputs(arch) -> None:
     class_name, kwargs, state, tensors = reference(arch)
     network = load_edm_network(class_name, kwargs, state)
-    assert published(class_name, kwargs).arch == arch
+    assert published(class_name, kwargs).network.arch == arch
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     inputs = part(tensors, "in.")
     labels = inputs.get("class_labels"), inputs.get("augment_labels")
@@ -97,7 +97,7 @@ def test_preconditioners_by_name(class_name, said, kind, channels) -> None:
     assert found.precondition.model_dump() == kind
     assert found.out_channels == channels
     assert found.sigma_data == said.get("sigma_data", 0.5)
-    assert found.arch == ("adm" if class_name in ("EDMPrecond", "iDDPMPrecond") else "ddpmpp")  # EDM's defaults
+    assert found.network.arch == ("adm" if class_name in ("EDMPrecond", "iDDPMPrecond") else "ddpmpp")  # EDM's defaults
 
 
 @pytest.mark.parametrize(

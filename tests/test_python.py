@@ -325,6 +325,28 @@ def test_any_dataset_trains_and_what_it_lacks_an_encoder_makes() -> None:
     assert chain.sample(2, given=given, steps=2)["image"].shape == (2, 3, 8, 8)
 
 
+def test_texts_are_encoded_where_images_are_augmented() -> None:
+    class Length:
+        name, of = "length", "text"
+
+        def __call__(self, texts):
+            return torch.tensor([[float(len(text))] for text in texts])
+
+    image, length = cd.Variable.image("image", 3, 8), cd.Variable.vector("length", 1)
+    chain = cd.Chain([cd.Diffusion(image, given=[length], network=UNET)], encoders=[Length()])
+    data = {"image": torch.rand(12, 3, 8, 8) * 2 - 1, "text": ["a", "bb", "ccc"] * 4}
+    cd.train(chain, data, images=16, batch=8, augment={"flip": True})
+    assert chain.sample(2, given={"length": torch.ones(1, 1)}, steps=2)["image"].shape == (2, 3, 8, 8)
+
+
+def test_grey_images_are_columns_of_numbers_within_their_range() -> None:
+    chain = cd.Chain([cd.Diffusion(cd.Variable.image("image", 1, 8), network=UNET)])
+    grey = torch.rand(12, 1, 8, 8)
+    cd.train(chain, {"image": grey}, images=8, batch=8)
+    with pytest.raises(cd.UserError, match=r"'image' of the data holds numbers beyond \[-1, 1\]"):
+        cd.train(chain, {"image": grey * 255}, images=8, batch=8)
+
+
 def test_mistakes_of_training_are_explained() -> None:
     stage = small()
     for call, expected in (

@@ -12,7 +12,7 @@ from conftest import fixture
 from exact import Gaussians, JointGaussian, Mixture, distance, last, noise_of, two_modes
 from torch import Tensor
 
-from chaindiff.edm.ema import Ema, ema_decay
+from chaindiff.edm.ema import Ema
 from chaindiff.edm.levels import Path, even_sigmas, geometric_sigmas, karras_sigmas, staggered, together
 from chaindiff.edm.random import generator, normal_batch
 from chaindiff.edm.schedules import VE, VP, Linear, schedule
@@ -300,7 +300,8 @@ def test_ema_halves_what_is_old_after_its_half_life() -> None:
 
 
 def test_ema_rampup_limits_the_half_life() -> None:
-    assert ema_decay(100, images=1000, half_life=1e9, rampup=0.05) == pytest.approx(0.5 ** (100 / 50))
+    ema = Ema(torch.nn.Linear(1, 1), half_life=1e9, rampup=0.05)
+    assert ema.keep(100, images=1000) == pytest.approx(0.5 ** (100 / 50))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])

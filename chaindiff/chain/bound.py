@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from chaindiff.edm.denoiser import Levels, Prediction, State
@@ -42,16 +43,16 @@ class Bound:
         for name in self.stage.generates:
             value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
             level = level.to(like) if isinstance(level, Tensor) else torch.full((count,), level).to(like)
-            levels[name] = level.repeat(terms)
-            values[name] = value.repeat(terms, *[1] * (value.ndim - 1))
+            levels[name] = repeat(level, "b -> (terms b)", terms=terms)
+            values[name] = repeat(value, "b ... -> (terms b) ...", terms=terms)
         found = self.stage.denoise(values, levels, _side_by_side([other.condition for other in others], count))
-        return [
-            Prediction(
-                {name: found.x0[name][rows] for name in x},
-                None if found.variance is None else {name: found.variance[name][rows] for name in x},
-            )
-            for rows in (slice(n * count, (n + 1) * count) for n in range(terms))
-        ]
+
+        def parts(state: State) -> list[State]:
+            split = {name: rearrange(state[name], "(terms b) ... -> terms b ...", terms=terms) for name in x}
+            return [{name: value[term] for name, value in split.items()} for term in range(terms)]
+
+        variances = parts(found.variance) if found.variance else [None] * terms
+        return [Prediction(x0, variance) for x0, variance in zip(parts(found.x0), variances, strict=True)]
 
 
 def _side_by_side(conditions: Sequence[Condition], count: int) -> Condition:

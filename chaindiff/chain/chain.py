@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 Values = dict[str, Tensor]
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A deterministic map from the variable `of` to the variable `name`; a decoder too is one."""
 
     name: str
     of: str
 
-    def __call__(self, value: Any) -> Tensor: ...
+    def __call__(self, value: Any, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)

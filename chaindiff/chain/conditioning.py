@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chaindiff.chain.variable import Variable
+from chaindiff.edm.denoiser import expand
 from chaindiff.edm.precondition import noise_label
 from chaindiff.networks.blocks import LEVEL_FREQUENCIES, sinusoids
 from chaindiff.networks.interface import Condition
@@ -89,8 +90,7 @@ class Link(nn.Module):
         sigma = like.new_zeros(batch) if given.sigma is None else given.sigma.to(like)
         if self.tells_level and given.noise is not None and given.value is not None:
             # Noise is added to what the consumer receives, then the variance is brought back to the data's.
-            level = sigma.reshape(-1, *[1] * (value.ndim - 1))
-            spread = self.variable.sigma_data
+            level, spread = expand(sigma, value), self.variable.sigma_data
             value = (value + level * given.noise.to(like)) * (spread / (level**2 + spread**2).sqrt())
         known = present.reshape(-1, *[1] * len(self.received))
         told = [present.to(like.dtype)[:, None]] if self.tells_presence else []

@@ -47,9 +47,6 @@ class Draw:
     matrix: Float[Tensor, "n 3 3"]
     colour: Float[Tensor, "n 4 4"]
 
-    def to(self, device: torch.device | str) -> Draw:
-        return Draw(self.label.to(device), self.matrix.to(device), self.colour.to(device))
-
 
 def augment_dim(spec: AugmentSpec) -> int:
     """Width of the label; 0 if there is none, which leaves flips (if any) untold."""

@@ -41,6 +41,6 @@ class Denoiser(Protocol):
         ...
 
 
-def expand(value: float | Tensor, like: Tensor) -> float | Tensor:
+def expand(value: Tensor, like: Tensor) -> Tensor:
     """A level with one entry a sample, shaped so that it multiplies [batch, *shape]."""
-    return value.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype) if isinstance(value, Tensor) else value
+    return value.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)

@@ -1,26 +1,27 @@
-"""Running averages of weights: EDM's, by half-life in images, and EDM2's, by a power function of training time."""
+"""Running averages of weights: EDM's, by half-life in images, and EDM2's, by a power function of training time.
+
+EDM2's can have other lengths after the fact (EDM2, section 3). A profile
+
+    p_gamma(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)
+
+weighs the weights at every time tau in [0, t] (eq. 1). It is named by sigma_rel, its standard deviation as a share of t
+(section 3.1). Times are in images.
+"""
 
 from __future__ import annotations
 
 import copy
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import nn
 
-from chaindiff.edm.power_ema import gamma_of, power_decay
+UNIFORM = 12**-0.5  # sigma_rel of the plain average of all weights so far, gamma = 0: the longest there is
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def ema_decay(batch: int, images: float, half_life: float, rampup: float | None) -> float:
-    """Share of the old average that one step of `batch` images keeps (EDM, appendix F.2 and table 7).
-
-    The half-life is at most `rampup` times the images seen so far, so that early weights are forgotten.
-    """
-    if rampup is not None:
-        half_life = min(half_life, images * rampup)
-    return 0.5 ** (batch / max(half_life, 1e-8))
+Numbers = float | Float64[np.ndarray, "..."]
 
 
 class Average(Generic[Module]):
@@ -43,22 +44,71 @@ class Average(Generic[Module]):
 
 
 class Ema(Average[Module]):
-    """EDM's average: exponential, with a half-life in images and its warm-up."""
+    """EDM's average: exponential, with a half-life in images (EDM, appendix F.2 and table 7).
+
+    The half-life is at most `rampup` times the images seen so far, so that early weights are forgotten.
+    """
 
     def __init__(self, source: Module, half_life: float, rampup: float | None):
         super().__init__(source)
         self.half_life, self.rampup = half_life, rampup
 
     def keep(self, batch: int, images: float) -> float:
-        return ema_decay(batch, images, self.half_life, self.rampup)
+        longest = self.half_life if self.rampup is None else min(self.half_life, images * self.rampup)
+        return 0.5 ** (batch / max(longest, 1e-8))
 
 
 class PowerEma(Average[Module]):
-    """EDM2's average: a power function of training time, `sigma_rel` being its width as a share of that time."""
+    """EDM2's average: a power function of training time, `sigma_rel` being its width as a share of that time.
+
+    Over weights that stay the same for the length of a step, it is exactly the integral of the profile (EDM2, eq. 2).
+    """
 
     def __init__(self, source: Module, sigma_rel: float):
         super().__init__(source)
         self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
 
     def keep(self, batch: int, images: float) -> float:
-        return power_decay(batch, images, self.gamma)
+        return max(0.0, 1 - batch / images) ** (self.gamma + 1)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a profile: the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2 (EDM2, appendix C).
+
+    Raises ValueError unless sigma_rel lies above 0 and below 0.2887.
+    """
+    if not 0 < sigma_rel < UNIFORM:
+        raise ValueError(f"sigma_rel should be above 0 and below {UNIFORM:.4f}, not {sigma_rel}")
+    inverse = sigma_rel**-2
+    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
+    return float(roots[roots.imag == 0].real.max())
+
+
+def inner(gamma_a: Numbers, end_a: Numbers, gamma_b: Numbers, end_b: Numbers) -> Numbers:
+    """The integral of the product of two profiles, in closed form (EDM2, appendix C)."""
+    first = end_a <= end_b
+    early, late = np.where(first, end_a, end_b), np.where(first, end_b, end_a)
+    exponent = np.where(first, gamma_b, gamma_a)  # of the profile that goes on after the other has ended
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (early / late) ** exponent / late
+
+
+def coefficients(
+    gammas: Float64[np.ndarray, " n"], ends: Float64[np.ndarray, " n"], gamma: float, end: float
+) -> tuple[Float64[np.ndarray, " n"], float]:
+    """The combination of snapshots' profiles nearest to another one, and the relative error in the L2 norm.
+
+    Least squares as in EDM2, appendix C, with one constraint more: the coefficients sum to 1. Without it they miss 1 by
+    some percent where snapshots are few, which EDM2's networks, indifferent to the scale of their weights, forgive.
+    """
+    count = len(gammas)
+    gram = inner(gammas[:, None], ends[:, None], gammas, ends)
+    target, size = inner(gammas, ends, gamma, end), inner(gamma, end, gamma, end)
+    norm = np.sqrt(np.diag(gram))  # profiles of unit norm are well conditioned
+    # Stationary point of the Lagrangian: [G 1; 1' 0] [x; multiplier] = [b; 1].
+    system = np.zeros((count + 1, count + 1))
+    system[:count, :count] = gram / np.outer(norm, norm)
+    system[:count, count] = system[count, :count] = norm.min() / norm
+    solved = np.linalg.lstsq(system, np.append(target / norm, norm.min()), rcond=None)[0]
+    found = solved[:count] / norm
+    residual = size - 2 * target @ found + found @ gram @ found
+    return found, float(np.sqrt(max(residual, 0.0) / size))

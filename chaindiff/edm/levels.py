@@ -111,9 +111,6 @@ class Path:
     def sigma(self, step: int) -> dict[str, float]:
         return {v: self.schedules[v].sigma(t) for v, t in self.time(step).items()}
 
-    def scale(self, step: int) -> dict[str, float]:
-        return {v: self.schedules[v].scale(t) for v, t in self.time(step).items()}
-
     def moves(self, step: int) -> list[str]:
         """The variables whose level changes from this grid point to the next."""
         return [v for v, times in self.times.items() if times[step + 1] != times[step]]

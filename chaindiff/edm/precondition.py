@@ -71,6 +71,24 @@ class AnyLevel:
         return sigma
 
 
+class PredictsNoise(AnyLevel):
+    """The network sees the noisy value at unit variance and predicts the noise; the loss is that of the noise."""
+
+    label_span: ClassVar[float] = TIMES
+
+    def told(self, sigma: Tensor) -> Tensor:
+        """c_noise."""
+        raise NotImplementedError
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(
+            skip=torch.ones_like(sigma), out=-sigma, input=1 / (sigma**2 + 1).sqrt(), noise=self.told(sigma)
+        )
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return 1 / sigma**2
+
+
 @dataclass(frozen=True)
 class EDM(AnyLevel):
     """EDM's preconditioning and loss weight (Karras et al. 2022, table 1); `sigma_data` is the data's deviation."""
@@ -153,14 +171,13 @@ class Velocity(AnyLevel):
 
 
 @dataclass(frozen=True)
-class VP:
+class VP(PredictsNoise):
     """The network predicts the noise of the variance-preserving process, and is told its time (EDM, table 1)."""
 
     beta_d: float = 19.9
     beta_min: float = 0.1
     eps: float = 1e-5  # the smallest time of training
     kind: ClassVar[str] = "vp"
-    label_span: ClassVar[float] = TIMES
 
     @property
     def schedule(self) -> VPSchedule:
@@ -174,19 +191,8 @@ class VP:
     def sigma_max(self) -> float:
         return self.schedule.sigma(1.0)
 
-    def round(self, sigma: float) -> float:
-        return sigma
-
-    def __call__(self, sigma: Tensor) -> Coefficients:
-        return Coefficients(
-            skip=torch.ones_like(sigma),
-            out=-sigma,
-            input=1 / (sigma**2 + 1).sqrt(),
-            noise=(TIMES - 1) * self.schedule.time(sigma),
-        )
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        return 1 / sigma**2
+    def told(self, sigma: Tensor) -> Tensor:
+        return (TIMES - 1) * self.schedule.time(sigma)
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,7 @@ def _levels_on(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IDDPM:
+class IDDPM(PredictsNoise):
     """The network predicts the noise of a discrete process, and is told the number of the nearest level (EDM, table 1).
 
     A network that learns variances gives them in further channels, which are no part of the prediction.
@@ -228,7 +234,6 @@ class IDDPM:
 
     levels: int = 1000
     kind: ClassVar[str] = "iddpm"
-    label_span: ClassVar[float] = TIMES
 
     @property
     def sigma_min(self) -> float:
@@ -242,15 +247,7 @@ class IDDPM:
         known = iddpm_levels(self.levels)
         return float(known[np.abs(known - sigma).argmin()])
 
-    def __call__(self, sigma: Tensor) -> Coefficients:
+    def told(self, sigma: Tensor) -> Tensor:
         known = _levels_on(self.levels, sigma.device, sigma.dtype)[: self.levels]
         nearest = (sigma[..., None] - known).abs().argmin(-1)
-        return Coefficients(
-            skip=torch.ones_like(sigma),
-            out=-sigma,
-            input=1 / (sigma**2 + 1).sqrt(),
-            noise=(self.levels - 1 - nearest).to(sigma.dtype),
-        )
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        return 1 / sigma**2
+        return (self.levels - 1 - nearest).to(sigma.dtype)

@@ -34,27 +34,47 @@ class Schedule(Protocol):
     def time(self, sigma: float) -> float: ...
 
 
-class Linear:
+class VarianceExploding:
+    """Schedules without a scale: s(t) = 1."""
+
+    def scale(self, t: float) -> float:
+        return 1.0
+
+    def dscale(self, t: float) -> float:
+        return 0.0
+
+
+class VariancePreserving:
+    """Schedules whose noise takes from the data what it adds: s(t) = 1 / sqrt(1 + sigma(t)^2)."""
+
+    def sigma(self, t: float) -> float:
+        raise NotImplementedError
+
+    def dsigma(self, t: float) -> float:
+        raise NotImplementedError
+
+    def scale(self, t: float) -> float:
+        return 1 / math.sqrt(1 + self.sigma(t) ** 2)
+
+    def dscale(self, t: float) -> float:
+        return -self.sigma(t) * self.dsigma(t) * self.scale(t) ** 3
+
+
+class Linear(VarianceExploding):
     """EDM's own choice: sigma(t) = t, s(t) = 1, so that a step in t is a step in sigma."""
 
     def sigma(self, t: float) -> float:
         return t
 
-    def scale(self, t: float) -> float:
-        return 1.0
-
     def dsigma(self, t: float) -> float:
         return 1.0
-
-    def dscale(self, t: float) -> float:
-        return 0.0
 
     def time(self, sigma: float) -> float:
         return sigma
 
 
 @dataclass(frozen=True)
-class VP:
+class VP(VariancePreserving):
     """Variance preserving: ln(1 + sigma^2) = beta_d t^2 / 2 + beta_min t (Song et al. 2021b; EDM, table 1)."""
 
     beta_d: float = 19.9
@@ -74,48 +94,33 @@ class VP:
     def _exponent(self, t: Number) -> Number:
         return self.beta_d / 2 * t**2 + self.beta_min * t
 
-    def _beta(self, t: float) -> float:
-        return self.beta_d * t + self.beta_min
-
     def sigma(self, t: Number) -> Number:
         return _math(t).expm1(self._exponent(t)) ** 0.5
 
-    def scale(self, t: float) -> float:
-        return math.exp(-self._exponent(t) / 2)
-
     def dsigma(self, t: float) -> float:
         sigma = self.sigma(t)
-        return self._beta(t) / 2 * (sigma + 1 / sigma)
-
-    def dscale(self, t: float) -> float:
-        return -self._beta(t) / 2 * self.scale(t)
+        return (self.beta_d * t + self.beta_min) / 2 * (sigma + 1 / sigma)
 
     def time(self, sigma: Number) -> Number:
         exponent = _math(sigma).log1p(sigma**2)
         return 2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent) ** 0.5 + self.beta_min)
 
 
-class VE:
+class VE(VarianceExploding):
     """Variance exploding: sigma(t) = sqrt(t), s(t) = 1 (Song et al. 2021b; EDM, table 1)."""
 
     def sigma(self, t: float) -> float:
         return math.sqrt(t)
 
-    def scale(self, t: float) -> float:
-        return 1.0
-
     def dsigma(self, t: float) -> float:
         return 0.5 / math.sqrt(t)
-
-    def dscale(self, t: float) -> float:
-        return 0.0
 
     def time(self, sigma: float) -> float:
         return sigma**2
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(VariancePreserving):
     """Cosine log-SNR, variance preserving: sigma(t) = tan(pi t / 2), s(t) = cos(pi t / 2) (Salimans & Ho 2022).
 
     With an offset o the angle is pi (t + o) / (2 (1 + o)) and s is 1 at t = 0 (Nichol & Dhariwal 2021, eq. 17; their
@@ -139,15 +144,9 @@ class Cosine:
         # 1 + sigma^2 = 1 / s^2, with the difference of squares that keeps small levels exact
         return (lib.sin(self._rate * t) * lib.sin(angle + self._first)) ** 0.5 / lib.cos(angle)
 
-    def scale(self, t: float) -> float:
-        return math.cos(self._first + self._rate * t) / math.cos(self._first)
-
     def dsigma(self, t: float) -> float:
         angle = self._first + self._rate * t
         return self._rate * math.cos(self._first) ** 2 * math.tan(angle) / (math.cos(angle) ** 2 * self.sigma(t))
-
-    def dscale(self, t: float) -> float:
-        return -self._rate * math.sin(self._first + self._rate * t) / math.cos(self._first)
 
     def time(self, sigma: Number) -> Number:
         first, rise = math.tan(self._first), sigma**2 / math.cos(self._first) ** 2
@@ -175,7 +174,7 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class LogSNR:
+class LogSNR(VariancePreserving):
     """Linear log-SNR, variance preserving: t = ln(sigma / sigma_min) (Kingma et al. 2021).
 
     Log-SNR has no end at level 0: below sigma_min, sigma goes on along its tangent and is 0 at t = -1.
@@ -186,14 +185,8 @@ class LogSNR:
     def sigma(self, t: float) -> float:
         return self.sigma_min * (math.exp(t) if t > 0 else 1 + t)
 
-    def scale(self, t: float) -> float:
-        return 1 / math.sqrt(1 + self.sigma(t) ** 2)
-
     def dsigma(self, t: float) -> float:
         return max(self.sigma(t), self.sigma_min)
-
-    def dscale(self, t: float) -> float:
-        return -self.sigma(t) * self.dsigma(t) * self.scale(t) ** 3
 
     def time(self, sigma: float) -> float:
         ratio = sigma / self.sigma_min

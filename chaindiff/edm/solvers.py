@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -229,18 +230,10 @@ def _heun(span: _Span) -> list[Update]:
     return [*first, Update(rows, span.number, span.levels(after))] if rows else first
 
 
-def _ddim(span: _Span) -> list[Update]:
-    """DDIM with eta (Song et al. 2021a, eq. 12 and 16): exact in ln sigma where D is constant."""
-    return _exponential(span, multistep=False)
-
-
-def _dpmpp_2m(span: _Span) -> list[Update]:
-    """DPM-Solver++(2M) and its SDE (Lu et al. 2022b, algorithm 2): exact in ln sigma where D is linear."""
-    return _exponential(span, multistep=True)
-
-
 def _exponential(span: _Span, *, multistep: bool) -> list[Update]:
-    """With r = sigma' / sigma of a step, `keep` is the part of the new level that is old noise:
+    """Exact in ln sigma where D is constant, and as a multistep method where D is linear.
+
+    With r = sigma' / sigma of a step, `keep` is the part of the new level that is old noise:
 
     x' = r keep x + (1 - r keep) D + sigma' sqrt(1 - keep^2) noise
     """
@@ -267,8 +260,8 @@ def _exponential(span: _Span, *, multistep: bool) -> list[Update]:
 SOLVERS: dict[str, Callable[[_Span], list[Update]]] = {
     "euler": _euler,
     "heun": _heun,
-    "ddim": _ddim,
-    "dpmpp_2m": _dpmpp_2m,
+    "ddim": partial(_exponential, multistep=False),  # with eta (Song et al. 2021a, eq. 12 and 16)
+    "dpmpp_2m": partial(_exponential, multistep=True),  # DPM-Solver++(2M) and its SDE (Lu et al. 2022b, algorithm 2)
 }
 
 

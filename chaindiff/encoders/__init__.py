@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from chaindiff.encoders.base import Encoder
+from chaindiff.encoders.base import Encoder, OwnEncoder
 from chaindiff.encoders.clip import OpenClipImage, OpenClipText
 from chaindiff.encoders.embedding import Embedding
 from chaindiff.encoders.file import FileVectors
-from chaindiff.encoders.own import OwnEncoder
 from chaindiff.encoders.resize import Resize
 from chaindiff.encoders.statistics import Statistics
 from chaindiff.io.code import create

@@ -1,25 +1,27 @@
-"""What every encoder offers: values of a variable, and an identity that says what the values are."""
+"""What every encoder offers: values of a variable, and what says how its features come about."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from chaindiff.io.digest import fingerprint
+from chaindiff.io.errors import UserError
+from chaindiff.specs.code import CodeEncoderSpec
+from chaindiff.specs.recipe import VariableSpec
 
 
 class Encoder:
     """A deterministic map from the variable `of` to the variable `name`: value = scale(features(x)).
 
-    The features are what is worth keeping in a cache if the encoder is `cached`, that is, expensive; `scale` reduces
-    and standardises them, which needs statistics in some cases: `fitted` tells whether they are there.
+    The features of expensive encoders are kept, under their `features_identity`; `scale` reduces and standardises them.
     """
 
     name: str
     of: str
-    cached = False
 
     def features(self, x: Any) -> Tensor:
         raise NotImplementedError
@@ -30,21 +32,27 @@ class Encoder:
     def __call__(self, x: Any) -> Tensor:
         return self.scale(self.features(x))
 
-    @property
-    def fitted(self) -> bool:
-        return True
-
     @cached_property
     def features_identity(self) -> dict[str, Any]:
         """What the features are: the kind of encoder, its weights and its preprocessing; never its name in a recipe."""
-        raise NotImplementedError
+        return {}
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the values are: the features, and how they are reduced and scaled."""
-        return self.features_identity
 
-    @property
-    def key(self) -> str:
-        """sha256 of the identity, in hexadecimal."""
-        return fingerprint(self.identity)
+class OwnEncoder(Encoder):
+    """What `made` makes of a batch of values, computed whenever it is needed: nothing is cached, fitted or scaled."""
+
+    def __init__(self, name: str, spec: CodeEncoderSpec, variable: VariableSpec, made: Callable[[Any], Tensor]):
+        self.name, self.of, self.spec = name, spec.of, spec
+        self.shape = [] if variable.kind == "label" else variable.shape
+        self.made = made.eval() if isinstance(made, nn.Module) else made
+
+    @torch.no_grad()
+    def features(self, x: Any) -> Tensor:
+        if isinstance(self.made, nn.Module) and isinstance(x, Tensor):
+            self.made.to(x.device)
+        values = self.made(x)
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if found != (expected := [len(x), *self.shape]):
+            problem = f"'{self.spec.kind}' makes {found} of {len(x)} values of '{self.of}'; expected {expected}"
+            raise UserError(problem, f"variables.{self.name}.encoder")
+        return values

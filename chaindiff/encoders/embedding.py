@@ -18,8 +18,6 @@ from chaindiff.specs.recipe import FileSpec, KMeansSpec, OpenClipSpec, PcaSpec
 class Embedding(Encoder):
     """Embeddings by row or by model; `kind` is the variable's: a vector, or a label, whose classes are clusters."""
 
-    cached = True
-
     def __init__(self, name: str, spec: OpenClipSpec | FileSpec, shape: Sequence[int], sigma_data: float, kind: str):
         self.name, self.spec, self.shape, self.sigma_data = name, spec, list(shape), sigma_data
         self.labels = kind == "label"
@@ -63,25 +61,7 @@ class Embedding(Encoder):
             values = values @ fitted["components"].T
         return values if self.spec.scaling == "raw" else values * (self.sigma_data / fitted["std"])
 
-    def unscale(self, values: Float[Tensor, "n k"] | Int64[Tensor, " n"]) -> Float[Tensor, "n width"]:
-        """Features with these values: the inverse of `scale`, up to what the reducer left out."""
-        if self.statistics is None:
-            return values
-        if self.labels and self.statistics.centroids is not None:
-            return self.statistics.centroids.to(values.device)[values]
-        fitted = {name: tensor.to(values) for name, tensor in self.statistics.tensors().items()}
-        if self.spec.scaling != "raw":
-            values = values * (fitted["std"] / self.sigma_data)
-        if "components" in fitted:
-            values = values @ fitted["components"]
-        return values + fitted["mean"]
-
     @property
     def reduction(self) -> dict[str, Any]:
         """What is fitted: the reducer and whether the result is standardised."""
         return {"reduce": self.spec.reduce and self.spec.reduce.model_dump(), "scaling": self.spec.scaling}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        fitted = self.statistics and self.statistics.digest
-        return {**self.features_identity, **self.reduction, "sigma_data": self.sigma_data, "fitted": fitted}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +50,8 @@ class Resize(Encoder):
                 f"variables.{name}.shape",
                 "both are square images [channels, side, side] with as many channels",
             )
-        self.name, self.of, self.source, self.shape = name, spec.of, source, shape
+        self.name, self.of, self.side = name, spec.of, shape[-1]
         self.filter: Filter = spec.filter
 
     def features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c side side"]:
-        return resize(x, self.shape[-1], self.filter)
-
-    @cached_property
-    def features_identity(self) -> dict[str, Any]:
-        return {"kind": "resize", "filter": self.filter, "input": list(self.source), "output": list(self.shape)}
+        return resize(x, self.side, self.filter)

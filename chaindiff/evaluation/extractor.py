@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from chaindiff.encoders.base import fingerprint
+from chaindiff.io.digest import fingerprint
 
 RESIZE = "PIL bicubic, antialiased, 8 bits"
 BATCH = 64  # images of one forward pass

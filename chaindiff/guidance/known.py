@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State
+from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State, expand
 from chaindiff.guidance.algebra import Wrapper
 
 
@@ -53,10 +53,11 @@ class Known(Wrapper):
         for _ in range(self.solves):
             moved = covariance(step)
             along = _safe(power, _dot(step, moved))
-            shift = [a + _by(along, b) for a, b in zip(shift, moved, strict=True)]
-            rest = [a - _by(along, b) for a, b in zip(rest, inside(moved), strict=True)]
+            shift = [a + expand(along, b) * b for a, b in zip(shift, moved, strict=True)]
+            rest = [a - expand(along, b) * b for a, b in zip(rest, inside(moved), strict=True)]
             before, power = power, _dot(rest, rest)
-            step = [a + _by(_safe(power, before), b) for a, b in zip(rest, step, strict=True)]
+            along = _safe(power, before)
+            step = [a + expand(along, b) * b for a, b in zip(rest, step, strict=True)]
         x0 = {**found.x0, **{v: (o + d).detach() for v, o, d in zip(ins, out, shift, strict=True)}}
         return Prediction(x0, found.variance)
 
@@ -69,10 +70,6 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
 def _safe(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where nothing is left to solve."""
     return torch.where(b > 0, a / b.clamp_min(torch.finfo(b.dtype).tiny), 0)
-
-
-def _by(scale: Tensor, value: Tensor) -> Tensor:
-    return scale.reshape(-1, *[1] * (value.ndim - 1)) * value
 
 
 def known(inner: Denoiser, value: State, mask: State, *, solves: int = 0) -> Denoiser:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State
+from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State, expand
 from chaindiff.guidance.algebra import Wrapper
 
 
@@ -25,8 +25,8 @@ class Thresholded(Wrapper):
     def cut(self, value: Tensor) -> Tensor:
         if self.percentile is None:
             return value.clamp(-self.limit, self.limit)
-        largest = torch.quantile(value.flatten(1).abs().float(), self.percentile, dim=1).to(value.dtype)
-        bound = largest.clamp_min(self.limit).reshape(-1, *[1] * (value.ndim - 1))
+        largest = torch.quantile(value.flatten(1).abs().float(), self.percentile, dim=1)
+        bound = expand(largest, value).clamp_min(self.limit)
         return value.clamp(-bound, bound) * (self.limit / bound)
 
 

@@ -1,12 +1,11 @@
 """Networks of EDM and VCDM (Karras et al. 2022; Harvey & Wood 2023) as ours: their settings and names, declared.
 
-Our U-Nets keep the published names of parameters, so the map of names only says which belong to a network at all.
+Our U-Nets keep the published names of parameters.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,13 +82,7 @@ SETTINGS = {  # published -> ours
     "attn_resolutions": "attention",
     "dropout": "dropout",
 }
-LAYER = r"(?:conv|down|up|block\d+|in[01]|aux_conv|aux_norm|aux_residual)"
-NAMES = (  # published, as a pattern -> ours; None: a table that is computed, not learned
-    (rf"((?:enc|dec)\.\d+x\d+_{LAYER}\.[a-z_.0-9]+)", r"\1"),
-    (r"((?:map_noise|map_label|map_augment|map_layer[01]|out_norm|out_conv)\.[a-z]+)", r"\1"),
-)
-PREFIX = "model."  # of the U-Net within a preconditioner
-TABLES = {"iDDPMPrecond": {"u"}}  # noise levels, computed from C_1, C_2 and M
+COMPUTED = {("iDDPMPrecond", "u")}  # tables that are no weights: noise levels, from C_1, C_2 and M
 LARGEST = 65_536  # of any size that a snapshot states; the largest published is 1,024
 
 
@@ -98,7 +91,6 @@ class Published:
     """A published network in our words."""
 
     class_name: str
-    arch: str
     precondition: Precondition | None  # None: a U-Net by itself
     network: UNetSpec
     resolution: int
@@ -154,13 +146,11 @@ def published(class_name: str, kwargs: Mapping[str, Any]) -> Published:
         if not isinstance(found[name], list | tuple):
             raise UserError(f"{inner}: {name} should be a list, not {found[name]!r:.40}")
         found[name] = [_size(inner, name, item) for item in found[name]]
-    arch = _variant(inner, found)
     ours = {ours: found[name] for name, ours in SETTINGS.items()}
-    network = _checked(inner, UNetSpec, {"kind": "unet", "arch": arch, **ours})
+    network = _checked(inner, UNetSpec, {"kind": "unet", "arch": _variant(inner, found), **ours})
     _refuse_shape(inner, network, sizes["img_resolution"])
     return Published(
         class_name=inner,
-        arch=arch,
         precondition=precondition,
         network=network,
         resolution=sizes["img_resolution"],
@@ -217,16 +207,15 @@ def _number(class_name: str, name: str, value: Any) -> float:
 
 def _variant(class_name: str, found: Mapping[str, Any]) -> str:
     """Which architecture these settings are. Raises UserError naming the setting that fits none."""
-    wrong: dict[str, list[str]] = {}
-    for arch, fixed in VARIANTS[class_name].items():
-        wrong[arch] = [name for name, value in fixed.items() if _plain(found[name]) != value]
-        if not wrong[arch]:
-            return arch
+    wrong = {
+        arch: [name for name, value in fixed.items() if _plain(found[name]) != value]
+        for arch, fixed in VARIANTS[class_name].items()
+    }
     arch = min(wrong, key=lambda name: len(wrong[name]))
-    name = wrong[arch][0]
-    raise UserError(
-        f"{class_name}: {name}={found[name]!r:.40} is not supported; {arch} has {VARIANTS[class_name][arch][name]!r}"
-    )
+    for name in wrong[arch]:
+        have = VARIANTS[class_name][arch][name]
+        raise UserError(f"{class_name}: {name}={found[name]!r:.40} is not supported; {arch} has {have!r}")
+    return arch
 
 
 def _plain(value: Any) -> Any:
@@ -243,25 +232,6 @@ def _refuse_shape(class_name: str, network: UNetSpec, resolution: int) -> None:
         raise UserError(f"{class_name}: model_channels={network.channels} does not make heads of 64 channels")
 
 
-def own_names(class_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our names. Raises UserError for names that belong to no published network."""
-    found: dict[str, Tensor] = {}
-    strange = []
-    for name, value in state_dict.items():
-        if name in TABLES.get(class_name, ()):
-            continue
-        inside = name.startswith(PREFIX) or class_name not in PRECONDITIONERS
-        bare = name.removeprefix(PREFIX) if class_name in PRECONDITIONERS else name
-        ours = [re.sub(pattern, new, bare) for pattern, new in NAMES if inside and re.fullmatch(pattern, bare)]
-        if not ours or ours[0] in found:
-            strange.append(name)
-        else:
-            found[ours[0]] = value
-    if strange:
-        raise UserError(f"{class_name}: {_listing([f'unexpected {name}' for name in strange])}")
-    return found
-
-
 def _listing(problems: list[str]) -> str:
     return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
 
@@ -274,12 +244,15 @@ def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Map
     argument is not supported, or names, number or shapes of the tensors are not those of the network.
     """
     described = published(class_name, kwargs)
-    tensors = own_names(class_name, state_dict)
+    prefix = "model." if class_name in PRECONDITIONERS else ""  # of the U-Net within a preconditioner
+    kept = {name: value for name, value in state_dict.items() if (class_name, name) not in COMPUTED}
+    tensors = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
     if len(described.network.mult) * described.network.blocks > len(tensors):  # before so many blocks are built
         raise UserError(f"{class_name}: {len(tensors)} tensors are too few for num_blocks={described.network.blocks}")
     network = described.build()
     own = network.state_dict()
     problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unexpected {name}" for name in kept if not name.startswith(prefix)]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [
         f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}"
@@ -287,7 +260,7 @@ def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Map
         if name in tensors and tensors[name].shape != value.shape
     ]
     problems += [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]
-    taps = torch.tensor(ARCHS[described.arch].taps, dtype=torch.float32)
+    taps = torch.tensor(ARCHS[described.network.arch].taps, dtype=torch.float32)
     kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
     problems += [
         f"{name} is another filter than {taps.int().tolist()}"

@@ -111,6 +111,6 @@ def kind_of(snapshot: Snapshot) -> str:
     labels = f"label of {p.label_dim}" if p.label_dim else "no label"
     augment = f"augmentation label of {p.augment_dim}" if p.augment_dim else "no augmentation label"
     return (
-        f"{wrapped} ({p.arch}), {p.resolution} x {p.resolution}, {p.in_channels} channels, {count:,} parameters, "
-        f"{labels}, {augment}"
+        f"{wrapped} ({p.network.arch}), {p.resolution} x {p.resolution}, {p.in_channels} channels, "
+        f"{count:,} parameters, {labels}, {augment}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -197,15 +198,12 @@ class Block(nn.Module):
         return y
 
     def _attend(self, x: Tensor, context: Tensor | None) -> Tensor:
-        batch, channels, height, width = x.shape
-        # The 3 of q, k, v varies inside the channel: (heads, channels / heads, 3).
-        qkv = self.qkv(x).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
+        q, k, v = rearrange(self.qkv(x), "b (heads c qkv) h w -> qkv b heads (h w) c", heads=self.heads, qkv=3)
         if context is not None and self.context_kv is not None:
-            extra = self.context_kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).to(k.dtype)
-            k, v = torch.cat([k, extra[0]], dim=2), torch.cat([v, extra[1]], dim=2)
+            more = rearrange(self.context_kv(context), "b n (kv heads c) -> kv b heads n c", heads=self.heads, kv=2)
+            k, v = (torch.cat([own, extra.to(own.dtype)], dim=2) for own, extra in zip((k, v), more, strict=True))
         y = F.scaled_dot_product_attention(q, k, v)
-        return y.transpose(-1, -2).reshape(batch, channels, height, width)
+        return rearrange(y, "b heads (h w) c -> b (heads c) h w", h=x.shape[2])
 
 
 def sinusoids(label: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:

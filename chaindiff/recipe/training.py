@@ -116,36 +116,40 @@ def prepare(assembly: Assembly, name: str) -> Batches:
         path = assembly.encoders[variable].path
         with assembly.located():
             encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
-        if source is not None and recipe.variables[source].kind == "text":
-            caches[variable] = encoder.features(assembly.data.field(assembly.columns[source].field))
-        elif isinstance(encoder, Embedding):
+        if isinstance(encoder, Embedding):
             caches[variable] = embed(assembly, encoder, name)
-        state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
-        if isinstance(encoder, Embedding) and not encoder.fitted:
-            if state.is_main_process:
-                fit(encoder, caches[variable], path)
-            state.wait_for_everyone()
-            encoder = build_encoder(variable, recipe.variables, path)
+            state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
+            if not encoder.fitted:
+                if state.is_main_process:
+                    fit(encoder, caches[variable], path)
+                state.wait_for_everyone()
+                encoder = build_encoder(variable, recipe.variables, path)
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:
         _ = assembly.columns[label].classes  # raises, if they are not those of the data
     texts = {n: assembly.columns[n].field for n, s in recipe.variables.items() if s.kind == "text"}
     root = assembly.root if any(variable.kind == "image" for variable in recipe.variables.values()) else None
-    return Batches(assembly.data, root, wanted, encoders, caches, labels | texts, spec.augment, spec.train.seed)
+    direct = {n: assembly.variables[encoder.of] for n, encoder in encoders.items() if n not in caches}
+    read, seed = [*direct.values()], spec.train.seed
+    batches = Batches(assembly.data, root, wanted, encoders, caches, labels | texts, spec.augment, seed, read)
+    batches.keep(n for n, source in direct.items() if source.kind == "text")
+    return batches
 
 
 def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
     """Features of an encoder over the training data; images' are cached on disk: this process embeds its own share of
     what is missing.
 
-    Raises UserError if the encoder does not read the data's own image, nothing could be cached, or a file of vectors
-    does not fit.
+    Raises UserError if the encoder reads neither the data's own image nor a text, nothing could be cached, or a file of
+    vectors does not fit.
     """
     data, augment = assembly.data, assembly.recipe.stages[name].augment
     if isinstance(encoder, FileVectors):
         with assembly.located():
             return encoder.rows_of(data.names)
+    if assembly.recipe.variables[encoder.of].kind == "text":
+        return encoder.features(data.field(assembly.columns[encoder.of].field))
     root = assembly.root
     if encoder.of != root.name:
         raise UserError(

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Float, Num, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -30,8 +32,8 @@ def to_uint8(x: Num[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 def to_image(x: Num[Tensor, "channels height width"]) -> Image.Image:
     """One image in [-1, 1] or of 8 bits, RGB or grey."""
-    pixels = to_uint8(x).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    shape = "1 h w -> h w" if len(x) == 1 else "c h w -> h w c"
+    return Image.fromarray(rearrange(to_uint8(x), shape).cpu().numpy())
 
 
 def grid(
@@ -48,22 +50,21 @@ def grid(
     """
     if len(images) == 0:
         raise UserError("a grid needs at least one image")
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     scale = scale or max(1, math.ceil((96 if captions else 64) / max(height, width)))
     rows = math.ceil(count / columns)
     texts = [_wrapped(caption, width * scale) for caption in captions]
     lines = max((text.count("\n") + 1 for text in texts), default=0)
-    step_x, step_y = width * scale + pad, height * scale + pad + lines * LINE
-    sheet = Image.new("RGB", (columns * step_x + pad, rows * step_y + pad), "white")
-    for index, image in enumerate(images):
-        tile = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    tiles = repeat(to_uint8(images), "n c h w -> n (rgb c) (h y) (w x)", rgb=3 // channels, y=scale, x=scale)
+    tiles = F.pad(tiles, (0, pad, 0, pad + lines * LINE, 0, 0, 0, rows * columns - count), value=255)
+    step_y, step_x = tiles.shape[2:]
+    pixels = rearrange(tiles, "(row column) c h w -> (row h) (column w) c", column=columns)
+    sheet = Image.fromarray(F.pad(pixels, (0, 0, pad, 0, pad, 0), value=255).cpu().numpy())
+    for index, text in enumerate(texts):
         row, column = divmod(index, columns)
-        left, top = column * step_x + pad, row * step_y + pad
-        sheet.paste(tile, (left, top))
-        if index < len(texts):
-            place = (left + tile.width // 2, top + tile.height)
-            ImageDraw.Draw(sheet).multiline_text(place, texts[index], "black", _font(), "ma", align="center")
+        place = (column * step_x + pad + width * scale // 2, row * step_y + pad + height * scale)
+        ImageDraw.Draw(sheet).multiline_text(place, text, "black", _font(), "ma", align="center")
     return sheet
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from chaindiff.chain.chain import Encoder
 from chaindiff.chain.variable import Variable
 from chaindiff.data import augment
 from chaindiff.data.items import Data
 from chaindiff.edm.random import generator
-from chaindiff.encoders import Encoder
 from chaindiff.io.errors import UserError
+from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec
+
+ENCODED_AT_ONCE = 128
 
 
 @runtime_checkable
@@ -30,8 +34,9 @@ class Features(Protocol):
 class Batches:
     """Sample numbers -> the values of some variables, and the augmentation labels under "augment_labels".
 
-    `root` is the image variable that the data holds, if any is wanted; what `encoders` make comes of it, expensive ones
-    through `caches`. Everything else is a column of the data: of its own name, unless `fields` says another.
+    `root` is the image variable that the data holds, if any is wanted. What `encoders` make comes of it, and of what
+    else they `read` of the data, or of features of theirs in `caches`. Everything else is a column of the data: of its
+    own name, unless `fields` says another.
     """
 
     def __init__(
@@ -44,15 +49,29 @@ class Batches:
         fields: Mapping[str, str],
         spec: AugmentSpec,
         seed: int,
+        read: Sequence[Variable] = (),
     ):
         self.data, self.root, self.encoders, self.caches = data, root, encoders, caches
+        self.kept: dict[str, Tensor] = {}
         self.wanted, self.spec, self.seed = list(wanted), spec, seed
-        self.columns = {
-            v.name: _column(data, v, fields.get(v.name, v.name))
-            for v in self.wanted
-            if v.name not in encoders and v.name != (root and root.name)
-        }
+        self.columns: dict[str, Tensor | list[str]] = {}
+        texts = {v.name for v in read if v.kind == "text"}
+        for v in [*self.wanted, *read]:
+            if v.name not in {*encoders, *self.columns, root and root.name}:
+                field = fields.get(v.name, v.name)
+                self.columns[v.name] = data.field(field) if v.name in texts else _column(data, v, field)
         self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Compute what these encoders make of every row, and keep it in memory: no augmentation may change it."""
+        for name in names:
+            with Bar(f"encode {name}", len(self.data)) as bar:
+                parts: list[Tensor] = []
+                for first in range(0, len(self.data), ENCODED_AT_ONCE):
+                    rows = range(first, min(first + ENCODED_AT_ONCE, len(self.data)))
+                    parts.append(self._values([name], rows, [0] * len(rows), None)[name].cpu())
+                    bar.update(rows.stop)
+            self.kept[name] = torch.cat(parts)
 
     def rows(self, samples: Iterable[int]) -> list[int]:
         """Rows of the data: a new order every epoch, a function of (seed, epoch)."""
@@ -72,29 +91,37 @@ class Batches:
         else:
             variants, keys = [0] * len(rows), [(self.seed, "augment", sample) for sample in samples]
         drawn = augment.draw(self.spec, keys)
-        values: dict[str, Tensor] = {}
+        batch = self._values([v.name for v in self.wanted], rows, variants, drawn)
+        if drawn.label.shape[1]:
+            batch["augment_labels"] = drawn.label
+        return batch
 
-        def value(name: str) -> Tensor:
-            if name not in values:
-                values[name] = compute(name)
-            return values[name]
-
-        def compute(name: str) -> Tensor:
-            if name in self.columns:
-                return self.columns[name][rows]
+    @torch.no_grad()
+    def _values(
+        self, names: Iterable[str], rows: Sequence[int], variants: Sequence[int], drawn: augment.Draw | None
+    ) -> dict[str, Tensor]:
+        @cache
+        def value(name: str) -> Any:
+            if (column := self.columns.get(name)) is not None:
+                return column[list(rows)] if isinstance(column, Tensor) else [column[row] for row in rows]
             if self.root is not None and name == self.root.name:
-                return augment.apply(self.data.pixels(rows, self.root.shape[-1]), drawn)
-            encoder = self.encoders[name]
+                images = self.data.pixels(rows, self.root.shape[-1])
+                return images if drawn is None else augment.apply(images, drawn)
+            if name in self.kept:
+                return self.kept[name][list(rows)]
+            encoder: Any = self.encoders[name]
             if name in self.caches:
                 features = self.caches[name]
                 each = len(features) // len(self.data)
                 return encoder.scale(features[[r * each + v % each for r, v in zip(rows, variants, strict=True)]])
             return encoder(value(encoder.of))
 
-        batch = {v.name: value(v.name) for v in self.wanted}
-        if drawn.label.shape[1]:
-            batch["augment_labels"] = drawn.label
-        return batch
+        return {name: value(name) for name in names}
+
+
+def pictures(variable: Variable) -> bool:
+    """Whether a variable is what image data holds; images of other channels are columns of numbers."""
+    return variable.kind == "image" and variable.shape[0] == 3
 
 
 def _column(data: Data, variable: Variable, field: str) -> Tensor:
@@ -105,7 +132,7 @@ def _column(data: Data, variable: Variable, field: str) -> Tensor:
             message = f"label '{variable.name}' has {variable.shape[0]} classes, but its data counts up to {most}"
             raise UserError(message, hint=f"set its shape to [{most + 1}] or more: classes count from 0")
         return values
-    if variable.kind not in ("vector", "tokens"):
+    if pictures(variable) or variable.kind == "text":
         raise UserError(f"'{variable.name}' is no image that the data is about, and no encoder makes it")
     values = data.column(field)
     if tuple(values.shape[1:]) != variable.shape:
@@ -113,4 +140,6 @@ def _column(data: Data, variable: Variable, field: str) -> Tensor:
         raise UserError(
             f"'{field}' of the data has shape {shape}, but variable '{variable.name}' {list(variable.shape)}"
         )
+    if variable.kind == "image" and not bool((values.abs() <= 1).all()):
+        raise UserError(f"'{field}' of the data holds numbers beyond [-1, 1], where images lie")
     return values

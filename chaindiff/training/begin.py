@@ -148,7 +148,7 @@ def _learns_variances(stage: Diffusion, name: str, value: Tensor, given: Tensor)
 # ------------------------------------------------------------ the label projection
 
 
-def columns(links: Iterable[Link]) -> dict[str, slice]:
+def columns(links: Iterable[Link]) -> dict[str, range]:
     """Where in the label each given variable stands, and what is told about it, in the order of the links."""
     found, at = {}, 0
     for link in links:
@@ -156,13 +156,9 @@ def columns(links: Iterable[Link]) -> dict[str, slice]:
         told = f"what is told about {link.variable.name}"
         for name, width in ((link.variable.name, value), (told, link.label_width - value)):
             if width:
-                found[name] = slice(at, at + width)
+                found[name] = range(at, at + width)
                 at += width
     return found
-
-
-def _width(place: slice) -> int:
-    return place.stop - place.start
 
 
 def _label(
@@ -173,21 +169,21 @@ def _label(
     width, total = given.shape[1], value.shape[1]
     theirs = _trained_columns(stage, kept, width)
     if theirs is None:  # columns without names: as a whole, or of the one variable that is as wide
-        alike = [name for name, place in ours.items() if _width(place) == width]
+        alike = [name for name, place in ours.items() if len(place) == width]
         if width == total:
-            pairs = [(slice(0, width), slice(0, width))]
+            pairs = [(range(width), range(width))]
         elif len(alike) == 1:
-            pairs = [(slice(0, width), ours[alike[0]])]
+            pairs = [(range(width), ours[alike[0]])]
         else:
-            parts = ", ".join(f"{name} {_width(place)}" for name, place in ours.items())
+            parts = ", ".join(f"{name} {len(place)}" for name, place in ours.items())
             which = f"{' and '.join(alike)} all fit" if alike else "none fits"
             return value, [], [f"it is told a label of {width} entries; of this stage's ({parts}) {which}"]
     else:
         pairs = [(place, ours[name]) for name, place in theirs.items() if name in ours]
         wrong = [
-            f"it is told {_width(place)} entries of {name}, this stage {_width(ours.get(name, slice(0, 0)))}"
+            f"it is told {len(place)} entries of {name}, this stage {len(ours.get(name, ()))}"
             for name, place in theirs.items()
-            if _width(ours.get(name, slice(0, 0))) != _width(place)
+            if len(ours.get(name, ())) != len(place)
         ]
         if wrong:
             return value, [], wrong
@@ -206,7 +202,7 @@ def _label(
     return weight, fresh, []
 
 
-def _trained_columns(stage: Diffusion, kept: Mapping[str, str], width: int) -> dict[str, slice] | None:
+def _trained_columns(stage: Diffusion, kept: Mapping[str, str], width: int) -> dict[str, range] | None:
     """The columns of a stage's file, which names what the stage was given; None where that cannot be told."""
     identities = {name: entry["identity"] for name, entry in _fields(kept, "variables").items()}
     ours = {link.variable.name: link.variable for link in stage.conditioner}

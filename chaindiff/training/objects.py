@@ -7,30 +7,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from chaindiff.chain import saving
-from chaindiff.chain.chain import Chain
+from chaindiff.chain.chain import Chain, Encoder
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.stage import Stage, learns
 from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import active
 from chaindiff.data.images import ImageData
 from chaindiff.data.items import Data, Items
-from chaindiff.encoders.base import Encoder
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec, TrainSpec
 from chaindiff.specs.validate import config
-from chaindiff.training.batches import Batches
+from chaindiff.training.batches import Batches, pictures
 from chaindiff.training.loop import Progress
 from chaindiff.training.loop import train as steps_of
 
 What = TypeVar("What", bound=Stage | Chain)
-ENCODED_AT_ONCE = 128
 
 
 def train(
@@ -110,17 +107,6 @@ def _train_stage(
 # ------------------------------------------------------------ batches
 
 
-class Own(Encoder):
-    """A chain's encoder, of whatever class, as training asks for its values."""
-
-    def __init__(self, encoder: Any):
-        self.name, self.of, self.encoder = encoder.name, encoder.of, encoder
-
-    @torch.no_grad()
-    def features(self, x: Any) -> Tensor:
-        return self.encoder(x)
-
-
 def batches_of(what: Stage | Chain, stage: Stage, data: Any, augment: AugmentSpec, seed: int) -> Batches:
     """Batches of all that a stage has to do with, of what the data holds and of what encoders make of that."""
     items: Data = data if isinstance(data, Items | ImageData) else Items(data, *_image_of(data, stage, what))
@@ -132,55 +118,22 @@ def batches_of(what: Stage | Chain, stage: Stage, data: Any, augment: AugmentSpe
     while queue:  # what the data does not hold itself, an encoder makes
         name = queue.pop()
         if name not in _held(items) and name in known and name not in encoders:
-            encoders[name] = Own(known[name])
+            encoders[name] = known[name]
             queue.append(known[name].of)
-    roots = [*(v.name for v in wanted if v.name not in encoders), *(e.of for e in encoders.values())]
-    images = [name for name in dict.fromkeys(roots) if name in variables and _pictures(variables[name])]
-    root = next((variables[name] for name in images if name not in encoders), None)
-    caches = {} if active(augment) else _encoded(items, root, variables, encoders)
-    return Batches(items, root, wanted, encoders, caches, {}, augment, seed)
-
-
-def _pictures(variable: Variable) -> bool:
-    """Whether a variable is what image data holds; images of other channels are columns of numbers."""
-    return variable.kind == "image" and variable.shape[0] == 3
+    read = [variables.get(encoder.of, Variable(encoder.of, "text", ())) for encoder in encoders.values()]
+    root = next((v for v in [*wanted, *read] if v.name not in encoders and pictures(v)), None)
+    batches = Batches(items, root, wanted, encoders, {}, {}, augment, seed, read)
+    if not active(augment):
+        batches.keep(name for name in encoders if name not in variables or variables[name].kind != "image")
+    return batches
 
 
 def _image_of(data: Any, stage: Stage, what: Stage | Chain) -> tuple[str, ...]:
     """The entry that is the image, where some variable's name says it."""
     entries = data if isinstance(data, Mapping) else data[0] if len(data) else {}
     variables = [*stage.generates.values(), *(what.variables.values() if isinstance(what, Chain) else ())]
-    return tuple(v.name for v in variables if _pictures(v) and v.name in entries)[:1]
+    return tuple(v.name for v in variables if pictures(v) and v.name in entries)[:1]
 
 
 def _held(data: Data) -> set[str]:
     return {*data.fields, *([data.image] if isinstance(data, Items) else [])}
-
-
-def _encoded(
-    data: Data, root: Variable | None, variables: Mapping[str, Variable], encoders: Mapping[str, Encoder]
-) -> dict[str, Tensor]:
-    """What encoders that make no images make of every item, in memory."""
-    kept: dict[str, Tensor] = {}
-
-    def value(name: str, rows: range) -> Any:
-        if name in kept:
-            return kept[name][rows.start : rows.stop]
-        if name in encoders:
-            return encoders[name](value(encoders[name].of, rows))
-        if root is not None and name == root.name:
-            return data.pixels(rows, root.shape[-1])
-        if name in variables and variables[name].kind != "text":
-            return data.column(name)[rows.start : rows.stop]
-        return data.field(name)[rows.start : rows.stop]
-
-    for name in encoders:
-        if name in variables and variables[name].kind == "image":
-            continue
-        with Bar(f"encode {name}", len(data)) as bar:
-            parts = []
-            for first in range(0, len(data), ENCODED_AT_ONCE):
-                parts.append(value(name, range(first, min(first + ENCODED_AT_ONCE, len(data)))).cpu())
-                bar.update(first + len(parts[-1]))
-        kept[name] = torch.cat(parts)
-    return kept

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chaindiff.edm.ema import Average, PowerEma
-from chaindiff.edm.power_ema import UNIFORM, coefficients, gamma_of
+from chaindiff.edm.ema import UNIFORM, Average, PowerEma, coefficients, gamma_of
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 
