@@ -16,7 +16,10 @@ from typing import NoReturn
 from chaindiff.io.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGES = {  # by suffix, with PIL's name of the format
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF",
+    ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM",
+}  # fmt: skip
 METADATA = {"dataset.json", "metadata.jsonl"}
 
 # A zip declares how large a file is once unpacked, and zipfile reads no further than that; beyond these sizes it is

@@ -80,8 +80,8 @@ class Rows:
         label += f", given {', '.join(told)}" * bool(told)
         return [
             Row(
-                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, self.out,
-                self.compiled,
+                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split,
+                None if loaded else self.out, self.compiled,
             )
             for seed in (seeds or self.seeds)
         ]  # fmt: skip

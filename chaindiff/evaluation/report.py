@@ -12,7 +12,7 @@ from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
 from chaindiff.evaluation.vectors import vector_report
-from chaindiff.io.files import write_whole
+from chaindiff.io.files import read_within, write_whole
 from chaindiff.show import plots
 from chaindiff.show.images import grid, png_bytes
 from chaindiff.show.page import Picture, Section
@@ -109,14 +109,15 @@ def sections(out: Path) -> list[Section]:
     path = out / METRICS
     if not path.exists():
         return []
+    parts = json.loads(read_within(out, path))["parts"]
     return [
         Section(
             part["title"],
             part["note"],
             part["table"],
-            [Picture(name, (out / "evaluation" / file).read_bytes()) for name, file in part["pictures"].items()],
+            [Picture(name, read_within(out, out / "evaluation" / file)) for name, file in part["pictures"].items()],
         )
-        for part in json.loads(path.read_text())["parts"]
+        for part in parts
     ]
 
 

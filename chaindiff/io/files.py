@@ -38,6 +38,13 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def read_within(folder: Path, path: Path) -> bytes:
+    """A regular file below a folder. Raises UserError for a link or a `..` that leads out of it, and for no file."""
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        raise UserError("is no file of this run, so the page does not show it", str(path), "delete it, or its name")
+    return path.read_bytes()
+
+
 def cache_folder() -> Path:
     """Where what can be made again is kept for all runs: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
     return Path(os.environ.get("CHAINDIFF_CACHE", "~/.cache/chaindiff")).expanduser()

@@ -22,6 +22,7 @@ from chaindiff.recipe.encoder import LazyMap, RecipeEncoder
 from chaindiff.recipe.stage import RecipeStage, check_fitted
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.load import LOCK, Loaded
+from chaindiff.specs.recipe import OpenClipSpec, VariableSpec
 from chaindiff.specs.yaml import display
 
 
@@ -40,6 +41,18 @@ class Assembly:
     def altered(self, changes: Mapping[str, Any]) -> Assembly:
         """The same run with other settings."""
         return Assembly(self.loaded.override(changes), self.out)
+
+    @cached_property
+    def coders(self) -> dict[str, VariableSpec]:
+        """The variables to build encoders of: a model of the hub at the revision that the run's lock names."""
+        specs = dict(self.recipe.variables)
+        models = self.loaded.lock.get("models")
+        for name, model in models.items() if isinstance(models, dict) else ():
+            encoder = specs[name].encoder if name in specs else None
+            if isinstance(encoder, OpenClipSpec) and str(model).partition("@")[0] == encoder.model:
+                pinned = encoder.model_copy(update={"model": model})
+                specs[name] = specs[name].model_copy(update={"encoder": pinned})
+        return specs
 
     @contextmanager
     def located(self, place: str | None = None) -> Iterator[None]:

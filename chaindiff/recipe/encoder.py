@@ -47,7 +47,7 @@ class RecipeEncoder:
     def build(self) -> Encoder:
         """The encoder as it is now. Raises UserError if its statistics were not fitted yet."""
         with self.assembly.located():
-            return build_encoder(self.name, self.assembly.recipe.variables, self.path)
+            return build_encoder(self.name, self.assembly.coders, self.path)
 
     @property
     def file_name(self) -> str:
@@ -55,15 +55,16 @@ class RecipeEncoder:
 
     @property
     def path(self) -> Path:
-        """Where the fitted statistics lie: shipped, in the run, or in one whose weights it uses."""
+        """Where the fitted statistics lie: shipped, in the run, or in one whose weights the recipe names."""
         own = self.assembly.out / "encoders" / self.file_name
         if (found := registry.shipped(self.assembly.variables[self.name].identity)) is not None:
             return found
         if own.exists():
             return own
-        using = [stage for stage in self.assembly.stages.values() if self.name in {v.name for v in stage.variables}]
-        weights = [path for stage in using if (path := stage.find_weights()) is not None and len(path.parents) > 2]
-        files = [path.parents[2] / "encoders" / own.name for path in weights]
+        named = [stage for stage in self.assembly.stages.values() if stage.spec.weights is not None]
+        weights = [stage.find_weights() for stage in named if self.name in {v.name for v in stage.variables}]
+        runs = [path.parents[2] for path in weights if path is not None and path.match("stages/*/weights.safetensors")]
+        files = [run / "encoders" / own.name for run in runs]
         return next((file for file in files if file.exists()), own)
 
     @property

@@ -20,9 +20,12 @@ from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
 from chaindiff.io import tensorfile
 from chaindiff.io.code import create
-from chaindiff.io.digest import digest
+from chaindiff.io.digest import digest, file_digest
 from chaindiff.io.errors import UserError
+from chaindiff.io.processes import processes
 from chaindiff.specs.code import CodeSpec
+from chaindiff.specs.load import LOCK, load_recipe
+from chaindiff.specs.lock import write_lock
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.training.begin import begin_from, other_preconditioning
 
@@ -146,15 +149,27 @@ class RecipeStage:
         return self.assembly.out / "stages" / self.name
 
     def find_weights(self) -> Path | None:
-        """The recipe's own file, this run's, the shipped file, or that of a run beside this one."""
+        """The file that the recipe names, or this stage's in the run that it names; else this run's, or the shipped.
+
+        Raises UserError if the run that the recipe names has not trained this stage.
+        """
         if self.spec.weights is not None:
-            return Path(self.spec.weights).expanduser()
+            named = Path(self.spec.weights).expanduser()
+            return self._of_run(named) if named.is_dir() else named
         own = self.folder / "weights.safetensors"
         if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
             return own
-        beside = sorted(self.assembly.out.parent.glob("*/stages/*/weights.safetensors"))
-        found = (path for path in beside if identity_of(path) == self.identity)
-        return registry.shipped(self.identity) or next(found, None)
+        return registry.shipped(self.identity)
+
+    def _of_run(self, run: Path) -> Path:
+        for path in sorted(run.glob("stages/*/weights.safetensors")):
+            if tensorfile.metadata(path).get("identity") == self.identity:
+                return path
+        raise UserError(
+            f"stage '{self.name}': no stage of the run {run} was trained like this one, on the same data",
+            self.assembly.loaded.where(f"stages.{self.name}.weights"),
+            "name a weights file, RUN/stages/STAGE/weights.safetensors, to take one that was trained otherwise",
+        )
 
     def weights(self) -> Path:
         """The weights file. Raises UserError if there is none, or one of another stage or other variables."""
@@ -163,13 +178,22 @@ class RecipeStage:
             raise UserError(
                 f"stage '{self.name}' has no weights yet",
                 where(f"stages.{self.name}"),
-                f"train it: chaindiff train {self.assembly.loaded.spoken} --stage {self.name}",
+                f"train it: chaindiff train {self.assembly.loaded.spoken} --stage {self.name}\n"
+                f"  or take it from a run that has it: --set stages.{self.name}.weights=RUN",
             )
         if not path.exists():
             raise UserError(
                 f"stage '{self.name}': there is no weights file {path}",
                 where(f"stages.{self.name}.weights"),
                 "correct the path, or leave it out: the stage's own weights are found, or trained",
+            )
+        locked = self.assembly.loaded.digests.get(self.name)
+        if locked is not None and locked != (found := file_digest(path)):
+            raise UserError(
+                f"stage '{self.name}': {path} is not the file that this run was made with: its sha256 is "
+                f"{found[:12]}..., not {str(locked)[:12]}...",
+                where("lock.weights"),
+                f"put that file back, or say that you want this one: --set stages.{self.name}.weights={path}",
             )
         trained = trained_on(path, tensorfile.metadata(path))
         for variable in self.variables:
@@ -181,6 +205,14 @@ class RecipeStage:
                     "or train the stage anew",
                 )
         return path
+
+    def unlock(self) -> None:
+        """The run's lock no longer names the stage's weights: they are being trained."""
+        self.assembly.loaded.digests.pop(self.name, None)
+        if (self.assembly.out / LOCK).exists() and processes().is_main_process:
+            kept = load_recipe(self.assembly.out)
+            if kept.digests.pop(self.name, None) is not None:
+                write_lock(self.assembly.out, kept.recipe, kept.lock)
 
     @property
     def unfinished(self) -> bool:
@@ -226,11 +258,3 @@ def trained_on(path: Path, kept: dict[str, str]) -> dict[str, dict[str, str]]:
     if not named:
         raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
     return found
-
-
-def identity_of(path: Path) -> str | None:
-    """The identity of the stage in a file of another run; a damaged one is nobody's, and no error of this run."""
-    try:
-        return tensorfile.metadata(path).get("identity")
-    except UserError:
-        return None

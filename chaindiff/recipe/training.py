@@ -56,6 +56,7 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     if tensors is not None:
         tensorfile.fill(stage, tensors, str(start))
     batches = prepare(assembly, name)
+    part.unlock()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     steps = train(
         stage,
@@ -115,7 +116,7 @@ def prepare(assembly: Assembly, name: str) -> Batches:
             queue.append(source)
         path = assembly.encoders[variable].path
         with assembly.located():
-            encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
+            encoder = build_encoder(variable, assembly.coders, path if path.exists() else None)
         if isinstance(encoder, Embedding):
             caches[variable] = embed(assembly, encoder, name)
             state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
@@ -123,7 +124,7 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                 if state.is_main_process:
                     fit(encoder, caches[variable], path)
                 state.wait_for_everyone()
-                encoder = build_encoder(variable, recipe.variables, path)
+                encoder = build_encoder(variable, assembly.coders, path)
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:

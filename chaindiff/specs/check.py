@@ -8,7 +8,7 @@ from typing import Any
 
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.base import Problems
-from chaindiff.specs.clip_models import known_models, model_folder
+from chaindiff.specs.clip_models import HUB, known_models, model_folder
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.recipe import (
     A,
@@ -69,7 +69,8 @@ def _variables(recipe: Recipe) -> Problems:
         if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
             yield f"{path}.shape", f"images of the data have 3 channels (RGB), not {variable.shape[0]}"
         model = encoder.model if isinstance(encoder, OpenClipSpec) else None
-        if model is not None and model_folder(model) is None and model not in (known := known_models()):
+        known = [] if model is None or model.startswith(HUB) or model_folder(model) is not None else known_models()
+        if known and model not in known:
             yield f"{path}.encoder.model", f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
         for field, coder in (("encoder", encoder), ("decoder", variable.decoder)):
             if coder is not None and not isinstance(coder, FileSpec):

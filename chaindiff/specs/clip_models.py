@@ -8,10 +8,13 @@ from pathlib import Path
 
 EMBEDDED = Path(__file__).parents[1] / "assets"
 CONFIG = "open_clip_config.json"
+HUB = "hf-hub:"  # before a repository of the hub, `org/name` or `org/name@revision`
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder that a recipe's `model` means, whether it is there or not; None for a name of open_clip's."""
+    """The folder that a recipe's `model` means, there or not; None for a name of open_clip's or of the hub's."""
+    if model.startswith(HUB):
+        return None
     if (EMBEDDED / model / CONFIG).is_file():
         return EMBEDDED / model
     folder = Path(model).expanduser()

@@ -68,10 +68,11 @@ class OpenClipSpec(Spec):
     kind: Literal["open_clip"]
     of: Name
     model: str = Field(
-        description="an open_clip model name, `clip_emoji` (embedded), or a folder with open_clip_config.json"
+        description="an open_clip model name, `clip_emoji` (embedded), a folder with open_clip_config.json, or such a "
+        "repository of the hub: `hf-hub:ORG/NAME`, or `hf-hub:ORG/NAME@REVISION` to pin a branch, tag or commit"
     )
     pretrained: str | None = Field(
-        default=None, description="an open_clip tag, or a weights file; none for a local folder"
+        default=None, description="an open_clip tag, or a weights file; none for a folder and for `hf-hub:`"
     )
     interpolation: Literal["bilinear", "bicubic"] | None = Field(
         default=None, description="antialiased resize to the model's own resolution; none: the model's own filter"

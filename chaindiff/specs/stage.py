@@ -471,7 +471,11 @@ class StageSpec(Spec):
     augment: AugmentSpec = AugmentSpec()
     train: TrainSpec
     sample: SamplerSpec = SamplerSpec()
-    weights: str | None = Field(default=None, description="a weights file; none: the shipped file or the run's own")
+    weights: str | None = Field(
+        default=None,
+        description="a weights file, or the directory of a run that trained this stage; none: the run's own or the "
+        "shipped file",
+    )
     init: str | None = Field(default=None, description="begin training from the weights of this file")
 
     @field_validator("network")
