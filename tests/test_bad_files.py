@@ -448,7 +448,7 @@ def test_a_failed_write_is_an_error_for_people(tmp_path):
     from chaindiff.io.files import write_whole
 
     (tmp_path / "file").write_text("old")
-    with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file lies where its folder should be"):
+    with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file is where its folder should be"):
         write_whole(tmp_path / "file" / "sub", "new")
     with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
         write_whole(tmp_path, "new")
