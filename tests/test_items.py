@@ -152,7 +152,7 @@ def test_mistakes_in_items() -> None:
     assert "item 1: 'v' has shape [1], but that of the first item [2]" in refusal(lambda: data.column("v"))
     assert "'v' is not made of numbers" in refusal(lambda: Items({"v": ["a", "b"]}).column("v"))
     assert "item 1: 'v' is not finite" in refusal(lambda: Items({"v": [1.0, np.inf]}).column("v"))
-    assert "is no label: -2" in refusal(lambda: Items({"n": [-2]}).categories("n"))
+    assert "is not a label: -2" in refusal(lambda: Items({"n": [-2]}).categories("n"))
     assert "item 0 has no 'image'; did you mean 'imag'?" in refusal(lambda: Items({"imag": FLOATS}).pixels([0], 8))
 
 
