@@ -160,7 +160,7 @@ def test_a_damaged_state_is_named_with_what_to_do(refused, finished, tmp_path, c
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
     (out / "stages/image/state.safetensors").write_bytes(content)
     message = refused("train", "--stage", "image", out=out)
-    assert "state.safetensors is not a complete safetensors file: " in message and "you may delete" in message
+    assert "state.safetensors is not a complete safetensors file: " in message and "delete it to retrain" in message
 
 
 # ---------------------------------------------------------------- what is given
