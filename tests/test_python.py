@@ -343,7 +343,7 @@ def test_grey_images_are_columns_of_numbers_within_their_range() -> None:
     chain = cd.Chain([cd.Diffusion(cd.Variable.image("image", 1, 8), network=UNET)])
     grey = torch.rand(12, 1, 8, 8)
     cd.train(chain, {"image": grey}, images=8, batch=8)
-    with pytest.raises(cd.UserError, match=r"'image' of the data holds numbers beyond \[-1, 1\]"):
+    with pytest.raises(cd.UserError, match=r"'image' of the data holds numbers outside \[-1, 1\]"):
         cd.train(chain, {"image": grey * 255}, images=8, batch=8)
 
 
