@@ -46,16 +46,16 @@ class Files:
 def find(spec: OpenClipSpec, where: str) -> Files:
     """The files of the model that a recipe names.
 
-    Raises UserError for unknown names, folders without a model, and weights that are not on this machine and cannot
-    be fetched.
+    Raises UserError for unknown names, folders without a model, and weights that are neither on this machine nor can be
+    downloaded.
     """
     folder, hub = model_folder(spec.model), spec.model.startswith(HUB)
     if folder is None and not hub:
         return _named(spec, where)
     if spec.pretrained is not None:
         raise UserError(
-            f"the model {'' if hub else 'folder '}'{spec.model}' brings its own weights; "
-            f"`pretrained: {spec.pretrained}` has no use",
+            f"the model {'' if hub else 'folder '}'{spec.model}' has its own weights; "
+            f"`pretrained: {spec.pretrained}` is not used",
             f"{where}.pretrained",
             "remove `pretrained`",
         )
@@ -101,7 +101,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
         raise UserError(f"there is no open_clip model '{spec.model}'{tail}", f"{where}.model")
     if spec.pretrained is None:
         known = f"known: {', '.join(tags)}; " if tags else ""
-        hint = f"set pretrained to a tag ({known}fetched from the hub) or to a weights file"
+        hint = f"set pretrained to a tag ({known}downloaded from the hub) or to a weights file"
         raise UserError(f"the open_clip model '{spec.model}' needs weights", f"{where}.pretrained", hint)
     file = Path(spec.pretrained).expanduser()
     tag: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
         announce("tokenizer")
         return _tokenizer(spec.model, text, f"{where}.model")
 
-    # OpenAI's models were trained with a faster approximation of GELU: the tag knows, the model's name may not.
+    # OpenAI's models were trained with a faster approximation of GELU: the tag implies it, the model's name may not.
     quick = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
     return Files(
         {**config, "quick_gelu": quick},
@@ -213,7 +213,7 @@ def _fetch(spec: OpenClipSpec, tag: dict[str, Any], where: str) -> Path:
     repository = "/".join(tag.get("hf_hub", "").split("/")[:2])
     if not repository or cached(repository) is None:
         source = _address(repository) if repository else tag.get("url", "its file")
-        say(f"weights '{spec.pretrained}' of '{spec.model}': from {source}, unless they were fetched before")
+        say(f"weights '{spec.pretrained}' of '{spec.model}': from {source}, unless they were downloaded before")
     with _fetching(f"the weights '{spec.pretrained}' of '{spec.model}' are", f"{where}.pretrained"):
         return Path(download_pretrained(tag))
 
@@ -222,12 +222,12 @@ def _fetch(spec: OpenClipSpec, tag: dict[str, Any], where: str) -> Path:
 def _fetching(what: str, where: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the hub's client raises many kinds when there is no network
+    except Exception as error:  # the hub's client raises many types when there is no network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what} not here and cannot be fetched: {reason}",
+            f"{what} not here and cannot be downloaded: {reason}",
             where,
-            "fetch them where there is a network and set pretrained to the file, or use a model that is here: "
+            "download them where there is a network and set pretrained to the file, or use a local model: "
             "a folder with open_clip_config.json, or clip_emoji (embedded)",
         ) from error
 

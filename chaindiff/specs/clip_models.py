@@ -12,7 +12,7 @@ HUB = "hf-hub:"  # before a repository of the hub, `org/name` or `org/name@revis
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder that a recipe's `model` means, there or not; None for a name of open_clip's or of the hub's."""
+    """The folder that a recipe's `model` refers to, there or not; None for a model's name of open_clip or of the hub."""
     if model.startswith(HUB):
         return None
     if (EMBEDDED / model / CONFIG).is_file():
@@ -22,7 +22,7 @@ def model_folder(model: str) -> Path | None:
 
 
 def open_clip_models() -> list[str]:
-    """Names of the configurations that open_clip has, those that a program registered included."""
+    """Names of open_clip's model configurations, including those that a program has registered."""
     if (loaded := sys.modules.get("open_clip")) is not None:
         return loaded.list_models()
     found = find_spec("open_clip")
@@ -31,5 +31,5 @@ def open_clip_models() -> list[str]:
 
 
 def known_models() -> list[str]:
-    """All that a recipe can name: embedded models first."""
+    """All models that a recipe can name, embedded ones first."""
     return [*sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG}")), *open_clip_models()]

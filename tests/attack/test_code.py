@@ -182,7 +182,7 @@ def test_a_revision_of_the_hub_can_be_pinned(hub: Path, here: Path) -> None:
     first, second = (file_digest(hub / "snapshots" / commit / "open_clip_model.safetensors") for commit in COMMITS)
     assert digest("hf-hub:org/name") == digest(f"hf-hub:org/name@{COMMITS[0]}") == first
     assert digest(f"hf-hub:org/name@{COMMITS[1]}") == second != first
-    assert "brings its own weights" in refusal(lambda: build_encoder("clip", specs("hf-hub:org/name", pretrained="x")))
+    assert "has its own weights" in refusal(lambda: build_encoder("clip", specs("hf-hub:org/name", pretrained="x")))
     # A run keeps to the commit that it has used, wherever the branch goes.
     used = pinned(load_recipe("small.yaml").recipe.variables["clip"].encoder)
     assert used == f"hf-hub:org/name@{COMMITS[0]}"
