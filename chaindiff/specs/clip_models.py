@@ -12,7 +12,7 @@ HUB = "hf-hub:"  # before a repository of the hub, `org/name` or `org/name@revis
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder that a recipe's `model` refers to, there or not; None for a model's name of open_clip or of the hub."""
+    """The folder that a recipe's `model` refers to, there or not; None for a name of open_clip's or the hub's."""
     if model.startswith(HUB):
         return None
     if (EMBEDDED / model / CONFIG).is_file():
