@@ -19,7 +19,7 @@ TimmName = Annotated[str, Field(pattern=r"^[\w.\-]+$", description="a network of
 
 def _config(name: str, fields: dict[Any, str], **others: Any) -> type[BaseModel]:
     """A config whose fields are optional, written by type; `others` as pydantic takes them."""
-    made = {field: (kind | None, None) for kind, names in fields.items() for field in names.split()}
+    made: Any = {field: (kind | None, None) for kind, names in fields.items() for field in names.split()}
     return create_model(name, __base__=Spec, **made, **others)
 
 

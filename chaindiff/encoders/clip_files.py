@@ -157,8 +157,10 @@ def _without_code(where: str) -> Iterator[None]:
 def _tokenizer(model: str, text: dict[str, Any], where: str) -> Any:
     import open_clip
 
-    with _without_code(where):  # open_clip's own tokenizer has no such option
-        return open_clip.get_tokenizer(model, **({"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}))
+    # open_clip's own tokenizer has no such option.
+    options: dict[str, Any] = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+    with _without_code(where):
+        return open_clip.get_tokenizer(model, **options)
 
 
 # ------------------------------------------------------------ the hub

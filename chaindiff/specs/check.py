@@ -68,8 +68,8 @@ def _variables(recipe: Recipe) -> Problems:
         path, encoder = f"variables.{name}", variable.encoder
         if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
             yield f"{path}.shape", f"images in the data have 3 channels (RGB), not {variable.shape[0]}"
-        model = encoder.model if isinstance(encoder, OpenClipSpec) else None
-        known = [] if model is None or model.startswith(HUB) or model_folder(model) is not None else known_models()
+        model = encoder.model if isinstance(encoder, OpenClipSpec) else HUB
+        known = [] if model.startswith(HUB) or model_folder(model) is not None else known_models()
         if known and model not in known:
             yield f"{path}.encoder.model", f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
         for field, coder in (("encoder", encoder), ("decoder", variable.decoder)):
