@@ -1,19 +1,26 @@
 """Where the files of a data set lie: a folder or a zip, with limits on what is read.
 
-A source has `names()` of its files (POSIX, relative), and for each its bytes (`read`), a `stamp` that changes when it
-does, and `where` it is, for messages.
+A source has `names()` of its files (POSIX, relative), and for each its bytes (`read`) and `where` it is, for messages.
+`stamps` are sizes and checksums (CRC-32): what the files hold, wherever they lie, packed or not.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import time
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
+from chaindiff.io.digest import digest, unchanged
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import cache_folder, write_whole
+from chaindiff.io.progress import say
 
 ASSETS = Path(__file__).parents[1] / "assets"
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -27,6 +34,8 @@ METADATA_BYTES = 1 << 30
 SMALL_BYTES = 16 << 20
 DENSEST = 200  # bytes for one byte of a zip, beyond SMALL_BYTES
 
+MANY = 10_000  # files, which take a while to read
+SETTLED = 2e9  # nanoseconds: of two changes within less, a file system may keep one time
 _AGAIN = "the file may be incomplete: copy or download it again"
 
 
@@ -89,10 +98,20 @@ class Folder:
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        """Size and time of change."""
-        status = self._status(name)
-        return status.st_size, status.st_mtime_ns
+    def stamps(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Sizes and checksums. What was read before and has not changed is known from the user's cache."""
+        memo = cache_folder() / "checksums" / f"{digest(str(self.path.resolve()))}.json"
+        known, settled = _known(memo), time.time_ns() - SETTLED
+        found = {name: unchanged(self._status(name)) for name in names}
+        sums = {name: known[name][3] for name, now in found.items() if known.get(name, ())[:3] == [*now]}
+        if new := [name for name in names if name not in sums]:
+            if len(new) >= MANY:
+                say(f"reading {len(new):,} images, once, to tell their content")
+            sums |= {name: zlib.crc32(self.read(name)) for name in new}
+            kept = {name: [*found[name], sums[name]] for name in new if found[name][2] < settled}
+            with suppress(UserError):  # a cache that cannot be written to costs time alone
+                write_whole(memo, json.dumps({**known, **kept}))
+        return [(found[name][0], sums[name]) for name in names]
 
     def _status(self, name: str) -> os.stat_result:
         try:
@@ -159,16 +178,24 @@ class Zip:
         except Exception as error:  # cut short, a wrong checksum, a broken stream: each raises its own
             raise UserError(f"cannot be read from the zip: {error}", self.where(name), _AGAIN) from error
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        """Size and CRC-32."""
-        member = self._members().getinfo(name)
-        return member.file_size, member.CRC
+    def stamps(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Sizes and checksums, by the zip's own directory; what is read is checked against them."""
+        members = map(self._members().getinfo, names)
+        return [(member.file_size, member.CRC) for member in members]
 
     def where(self, name: str) -> str:
         return f"{self.path}!{name}"
 
 
 Source = Folder | Zip
+
+
+def _known(memo: Path) -> dict[str, list[int]]:
+    try:
+        known = json.loads(memo.read_text("utf-8"))
+        return {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 4}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _refuse_size(size: int, limit: int, where: str, how: str = "") -> None:

@@ -18,6 +18,17 @@ def model_folder(model: str) -> Path | None:
     return folder if "/" in model or folder.is_dir() else None
 
 
+def placed_folder(model: str) -> Path | None:
+    """The folder that a recipe's `model` means by its place, which says nothing of what it holds."""
+    folder = model_folder(model)
+    return folder if folder is not None and ("/" in model or folder.parent != EMBEDDED) else None
+
+
+def is_file(pretrained: str) -> bool:
+    """Whether a recipe's `pretrained` is a file: open_clip's tags have neither dots nor slashes."""
+    return "/" in pretrained or "." in pretrained
+
+
 def open_clip_models() -> list[str]:
     """Names of the configurations that open_clip has, those that a program registered included."""
     if (loaded := sys.modules.get("open_clip")) is not None:
