@@ -101,4 +101,4 @@ class RecipeEncoder:
             return fitted
         encoder = build_encoder(self.name, variables)
         assert isinstance(encoder, FileVectors)
-        return digest([encoder.content, fitted]) if encoder.content and self.complete else ""
+        return digest([encoder.content, fitted]) if encoder.content else ""

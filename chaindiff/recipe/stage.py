@@ -183,7 +183,7 @@ class RecipeStage:
     def refitted(self, trained: Mapping[str, Mapping[str, str]]) -> list[str]:
         """The variables whose statistics are not those that the weights were trained with."""
         encoders = {v.name: self.assembly.encoders[v.name] for v in self.variables if v.name in self.assembly.encoders}
-        then = {name: trained[name]["fitted"] for name in encoders if name in trained}
+        then = {name: trained[name]["fitted"] for name, e in encoders.items() if name in trained and e.complete}
         return [f"the statistics of '{n}'" for n, old in then.items() if old and encoders[n].digest not in ("", old)]
 
     def weights(self) -> Path:
