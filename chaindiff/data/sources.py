@@ -1,7 +1,7 @@
-"""Where the files of a data set lie: a folder or a zip, with limits on what is read.
+"""Where the files of a data set are: a folder or a zip, with limits on what is read.
 
-A source has `names()` of its files (POSIX, relative), and for each its bytes (`read`) and `where` it is, for messages.
-`stamps` are sizes and checksums (CRC-32): what the files hold, wherever they lie, packed or not.
+A source has `names()` of its files (POSIX, relative), for each its bytes (`read`) and its location for messages
+(`where`), and `stamps`: sizes and checksums (CRC-32), the same for a folder and a zip of it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ ASSETS = Path(__file__).parents[1] / "assets"
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 METADATA = {"dataset.json", "metadata.jsonl"}
 
-# A zip declares how large a file is once unpacked, and zipfile reads no further than that; beyond these sizes it is
-# refused unread, and so is what is packed more densely than images or text ever are: a few kilobytes cannot fill the
-# memory.
+# A zip declares the unpacked size of a file, and zipfile reads no further. Larger files are refused unread, and so are
+# those compressed more densely than images or text ever are: a few kilobytes cannot fill the memory.
 IMAGE_BYTES = 256 << 20
 METADATA_BYTES = 1 << 30
 SMALL_BYTES = 16 << 20
 DENSEST = 200  # bytes for one byte of a zip, beyond SMALL_BYTES
 
-MANY = 10_000  # files, which take a while to read
-SETTLED = 2e9  # nanoseconds: of two changes within less, a file system may keep one time
+MANY = 10_000  # files that take a while to read
+SETTLED = 2e9  # nanoseconds; two changes in quick succession may get the same time from a file system
 _AGAIN = "the file may be incomplete: copy or download it again"
 
 
@@ -99,17 +98,17 @@ class Folder:
             raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
     def stamps(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        """Sizes and checksums. What was read before and has not changed is known from the user's cache."""
+        """Sizes and checksums; those of files that have not changed come from the user's cache."""
         memo = cache_folder() / "checksums" / f"{digest(str(self.path.resolve()))}.json"
         known, settled = _known(memo), time.time_ns() - SETTLED
         found = {name: unchanged(self._status(name)) for name in names}
         sums = {name: known[name][3] for name, now in found.items() if known.get(name, ())[:3] == [*now]}
         if new := [name for name in names if name not in sums]:
             if len(new) >= MANY:
-                say(f"reading {len(new):,} images, once, to tell their content")
+                say(f"reading {len(new):,} images once to compute their checksums")
             sums |= {name: zlib.crc32(self.read(name)) for name in new}
             kept = {name: [*found[name], sums[name]] for name in new if found[name][2] < settled}
-            with suppress(UserError):  # a cache that cannot be written to costs time alone
+            with suppress(UserError):  # without a writable cache they are read every time
                 write_whole(memo, json.dumps({**known, **kept}))
         return [(found[name][0], sums[name]) for name in names]
 
@@ -135,11 +134,11 @@ class Zip:
         return {**self.__dict__, "_open": None}
 
     def _members(self) -> zipfile.ZipFile:
-        # A process made by fork would share the file's position with its parent, so it opens the zip anew.
+        # A forked process would share the file's position with its parent, so it reopens the zip.
         if self._open is None or self._open[0] != os.getpid():
             try:
                 self._open = os.getpid(), zipfile.ZipFile(self.path)
-            except Exception as error:  # a broken directory of the zip may raise nearly anything
+            except Exception as error:  # a damaged zip directory may raise nearly anything
                 raise UserError(f"the zip cannot be opened: {error}", str(self.path), _AGAIN) from error
         return self._open[1]
 
@@ -169,17 +168,17 @@ class Zip:
         _refuse_size(member.file_size, _limit(name), self.where(name), " once unpacked")
         if member.file_size > max(SMALL_BYTES, DENSEST * member.compress_size):
             size = f"{member.file_size / 2**20:.0f} MiB out of {member.compress_size / 2**20:.2f} MiB"
-            raise UserError(f"refused: it unpacks to {size}, as no image or text does", self.where(name))
+            raise UserError(f"refused: it unpacks to {size}, more than any image or text would", self.where(name))
         try:
             return self._members().read(member)
         except NotImplementedError as error:
             hint = "build the zip again, stored or deflated"
             raise UserError(f"cannot be read from the zip: {error}", self.where(name), hint) from error
-        except Exception as error:  # cut short, a wrong checksum, a broken stream: each raises its own
+        except Exception as error:  # truncated, a wrong checksum, a damaged stream: each raises its own type
             raise UserError(f"cannot be read from the zip: {error}", self.where(name), _AGAIN) from error
 
     def stamps(self, names: Sequence[str]) -> list[tuple[int, int]]:
-        """Sizes and checksums, by the zip's own directory; what is read is checked against them."""
+        """Sizes and checksums from the zip's directory; zipfile checks what it reads against them."""
         members = map(self._members().getinfo, names)
         return [(member.file_size, member.CRC) for member in members]
 
@@ -204,7 +203,7 @@ def _refuse_size(size: int, limit: int, where: str, how: str = "") -> None:
 
 
 def _wanted(names: Iterable[str]) -> list[str]:
-    """Images and metadata in order of their names, without hidden files and what macOS adds to a zip."""
+    """Images and metadata in order of their names, without hidden files and those that macOS adds to a zip."""
 
     def wanted(name: str) -> bool:
         path = PurePosixPath(name)

@@ -1,4 +1,4 @@
-"""Fingerprints: of plain data, and of files. What was computed or trained is found again by them."""
+"""Fingerprints of plain data and of files, by which cached features and trained weights are found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fingerprint(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """A short fingerprint of plain data: identities of weights are made of it, so it never changes."""
+    """A short fingerprint of plain data: weights are identified by it, so it must never change."""
     return fingerprint(value)[:16]
 
 
@@ -31,7 +31,7 @@ def file_digest(path: Path) -> str:
 
 
 def unchanged(status: os.stat_result) -> tuple[int, int, int]:
-    """What stays as long as a file does: its size and times. That of its change is nobody's to set back."""
+    """Size and times, which differ once a file has changed; unlike mtime, nobody can set ctime back."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

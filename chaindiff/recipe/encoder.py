@@ -1,4 +1,4 @@
-"""Encoders of a recipe: where what was fitted for one lies, and the encoder itself when it is needed."""
+"""Encoders of a recipe: where their fitted statistics are, and the encoders themselves on first use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LazyMap:
 
 
 class RecipeEncoder:
-    """What encodes one variable of a recipe, with what was fitted for it."""
+    """The encoder of one variable of a recipe, with its fitted statistics."""
 
     def __init__(self, assembly: Assembly, name: str):
         self.assembly, self.name = assembly, name
@@ -69,7 +69,7 @@ class RecipeEncoder:
 
     @property
     def files(self) -> dict[str, str]:
-        """Digests, by what they are, of the files that the recipe names by their place, of those that are here."""
+        """Digests of the existing files that the recipe gives by path, keyed by what they are, in words."""
         variables = self.assembly.recipe.variables
         encoder = variables[self.name].encoder
         if isinstance(encoder, OpenClipSpec):
@@ -81,20 +81,20 @@ class RecipeEncoder:
 
     @property
     def version(self) -> str:
-        """What all that the values come of holds, whatever it is called; empty where a recipe says everything."""
+        """A digest of the files and statistics behind the values; empty if there are none or some are missing."""
         known = [self.digest, *self.files.values()]
         return digest(known) if any(known) and self.complete else ""
 
     @property
     def complete(self) -> bool:
-        """Whether all that is to be fitted for it is here."""
+        """Whether nothing needs fitting, or it has been fitted."""
         encoder = self.assembly.recipe.variables[self.name].encoder
         needed = isinstance(encoder, OpenClipSpec | FileSpec) and (encoder.reduce or encoder.scaling != "raw")
         return not needed or self.path.exists()
 
     @property
     def digest(self) -> str:
-        """What the statistics are, and where a file holds the vectors, what it holds; empty where that is not known."""
+        """A digest of the statistics and, if a file holds the vectors, of its content; empty if that is unknown."""
         fitted = tensorfile.metadata(self.path).get("digest", "") if self.path.exists() else ""
         variables = self.assembly.recipe.variables
         if not isinstance(variables[self.name].encoder, FileSpec):
