@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.encoders.clip_config import ClipConfig, PreprocessConfig
-from chaindiff.io.digest import file_digest
+from chaindiff.io.digest import file_digest, fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.progress import say
-from chaindiff.specs.clip_models import CONFIG, HUB, known_models, model_folder
+from chaindiff.specs.clip_models import CONFIG, HUB, is_file, known_models, model_folder, placed_folder
 from chaindiff.specs.recipe import OpenClipSpec
 from chaindiff.specs.validate import validate
 from chaindiff.specs.yaml import wrap
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 PREPROCESSING = ("mean", "std", "interpolation")
-TOKENIZER = ("*.json", "*.txt", "*.model")  # with the configuration: no code, and no pickles
+HUB_FILES = ("*.json", "*.txt", "*.model")  # with the configuration: no code, and no pickles
+
+# Files of a folder that a text tower depends on besides its weights.
+TOKENIZER = ("config.json", "*token*.json", "vocab.*", "merges.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Files:
     weights: Path
     create: Callable[[], Any]
     tokenizer: Callable[[], Any]
+    texts: str = ""  # digest of the tokenizer in a local folder
 
     @property
     def width(self) -> int:
@@ -74,8 +78,7 @@ def _folder(folder: Path, where: str) -> Files:
         raise UserError(f"{folder / CONFIG} is not a model's configuration: {reason}", where) from error
     config, preprocessing = said["model_cfg"], said.get("preprocess_cfg", {})
     text: dict[str, Any] = config["text_cfg"]
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
+    if (weights := _weights(folder)) is None:
         raise UserError(f"there are no weights in {folder}", where, f"expected {' or '.join(WEIGHTS)}")
 
     def create() -> Any:
@@ -87,9 +90,33 @@ def _folder(folder: Path, where: str) -> Files:
             named = "hf_model_name" in text
             return open_clip_folder(folder) if named else open_clip.create_model(f"local-dir:{folder}")
 
-    return Files(
-        config, _preprocessing(preprocessing), weights, create, lambda: _tokenizer(f"local-dir:{folder}", text, where)
-    )
+    def tokenizer() -> Any:
+        return _load_tokenizer(f"local-dir:{folder}", text, where)
+
+    return Files(config, _preprocessing(preprocessing), weights, create, tokenizer, _tokenizer(folder))
+
+
+def placed(spec: OpenClipSpec, text: bool) -> dict[str, str]:
+    """Digests of the files of a model that a recipe gives by path, where they exist; of a text tower's tokenizer too.
+
+    Embedded models and open_clip's tags are identified by name: nothing is loaded or downloaded here.
+    """
+    if (folder := placed_folder(spec.model)) is None:
+        file = Path(spec.pretrained or "").expanduser()
+        return {"weights": file_digest(file)} if is_file(spec.pretrained or "") and file.is_file() else {}
+    if (weights := _weights(folder)) is None or not (folder / CONFIG).is_file():
+        return {}
+    found = {"weights": file_digest(weights), "configuration": file_digest(folder / CONFIG)}
+    return {**found, "tokenizer": _tokenizer(folder)} if text else found
+
+
+def _weights(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _tokenizer(folder: Path) -> str:
+    files = {path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()}
+    return fingerprint({path.name: file_digest(path) for path in files})
 
 
 def _named(spec: OpenClipSpec, where: str) -> Files:
@@ -124,7 +151,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
 
     def tokenizer() -> Any:
         announce("tokenizer")
-        return _tokenizer(spec.model, text, f"{where}.model")
+        return _load_tokenizer(spec.model, text, f"{where}.model")
 
     # OpenAI's models were trained with a faster approximation of GELU: the tag implies it, the model's name may not.
     quick = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
@@ -154,7 +181,7 @@ def _without_code(where: str) -> Iterator[None]:
         remote.TIME_OUT_REMOTE_CODE = patience
 
 
-def _tokenizer(model: str, text: dict[str, Any], where: str) -> Any:
+def _load_tokenizer(model: str, text: dict[str, Any], where: str) -> Any:
     import open_clip
 
     # open_clip's own tokenizer has no such option.
@@ -201,7 +228,7 @@ def _fetch_model(model: str, where: str) -> Path:
     with _fetching(f"the model '{model}' is", f"{where}.model"):
         for weights in ("*.safetensors", "*.bin"):
             wanted = [name for name in WEIGHTS if name.endswith(weights[1:])]
-            patterns = [*TOKENIZER, *wanted]
+            patterns = [*HUB_FILES, *wanted]
             folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
             if any((folder / name).is_file() for name in wanted):
                 break
