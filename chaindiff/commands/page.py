@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chaindiff.evaluation.report import sections
+from chaindiff.io.files import regular
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.page import Page, Picture, StageRow, write_report
 from chaindiff.specs.load import LOCK
@@ -18,7 +19,11 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
     """One self-contained HTML file: chain, grids, costs, provenance and the locked recipe."""
     recipe, found, samples = assembly.recipe, sampled.plan, sampled.samples
     pictures = [
-        Picture(variable.name, grid.read_bytes(), f"{variable}, the first {min(samples.count, 64)} of {samples.count}")
+        Picture(
+            variable.name,
+            regular(grid).read_bytes(),
+            f"{variable}, the first {min(samples.count, 64)} of {samples.count}",
+        )
         for variable in reversed(samples.variables)
         if variable.kind == "image" and (grid := samples.folder / variable.name / "grid.png").exists()
     ]
@@ -49,6 +54,6 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
         rows,
         sections(assembly.out),
         provenance,
-        (assembly.out / LOCK).read_text(),
+        regular(assembly.out / LOCK).read_text(),
     )
     write_report(path, page)

@@ -110,7 +110,9 @@ class ImageData:
         """
         self._check(name)
         known = {value for row in self._siblings for value in values(row, name)}
-        ordered = sorted(known, key=int) if all(value.isdecimal() for value in known) else sorted(known)
+        ordered = (
+            sorted(known, key=int) if all(value.isdecimal() and len(value) < 20 for value in known) else sorted(known)
+        )
         position = {value: index for index, value in enumerate(ordered)}
         for file, row in zip(self.names, self._rows, strict=True):
             if len(values(row, name)) != 1:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular, user_path
 
 ASSETS = Path(__file__).parents[1] / "assets"
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -36,7 +37,7 @@ def open_source(path: str) -> Source:
     Raises UserError if the path holds no data.
     """
     embedded = {file.stem: file for file in sorted(ASSETS.glob("*.zip"))}
-    file = embedded.get(path) or Path(path).expanduser()
+    file = embedded.get(path) or user_path(path, "data.path")
     if file.is_dir():
         return Folder(file)
     if _is_zip(file):
@@ -52,7 +53,7 @@ def _is_zip(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with file.open("rb") as opened:
+        with regular(file).open("rb") as opened:
             return zipfile.is_zipfile(opened)
     except OSError as error:
         raise UserError(f"the data cannot be read: {error.strerror}", str(file)) from error
@@ -80,12 +81,9 @@ class Folder:
         return names
 
     def read(self, name: str) -> bytes:
-        status = self._status(name)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError("cannot be read: it is not a regular file", self.where(name))
-        _refuse_size(status.st_size, _limit(name), self.where(name))
+        _refuse_size(self._status(name).st_size, _limit(name), self.where(name))
         try:
-            return (self.path / name).read_bytes()
+            return regular(self.path / name).read_bytes()
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
@@ -119,7 +117,7 @@ class Zip:
         # A process made by fork would share the file's position with its parent, so it opens the zip anew.
         if self._open is None or self._open[0] != os.getpid():
             try:
-                self._open = os.getpid(), zipfile.ZipFile(self.path)
+                self._open = os.getpid(), zipfile.ZipFile(regular(self.path))
             except Exception as error:  # a broken directory of the zip may raise nearly anything
                 raise UserError(f"the zip cannot be opened: {error}", str(self.path), _AGAIN) from error
         return self._open[1]

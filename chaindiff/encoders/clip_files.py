@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chaindiff.encoders.clip_config import read_config
 from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import user_path
 from chaindiff.specs.clip_models import CONFIG, known_models, model_folder
 from chaindiff.specs.recipe import OpenClipSpec
 
@@ -61,14 +62,10 @@ def find(spec: OpenClipSpec, where: str) -> Files:
 
 
 def _folder(folder: Path, where: str) -> Files:
-    try:
-        content = json.loads((folder / CONFIG).read_text("utf-8"))
-        config, preprocessing = content["model_cfg"], content.get("preprocess_cfg", {})
-        text: dict[str, Any] = config["text_cfg"]
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {CONFIG} in {folder}", where, "expected a folder that open_clip wrote") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG} is not a model's configuration: {error!r}", where) from error
+    config, preprocessing = read_config(folder / CONFIG, where)
+    text: dict[str, Any] = config["text_cfg"]
+    if odd := [path for path in sorted(folder.iterdir()) if path.exists() and not (path.is_file() or path.is_dir())]:
+        raise UserError(f"{odd[0]} is not a regular file", where, "open_clip would read it: remove it")
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise UserError(f"there are no weights in {folder}", where, f"expected {' or '.join(WEIGHTS)}")
@@ -101,7 +98,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
         known = f"known: {', '.join(tags)}; " if tags else ""
         hint = f"set pretrained to a tag ({known}fetched from the hub) or to a weights file"
         raise UserError(f"the open_clip model '{spec.model}' needs weights", f"{where}.pretrained", hint)
-    file = Path(spec.pretrained).expanduser()
+    file = user_path(spec.pretrained, f"{where}.pretrained")
     tag: dict[str, Any] = {}
     if spec.pretrained in tags:
         tag = open_clip.get_pretrained_cfg(spec.model, spec.pretrained)

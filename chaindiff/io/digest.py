@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from chaindiff.io.files import regular
+
 
 def fingerprint(value: Any) -> str:
     """sha256 of plain data, in hexadecimal."""
@@ -27,5 +29,5 @@ def file_digest(path: Path) -> str:
 
 @cache
 def _file_digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,10 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the paths that people write."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +14,33 @@ from chaindiff.io.errors import UserError
 UNWRITABLE = "free some space or choose another folder with --out; the last complete file is untouched"
 
 
+def user_path(path: str | os.PathLike[str], where: str | None = None) -> Path:
+    """A path as a person wrote it, with `~` and `~NAME` in full. Raises UserError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: the home directory is not known", where, "write the path in full") from error
+
+
+def regular(path: Path) -> Path:
+    """A path that leads to a regular file: a pipe keeps its reader waiting, and a device may have no end.
+
+    Raises OSError, as opening it would, for a file that is not there, a directory, and everything else.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, "it is not a regular file", str(path))
+    return path
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside a file to write it under, renamed at the end; makes the folder if need be.
 
     Raises UserError if it cannot be written (a full disk, no permission); what stood there before is left as it was.
     """
+    if not path.name:  # "", "." and "/"
+        raise UserError(f"cannot write {path}: it is a directory", hint="give the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,4 +63,4 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 def cache_folder() -> Path:
     """Where what can be made again is kept for all runs: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
-    return Path(os.environ.get("CHAINDIFF_CACHE", "~/.cache/chaindiff")).expanduser()
+    return user_path(os.environ.get("CHAINDIFF_CACHE", "~/.cache/chaindiff"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from chaindiff.chain.chain import Chain
 from chaindiff.chain.variable import Variable
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular
 from chaindiff.io.shards import Shards
 from chaindiff.show.images import grid, save_png, to_image, to_uint8
 
@@ -96,7 +97,7 @@ class Samples(Shards):
 def read_image(path: Path) -> Tensor:
     """An image file as [channels, height, width] in [-1, 1]. Raises UserError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(regular(path)) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
     except Exception as error:  # PIL raises many kinds for files that are cut short or something else
         raise UserError(

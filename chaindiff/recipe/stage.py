@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,8 @@ from chaindiff.io import tensorfile
 from chaindiff.io.code import create
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import user_path
+from chaindiff.io.metadata import Trained, about
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.training.begin import begin_from, other_preconditioning
@@ -133,7 +134,7 @@ class RecipeStage:
         assert isinstance(stage, nn.Module)
         stage.to_empty(device="cpu")
         tensors, kept = tensorfile.load(path)
-        if isinstance(stage, Diffusion) and (wrong := other_preconditioning(stage, kept)):
+        if isinstance(stage, Diffusion) and (wrong := other_preconditioning(stage, about(kept, path))):
             raise UserError(f"stage '{self.name}': {path} is of another network: {wrong[0]}")
         tensorfile.fill(stage, tensors, str(path))
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,7 +149,7 @@ class RecipeStage:
     def find_weights(self) -> Path | None:
         """The recipe's own file, this run's, the shipped file, or that of a run beside this one."""
         if self.spec.weights is not None:
-            return Path(self.spec.weights).expanduser()
+            return user_path(self.spec.weights, self.assembly.loaded.where(f"stages.{self.name}.weights"))
         own = self.folder / "weights.safetensors"
         if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
             return own
@@ -171,9 +172,9 @@ class RecipeStage:
                 where(f"stages.{self.name}.weights"),
                 "correct the path, or leave it out: the stage's own weights are found, or trained",
             )
-        trained = trained_on(path, tensorfile.metadata(path))
+        trained = trained_on(path)
         for variable in self.variables:
-            if variable.name not in trained or trained[variable.name]["identity"] != variable.identity:
+            if variable.name not in trained or trained[variable.name].identity != variable.identity:
                 raise UserError(
                     f"stage '{self.name}': the weights in {path} were not trained on this '{variable.name}'",
                     where(f"variables.{variable.name}"),
@@ -188,9 +189,9 @@ class RecipeStage:
         state, weights = (self.folder / f"{what}.safetensors" for what in ("state", "weights"))
         if not state.exists():
             return False
-        kept = tensorfile.metadata(state)
-        written = tensorfile.metadata(weights).get("images") if weights.exists() else None
-        return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
+        kept = about(tensorfile.metadata(state), state)
+        written = about(tensorfile.metadata(weights), weights).images if weights.exists() else None
+        return kept.images < kept.total or written != kept.images
 
     def check_begin(self, fresh: bool = False) -> None:
         """Whether the stage, if it is yet to be trained, can begin from its `init`, of which only the header is read.
@@ -200,32 +201,27 @@ class RecipeStage:
         if self.spec.init is not None and not self.unfinished and (fresh or self.find_weights() is None):
             stage = self.on_meta()
             with self.assembly.located(f"stages.{self.name}.init"):
-                begin_from(stage, Path(self.spec.init).expanduser())
+                begin_from(stage, user_path(self.spec.init))
 
 
 def check_fitted(weights: Mapping[str, Path]) -> None:
     """Two stages on one link must have been trained with the same fitted statistics. Raises UserError otherwise."""
     seen: dict[str, tuple[str, str]] = {}
     for stage, path in weights.items():
-        for variable, entry in trained_on(path, tensorfile.metadata(path)).items():
-            other, fitted = seen.setdefault(variable, (stage, entry["fitted"]))
-            if fitted != entry["fitted"]:
+        for variable, entry in trained_on(path).items():
+            other, fitted = seen.setdefault(variable, (stage, entry.fitted))
+            if fitted != entry.fitted:
                 raise UserError(
                     f"stages '{other}' and '{stage}' were trained on different fits of '{variable}'",
                     hint="their reducer or standardisation differs; train one of them again",
                 )
 
 
-def trained_on(path: Path, kept: dict[str, str]) -> dict[str, dict[str, str]]:
+def trained_on(path: Path) -> dict[str, Trained]:
     """The variables that a stage was trained on, by its file's metadata. Raises UserError if it names none."""
-    try:
-        found = json.loads(kept.get("variables", "{}"))
-        named = bool(found) and all({"identity", "fitted"} <= entry.keys() for entry in found.values())
-    except (ValueError, AttributeError):
-        named = False
-    if not named:
-        raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
-    return found
+    if found := about(tensorfile.metadata(path), path).variables:
+        return found
+    raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
 
 
 def identity_of(path: Path) -> str | None:

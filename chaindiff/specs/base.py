@@ -13,6 +13,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 # Beyond these numbers nothing could be built, or even planned, in anybody's lifetime and memory.
 UpToThousand = Annotated[int, Field(gt=0, le=1_000)]
 UpToMillion = Annotated[int, Field(gt=0, le=1_000_000)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]  # whose square is a number in single precision too
+NonNegative = Annotated[float, Field(ge=0, le=1e12)]
 
 Problems = Iterator[tuple[str, str]]  # a field, dotted, and what is wrong with it
 PROBLEM = "problem"  # pydantic's name for what is wrong in our own words

@@ -6,6 +6,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from chaindiff.io.files import user_path
+
 EMBEDDED = Path(__file__).parents[1] / "assets"
 CONFIG = "open_clip_config.json"
 
@@ -14,7 +16,7 @@ def model_folder(model: str) -> Path | None:
     """The folder that a recipe's `model` means, whether it is there or not; None for a name of open_clip's."""
     if (EMBEDDED / model / CONFIG).is_file():
         return EMBEDDED / model
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     return folder if "/" in model or folder.is_dir() else None
 
 

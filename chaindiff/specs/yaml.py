@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 50, 100_000
 MAX_INT = 2**63 - 1
@@ -99,7 +100,7 @@ def read(path: Path) -> Node:
     """The one mapping that a YAML file holds. Raises UserError with file and line for anything else."""
     name = display(path)
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", name) from error
@@ -160,6 +161,8 @@ class _Builder:
     def _events(self) -> Iterator[Any]:
         try:
             for event in yaml.parse(self.text, Loader=_Parser):
+                if found := _CONTROL.search(getattr(event, "value", "")):  # in double quotes, "\\0" is one
+                    self._refuse(event, f"has the control character {found[0]!r}, so it is no text")
                 if getattr(event, "tag", None) not in (None, "!"):
                     self._refuse(event, f"the tag {event.tag!r} has no meaning here")
                 yield event

@@ -26,10 +26,12 @@ from chaindiff.edm.ema import Average
 from chaindiff.edm.random import Draws, seed
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.metadata import DAMAGED, about
 from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
 from chaindiff.training import snapshots
 
 Batches = Callable[[list[int]], dict[str, Tensor]]  # sample numbers -> variables and augment_labels
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of every parameter, kept by Adam and AdamW
 COMPILE_PAYS = 50_000  # images; a cold compilation takes as long as some thousands of them
 
 
@@ -80,12 +82,21 @@ def restore(
     tensorfile.fill(stage, part("model."), where)
     for name, ema in emas.items():
         tensorfile.fill(ema.model, part(f"{name}."), where)
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = list(stage.parameters())
-    for key, value in part("optimizer.").items():
-        index, name = int(key.split(".", 1)[0]), key.split(".", 1)[1]
-        like = parameters[index]  # moments in the parameter's memory format are many times faster
-        state.setdefault(index, {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+    state, kept = {}, part("optimizer.")
+    for index, like in enumerate(stage.parameters()):
+        own = {name: kept.pop(f"{index}.{name}", None) for name in ("step", *MOMENTS)}
+        if all(value is None for value in own.values()):
+            continue  # a parameter that no loss has reached yet
+        step = own["step"]
+        fits = step is not None and step.numel() == 1 and bool(step.isfinite().all()) and float(step) >= 1
+        if not fits or any((value := own[name]) is None or value.shape != like.shape for name in MOMENTS):
+            raise UserError(f"{where}: the optimizer's state of parameter {index} does not fit it", hint=DAMAGED)
+        # Moments in the parameter's memory format are many times faster.
+        state[index] = {
+            n: v.float().reshape(()) if n == "step" else torch.empty_like(like).copy_(v) for n, v in own.items()
+        }
+    if kept:
+        raise UserError(f"{where}: the optimizer's state holds the unknown '{min(kept)}'", hint=DAMAGED)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -161,7 +172,7 @@ def train(
                 hint=f"choose another --out, or delete {folder} to begin afresh",
             )
         restore(tensors, stage, emas, optimizer, str(state_path))
-        images = int(kept["images"])
+        images = about(kept, state_path).images
         del tensors
     name = str(stage.name)
     model, optimizer = accelerator.prepare(prepare(stage, spec, total - images), optimizer)
