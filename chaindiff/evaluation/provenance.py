@@ -36,7 +36,7 @@ class Figure(BaseModel):
 
     @classmethod
     def of(cls, metric: str, value: Any, **about) -> Figure:
-        """From a number, or from an `Interval` with its ends, whose module this one does without: it imports torch."""
+        """From a number, or from an `Interval` with its ends, whose module imports torch, and is not imported."""
         if hasattr(value, "low"):
             return cls(metric=metric, value=value.value, low=value.low, high=value.high, **about)
         return cls(metric=metric, value=value, **about)
@@ -73,7 +73,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
         return None
     except (OSError, ValidationError) as error:
         hint = "delete it and evaluate the run again"
-        raise UserError("is not what an evaluation leaves", str(path), hint) from error
+        raise UserError("is not the output of an evaluation", str(path), hint) from error
 
 
 LIKE = ("metric", "reference", "split", "count", "encoder", "encoder_identity", "resize")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the paths that people write."""
+"""Files that are written atomically, and the paths that people write."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def regular(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside a file to write it under, renamed at the end; makes the folder if need be.
+    """A temporary path beside a file, renamed to it at the end; creates the folder if needed.
 
-    Raises UserError if it cannot be written (a full disk, no permission); what stood there before is left as it was.
+    Raises UserError if it cannot be written (a full disk, no permission); an existing file is left untouched.
     """
     if not path.name:  # "", "." and "/"
         raise UserError(f"cannot write {path}: it is a directory", hint="give the name of a file")
@@ -50,7 +50,7 @@ def whole(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {path}: a file lies where its folder should be", hint=UNWRITABLE) from error
+        raise UserError(f"cannot write {path}: a file is where its folder should be", hint=UNWRITABLE) from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}", hint=UNWRITABLE) from error
 
@@ -62,5 +62,5 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept for all runs: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
+    """The cache that all runs share: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
     return user_path(os.environ.get("CHAINDIFF_CACHE", "~/.cache/chaindiff"))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json, PositiveFloat, Validati
 
 from chaindiff.io.errors import UserError
 
-DAMAGED = "copy or download it again; what a run has written itself you may delete, to train that stage anew"
+DAMAGED = "copy or download it again; if a run wrote it, delete it to retrain that stage"
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 

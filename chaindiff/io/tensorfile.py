@@ -35,7 +35,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that were killed while they wrote have left: a file as large as a checkpoint each."""
+    """Delete temporary files of processes that were killed while writing, each as large as a checkpoint."""
     for path in folder.glob(".*.safetensors.*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -53,7 +53,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, cut short or something else."""
+    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, truncated or of another format."""
     with _opened(path) as file:
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
 

@@ -161,7 +161,7 @@ def test_metadata_of_a_state(explained, recipe, run, entries):
     path = run / "stages/image/state.safetensors"
     rewrite(path, **entries)
     message = explained("train", recipe, "--stage", "image", "--out", run)
-    assert f"{path} is damaged: {next(iter(entries))}" in message and "you may delete" in message
+    assert f"{path} is damaged: {next(iter(entries))}" in message and "delete it to retrain" in message
 
 
 def test_weights_that_do_not_say_how_many_images_they_saw(recipe, run):
@@ -189,7 +189,7 @@ def test_the_optimizer_of_a_state(explained, recipe, run, case):
     path, (name, value) = run / "stages/image/state.safetensors", OPTIMIZERS[case]
     rewrite(path, lambda held: {k: v for k, v in (held | {name: value}).items() if v is not None}, images="4")
     message = explained("train", recipe, "--stage", "image", "--out", run)
-    assert f"{path}: the optimizer's state " in message and "you may delete" in message
+    assert f"{path}: the optimizer's state " in message and "delete it to retrain" in message
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ FIGURE = {"row": "a", "of": "image", "metric": "kid", "value": 1, "reference": "
 )  # fmt: skip
 def test_a_damaged_evaluation(explained, recipe, run, finished, capsys, content):
     (run / "metrics.json").write_text(content)
-    assert "metrics.json: is not what an evaluation leaves\n  delete it" in explained("compare", run, finished)
+    assert "metrics.json: is not the output of an evaluation\n  delete it" in explained("compare", run, finished)
     (run / "report.html").unlink()
     assert status("run", recipe, "--out", run) == 0, "what was sampled is shown all the same"
     assert "the page shows no evaluation: " in capsys.readouterr().out and (run / "report.html").exists()
