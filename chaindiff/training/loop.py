@@ -82,19 +82,17 @@ def restore(
     tensorfile.fill(stage, part("model."), where)
     for name, ema in emas.items():
         tensorfile.fill(ema.model, part(f"{name}."), where)
-    state, kept = {}, part("optimizer.")
+    state, kept, names = {}, part("optimizer."), ("step", *MOMENTS)
     for index, like in enumerate(stage.parameters()):
-        own = {name: kept.pop(f"{index}.{name}", None) for name in ("step", *MOMENTS)}
-        if all(value is None for value in own.values()):
+        own = {name: kept.pop(f"{index}.{name}") for name in names if f"{index}.{name}" in kept}
+        if not own:
             continue  # a parameter that no loss has reached yet
-        step = own["step"]
-        fits = step is not None and step.numel() == 1 and bool(step.isfinite().all()) and float(step) >= 1
-        if not fits or any((value := own[name]) is None or value.shape != like.shape for name in MOMENTS):
+        fits = len(own) == len(names) and own["step"].numel() == 1 and 1 <= float(own["step"]) < math.inf
+        if not fits or any(own[name].shape != like.shape for name in MOMENTS):
             raise UserError(f"{where}: the optimizer's state of parameter {index} does not fit it", hint=DAMAGED)
         # Moments in the parameter's memory format are many times faster.
-        state[index] = {
-            n: v.float().reshape(()) if n == "step" else torch.empty_like(like).copy_(v) for n, v in own.items()
-        }
+        moments = {name: torch.empty_like(like).copy_(own[name]) for name in MOMENTS}
+        state[index] = {"step": own["step"].float().reshape(()), **moments}
     if kept:
         raise UserError(f"{where}: the optimizer's state holds the unknown '{min(kept)}'", hint=DAMAGED)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
