@@ -15,11 +15,15 @@ UNWRITABLE = "free some space or choose another folder with --out; the last comp
 
 
 def user_path(path: str | os.PathLike[str], where: str | None = None) -> Path:
-    """A path as a person wrote it, with `~` and `~NAME` in full. Raises UserError if there is no such user."""
+    """A path as a person wrote it, with `~` and `~NAME` in full. Raises UserError for one that no file can have."""
     try:
-        return Path(path).expanduser()
+        if b"\0" in os.fsencode(found := Path(path).expanduser()):
+            raise ValueError("a zero character")
     except RuntimeError as error:
         raise UserError(f"{path}: the home directory is not known", where, "write the path in full") from error
+    except ValueError as error:  # what is not in UTF-8, too
+        raise UserError(f"{str(path)!r}: no file has such a name", where, "write the path of the file") from error
+    return found
 
 
 def regular(path: Path) -> Path:

@@ -96,9 +96,12 @@ def test_evaluations_that_mean_nothing(explained, recipe, run, options, expected
     assert expected in explained("evaluate", recipe, "--out", run, *JUDGED, *options)
 
 
-@pytest.mark.parametrize("text", [r'"a\0b"', r'"a\e[2Jb"'])
-def test_control_characters_by_their_escapes(explained, recipe, text):
-    assert "has the control character" in explained("plan", recipe, "--set", f"data.path={text}")
+@pytest.mark.parametrize("text", [r'"a\0b"', r'"~\0"', r'"\ud800/x"'])
+def test_paths_that_no_file_can_have(explained, recipe, run, text):
+    for field in ("data.path", "stages.image.weights"):
+        message = explained("train", recipe, "--out", run, "--stage", "image", "--set", f"{field}={text}", "--fresh")
+        assert "no file has such a name" in message or "not valid YAML" in message
+    assert explained("sample", recipe, "--out", run, "--want", "small", "--given", f"image={text}")
 
 
 # ---------------------------------------------------------------- what files say of themselves
