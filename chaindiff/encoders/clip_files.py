@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.encoders.clip_config import read_config
-from chaindiff.io.digest import file_digest
+from chaindiff.io.digest import file_digest, fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.files import user_path
-from chaindiff.specs.clip_models import CONFIG, known_models, model_folder
+from chaindiff.specs.clip_models import CONFIG, is_file, known_models, model_folder, placed_folder
 from chaindiff.specs.recipe import OpenClipSpec
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+# Files of a folder that a text tower depends on besides its weights.
+TOKENIZER = ("config.json", "*token*.json", "vocab.*", "merges.txt", "*.model")
 
 # open_clip's preprocessing of images where a model does not specify its own (the values of OpenAI's CLIP).
 PREPROCESSING = {
@@ -33,6 +36,7 @@ class Files:
     weights: Path
     create: Callable[[], Any]
     tokenizer: Callable[[], Any]
+    texts: str = ""  # digest of the tokenizer in a local folder
 
     @property
     def width(self) -> int:
@@ -66,8 +70,7 @@ def _folder(folder: Path, where: str) -> Files:
     text: dict[str, Any] = config["text_cfg"]
     if odd := [path for path in sorted(folder.iterdir()) if path.exists() and not (path.is_file() or path.is_dir())]:
         raise UserError(f"{odd[0]} is not a regular file", where, "open_clip would read it: remove it")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
+    if (weights := _weights(folder)) is None:
         raise UserError(f"there are no weights in {folder}", where, f"expected {' or '.join(WEIGHTS)}")
 
     def create() -> Any:
@@ -84,7 +87,30 @@ def _folder(folder: Path, where: str) -> Files:
 
         return open_clip.get_tokenizer(f"local-dir:{folder}")
 
-    return Files(config, _preprocessing(preprocessing), weights, create, tokenizer)
+    return Files(config, _preprocessing(preprocessing), weights, create, tokenizer, _tokenizer(folder))
+
+
+def placed(spec: OpenClipSpec, text: bool) -> dict[str, str]:
+    """Digests of the files of a model that a recipe gives by path, where they exist; of a text tower's tokenizer too.
+
+    Embedded models and open_clip's tags are identified by name: nothing is loaded or downloaded here.
+    """
+    if (folder := placed_folder(spec.model)) is None:
+        file = user_path(spec.pretrained or "", f"{where}.pretrained")
+        return {"weights": file_digest(file)} if is_file(spec.pretrained or "") and file.is_file() else {}
+    if (weights := _weights(folder)) is None or not (folder / CONFIG).is_file():
+        return {}
+    found = {"weights": file_digest(weights), "configuration": file_digest(folder / CONFIG)}
+    return {**found, "tokenizer": _tokenizer(folder)} if text else found
+
+
+def _weights(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _tokenizer(folder: Path) -> str:
+    files = {path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()}
+    return fingerprint({path.name: file_digest(path) for path in files})
 
 
 def _named(spec: OpenClipSpec, where: str) -> Files:
