@@ -96,7 +96,7 @@ def placed(spec: OpenClipSpec, text: bool) -> dict[str, str]:
     Embedded models and open_clip's tags are identified by name: nothing is loaded or downloaded here.
     """
     if (folder := placed_folder(spec.model)) is None:
-        file = user_path(spec.pretrained or "", f"{where}.pretrained")
+        file = user_path(spec.pretrained or "")
         return {"weights": file_digest(file)} if is_file(spec.pretrained or "") and file.is_file() else {}
     if (weights := _weights(folder)) is None or not (folder / CONFIG).is_file():
         return {}
