@@ -19,6 +19,7 @@ from chaindiff.data.sources import IMAGES, METADATA, Source, open_source
 from chaindiff.io.code import create
 from chaindiff.io.digest import fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import regular
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.recipe import Data, DataSpec
 
@@ -116,7 +117,9 @@ class ImageData:
         """
         self._check(name)
         known = {value for row in self._siblings for value in values(row, name)}
-        ordered = sorted(known, key=int) if all(value.isdecimal() for value in known) else sorted(known)
+        ordered = (
+            sorted(known, key=int) if all(value.isdecimal() and len(value) < 20 for value in known) else sorted(known)
+        )
         position = {value: index for index, value in enumerate(ordered)}
         for file, row in zip(self.names, self._rows, strict=True):
             if len(values(row, name)) != 1:
@@ -197,6 +200,7 @@ class ImageData:
 
 def open_image(file: io.BytesIO | Path) -> Image.Image:
     """An image of a known format, whatever its name says: PIL would start Ghostscript for PostScript. Raises as PIL."""
+    file = regular(file) if isinstance(file, Path) else file
     return Image.open(file, formats=sorted({*IMAGES.values()}))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from chaindiff.encoders.clip_config import ClipConfig, PreprocessConfig
 from chaindiff.io.digest import file_digest, fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import regular, user_path
 from chaindiff.io.progress import say
 from chaindiff.specs.clip_models import CONFIG, HUB, is_file, known_models, model_folder, placed_folder
 from chaindiff.specs.recipe import OpenClipSpec
@@ -68,7 +69,7 @@ def find(spec: OpenClipSpec, where: str) -> Files:
 
 def _folder(folder: Path, where: str) -> Files:
     try:
-        content = json.loads((folder / CONFIG).read_text("utf-8"))
+        content = json.loads(regular(folder / CONFIG).read_text("utf-8"))
         said = {name: content[name] for name in ClipConfig.model_fields if name in content}
         validate(ClipConfig, wrap(said, str(folder / CONFIG)))
     except FileNotFoundError as error:
@@ -78,6 +79,8 @@ def _folder(folder: Path, where: str) -> Files:
         raise UserError(f"{folder / CONFIG} is not a model's configuration: {reason}", where) from error
     config, preprocessing = said["model_cfg"], said.get("preprocess_cfg", {})
     text: dict[str, Any] = config["text_cfg"]
+    if odd := [path for path in sorted(folder.iterdir()) if path.exists() and not (path.is_file() or path.is_dir())]:
+        raise UserError(f"{odd[0]} is not a regular file", where, "open_clip would read it: remove it")
     if (weights := _weights(folder)) is None:
         raise UserError(f"there are no weights in {folder}", where, f"expected {' or '.join(WEIGHTS)}")
 
@@ -102,7 +105,7 @@ def placed(spec: OpenClipSpec, text: bool) -> dict[str, str]:
     Embedded models and open_clip's tags are identified by name: nothing is loaded or downloaded here.
     """
     if (folder := placed_folder(spec.model)) is None:
-        file = Path(spec.pretrained or "").expanduser()
+        file = user_path(spec.pretrained or "")
         return {"weights": file_digest(file)} if is_file(spec.pretrained or "") and file.is_file() else {}
     if (weights := _weights(folder)) is None or not (folder / CONFIG).is_file():
         return {}
@@ -130,7 +133,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
         known = f"known: {', '.join(tags)}; " if tags else ""
         hint = f"set pretrained to a tag ({known}downloaded from the hub) or to a weights file"
         raise UserError(f"the open_clip model '{spec.model}' needs weights", f"{where}.pretrained", hint)
-    file = Path(spec.pretrained).expanduser()
+    file = user_path(spec.pretrained, f"{where}.pretrained")
     tag: dict[str, Any] = {}
     if spec.pretrained in tags:
         tag = open_clip.get_pretrained_cfg(spec.model, spec.pretrained)

@@ -21,7 +21,7 @@ from chaindiff.io.progress import shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import Loaded, load_recipe
 from chaindiff.specs.merge import nest
-from chaindiff.specs.yaml import Node, assignment
+from chaindiff.specs.yaml import assignment, wrap
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sweep:
 
     def overrides(self) -> Iterable[tuple[Any, dict[str, Any]]]:
         for value in self.values:
-            yield value, nest(self.field.split("."), Node(value, None)).plain()
+            yield value, nest(self.field.split("."), wrap(value, None)).plain()
 
 
 @dataclass

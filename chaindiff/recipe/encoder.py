@@ -16,6 +16,7 @@ from chaindiff.encoders import Encoder, FileVectors, build_encoder
 from chaindiff.encoders.clip_files import placed
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest, file_digest
+from chaindiff.io.files import user_path
 from chaindiff.specs.recipe import FileSpec, OpenClipSpec
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class RecipeEncoder:
         if isinstance(encoder, OpenClipSpec):
             found = placed(encoder, variables[encoder.of].kind == "text")
             return {f"the {what} of the encoder of '{self.name}'": digest for what, digest in found.items()}
-        if isinstance(encoder, FileSpec) and (path := Path(encoder.path).expanduser()).is_file():
+        if isinstance(encoder, FileSpec) and (path := user_path(encoder.path)).is_file():
             return {f"the vectors of '{self.name}'": file_digest(path)}
         return {}
 

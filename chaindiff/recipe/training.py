@@ -17,8 +17,9 @@ from chaindiff.edm.random import Draws
 from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import cache_folder
+from chaindiff.io.files import cache_folder, user_path
 from chaindiff.io.memory import noted
+from chaindiff.io.metadata import about
 from chaindiff.io.processes import processes, share
 from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
@@ -44,19 +45,20 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     images, total, content = 0, spec.train.images, {**part.content, **content_of(assembly.data)}
     tensors: dict[str, Tensor] | None = None
     if state.exists():
-        kept = tensorfile.metadata(state)
-        refuse_changed(state, part.changed(kept))
-        images, total = int(kept.get("images", 0)), int(kept.get("total", total))
+        metadata = tensorfile.metadata(state)
+        refuse_changed(state, part.changed(metadata))
+        kept = about(metadata, state)
+        images, total = kept.images, kept.total or total
         if more and not part.unfinished:
             total = images + more
     elif more and start is not None:
         tensors, kept = tensorfile.load(start)
         refuse_changed(start, part.changed(kept))
-        images = int(kept.get("images", 0))
+        images = about(kept, start).images
         total = images + more
     elif spec.init is not None:
         with assembly.located(f"stages.{name}.init"):
-            begin_from(stage, Path(spec.init).expanduser())
+            begin_from(stage, user_path(spec.init))
     if tensors is not None:
         tensorfile.fill(stage, tensors, str(start))
     batches = prepare(assembly, name)

@@ -68,10 +68,9 @@ def _variables(recipe: Recipe) -> Problems:
         path, encoder = f"variables.{name}", variable.encoder
         if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
             yield f"{path}.shape", f"images in the data have 3 channels (RGB), not {variable.shape[0]}"
-        model = encoder.model if isinstance(encoder, OpenClipSpec) else HUB
-        known = [] if model.startswith(HUB) or model_folder(model) is not None else known_models()
-        if known and model not in known:
-            yield f"{path}.encoder.model", f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
+        model = encoder.model if isinstance(encoder, OpenClipSpec) else None
+        if model is not None and (problem := _model(model)):
+            yield f"{path}.encoder.model", problem
         for field, coder in (("encoder", encoder), ("decoder", variable.decoder)):
             if coder is not None and not isinstance(coder, FileSpec):
                 source = recipe.variables.get(coder.of)
@@ -87,6 +86,16 @@ def _variables(recipe: Recipe) -> Problems:
             depth[name] = 1 + depth[edges[name][0]] if name in edges else 0
         if deep := next((name for name in edges if depth[name] > _DEEPEST), None):
             yield f"variables.{deep}.{field}", f"{field}s are chained more than {_DEEPEST} deep"
+
+
+def _model(model: str) -> str | None:
+    """What is wrong with the name or folder of an open_clip model."""
+    try:
+        if not model.startswith(HUB) and model_folder(model) is None and model not in (known := known_models()):
+            return f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
+    except UserError as error:
+        return error.message
+    return None
 
 
 def _coder(coder: Encoder | Decoder, source: VariableSpec, variable: VariableSpec) -> Iterator[str]:

@@ -6,6 +6,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from chaindiff.io.files import user_path
+
 EMBEDDED = Path(__file__).parents[1] / "assets"
 CONFIG = "open_clip_config.json"
 HUB = "hf-hub:"  # before a repository of the hub, `org/name` or `org/name@revision`
@@ -17,7 +19,7 @@ def model_folder(model: str) -> Path | None:
         return None
     if (EMBEDDED / model / CONFIG).is_file():
         return EMBEDDED / model
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     return folder if "/" in model or folder.is_dir() else None
 
 

@@ -140,7 +140,7 @@ def _unfit(path: Path, what: What) -> tuple[str, str | None] | None:
         return f"is a link to {os.readlink(path)}, which does not exist", None
     except OSError as error:
         return f"cannot be read: {error.strerror}", None
-    return "is not a regular file", None
+    return f"has a {LOCK} that is not a regular file" if path.name == LOCK else "is not a regular file", None
 
 
 def available(what: What, near: Path | None = None) -> dict[str, Path]:

@@ -8,11 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
 )
 
-from chaindiff.specs.base import Name, Problems, Spec, UpToMillion
+from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
@@ -155,7 +154,7 @@ class VariableSpec(Spec):
     of: str | None = Field(
         default=None, description="for a label or text: the field of metadata.jsonl; none: the variable's name"
     )
-    sigma_data: PositiveFloat = Field(default=0.5, description="standard deviation of the clean values, per element")
+    sigma_data: Positive = Field(default=0.5, description="standard deviation of the clean values, per element")
 
     @property
     def reads(self) -> str | None:
