@@ -41,7 +41,9 @@ def main(commands: list[list[str]], notes: Path) -> None:
         try:
             cli.main(command)
         except SystemExit as ended:
-            found.append({"status": ended.code, "changed": sorted(p for p in set(paths) if not p.endswith(".tmp"))})
+            found.append(
+                {"status": ended.code, "changed": sorted(p for p in set(paths) if not p.endswith((".tmp", ".lock")))}
+            )
     (notes / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

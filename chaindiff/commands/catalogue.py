@@ -86,7 +86,7 @@ def _counted(folder: Path, asked: int) -> str:
     count = sum(1 for file in folder.glob("*.png") if file.stem.isdecimal())
     for file in folder.glob("*.safetensors"):
         count += _header(file)[folder.name]["shape"][0]
-    return f"{count}" if count == asked else f"{count} of {asked}"
+    return f"{count}" if count >= asked else f"{count} of {asked}"
 
 
 def _trained(path: Path) -> str:

@@ -59,8 +59,9 @@ class RecipeEncoder:
         own = self.assembly.out / "encoders" / self.file_name
         if (found := registry.shipped(self.assembly.variables[self.name].identity)) is not None:
             return found
-        if own.exists():
-            return own
+        for home in self.assembly.homes:
+            if (path := home / "encoders" / own.name).exists():
+                return path
         using = [stage for stage in self.assembly.stages.values() if self.name in {v.name for v in stage.variables}]
         weights = [path for stage in using if (path := stage.find_weights()) is not None and len(path.parents) > 2]
         files = [path.parents[2] / "encoders" / own.name for path in weights]

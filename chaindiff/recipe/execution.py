@@ -46,7 +46,7 @@ def chosen_execution(assembly: Assembly, found: ChainPlan, before: str | None = 
 def depends_on(
     assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Value]
 ) -> dict[str, Any]:
-    """All that samples depend on, but for the way of execution, as plain data."""
+    """All that samples depend on, but for the way of execution and their number, as plain data."""
     recipe = assembly.recipe
     decoded = [step.producer.name for step in found.plan.steps if step.producer.kind == "decoder"]
     decoders = {n: spec.model_dump() for n in decoded if (spec := recipe.variables[n].decoder) is not None}
@@ -56,7 +56,7 @@ def depends_on(
         "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.stages[n].links] for n in found.running},
         "given": {n: value_digest(v) for n, v in values.items()},
-        "sample": recipe.sample.model_dump(exclude={"execution", "given"}),
+        "sample": recipe.sample.model_dump(exclude={"execution", "given", "count"}),
     }
 
 
@@ -86,6 +86,7 @@ def lock_of(
             break  # else it is another request: how it is executed is decided anew
     return {
         "samples": samples,
+        "count": assembly.recipe.sample.count,
         "execution": execution,
         "weights": depends["weights"],
         "given": depends["given"],

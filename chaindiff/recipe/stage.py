@@ -149,9 +149,9 @@ class RecipeStage:
         """The recipe's own file, this run's, the shipped file, or that of a run beside this one."""
         if self.spec.weights is not None:
             return Path(self.spec.weights).expanduser()
-        own = self.folder / "weights.safetensors"
-        if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
-            return own
+        for own in (home / "stages" / self.name / "weights.safetensors" for home in self.assembly.homes):
+            if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
+                return own
         beside = sorted(self.assembly.out.parent.glob("*/stages/*/weights.safetensors"))
         found = (path for path in beside if identity_of(path) == self.identity)
         return registry.shipped(self.identity) or next(found, None)

@@ -48,10 +48,11 @@ class Loaded:
 
     @property
     def spoken(self) -> str:
-        """What a person types to name this recipe: its bare name if it is shipped, else its path."""
+        """What a person types to name this recipe: its bare name if it is shipped, else its path or its run's."""
         shipped = self.path.parent == SHIPPED / _FOLDERS["recipe"]
-        here = self.path.is_relative_to(Path.cwd())
-        return self.path.stem if shipped else os.fspath(self.path.relative_to(Path.cwd()) if here else self.path)
+        path = self.path.parent if self.path.name == LOCK else self.path
+        here = path.is_relative_to(Path.cwd())
+        return self.path.stem if shipped else os.fspath(path.relative_to(Path.cwd()) if here else path)
 
     def override(self, changes: Mapping[str, Any]) -> Loaded:
         """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
