@@ -127,7 +127,7 @@ def test_init_from_what_cannot_begin_a_stage(refused, finished, tmp_path):
     for path, expected in (
         (tmp_path / "nowhere.safetensors", "there is no weights file "),
         (tmp_path / "w.safetensors", "w.safetensors is not a complete safetensors file: "),
-        (finished / "samples/group/000000.safetensors", "000000.safetensors cannot begin this stage: "),
+        (finished / "samples/group/000000.safetensors", "000000.safetensors cannot initialise this stage: "),
     ):
         assert expected in refused("train", "--stage", "image", "--set", f"stages.image.init={path}")
     assert not (tmp_path / "run" / "stages").exists()
@@ -142,7 +142,7 @@ def test_init_is_checked_before_anything_is_planned_or_trained(refused, recipe, 
         (tmp_path, f"there is no weights file {tmp_path}\n"),
         (tmp_path / "half.pkl", "half.pkl is not a complete safetensors file: "),
         (tmp_path / "half.pkl", "what `chaindiff import SNAPSHOT.pkl` makes of a snapshot"),
-        (finished / "stages/image/weights.safetensors", "weights.safetensors cannot begin this stage: "),
+        (finished / "stages/image/weights.safetensors", "weights.safetensors cannot initialise this stage: "),
     ):
         assert status("plan", recipe, "--set", f"{field}={path}") == 2
         message = capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_damaged_state_is_named_with_what_to_do(refused, finished, tmp_path, c
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
     (out / "stages/image/state.safetensors").write_bytes(content)
     message = refused("train", "--stage", "image", out=out)
-    assert "state.safetensors is not a complete safetensors file: " in message and "you may delete" in message
+    assert "state.safetensors is not a complete safetensors file: " in message and "delete it to retrain" in message
 
 
 # ---------------------------------------------------------------- what is given
@@ -190,7 +190,7 @@ def numpy_file(path: Path, array: np.ndarray) -> Path:
         ("x.gif", b"GIF89a", "x.gif: not a readable image: "),
         ("x.zip", b"PK", "x.zip: the data is neither a folder nor a readable zip"),
         ("x.txt", b"hello", "x.txt is not a complete .safetensors or .npy file of numbers: "),
-        ("folder", None, "folder: no images here"),
+        ("folder", None, "folder: there are no images"),
     ],
     ids=range(13),
 )
@@ -210,8 +210,8 @@ def test_given_files_that_cannot_be_used(refused, finished, tmp_path, name, cont
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("group=²", "'²' is no class of group; known: a, b"),
-        ("group=c", "'c' is no class of group"),
+        ("group=²", "'²' is not a class of group; known: a, b"),
+        ("group=c", "'c' is not a class of group"),
         ("group=2", "2 is not one of 2 classes"),
         ("group=", "expected a class's name or number, or a list of them, not nothing"),
         ("group=[a, b]", "2 values for 3 samples"),
@@ -386,7 +386,7 @@ def no_memory(*arguments, **options):
 def test_a_full_memory_in_training_says_where_and_what_helps(refused, monkeypatch):
     monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.denoise", no_memory)
     assert refused("train", "--stage", "small") == (
-        "error: the memory is full (1152921504606846976 bytes more were asked for)\n"
+        "error: the memory is full (another 1152921504606846976 bytes were requested)\n"
         "  while training stage 'small'\n"
         "  raise stages.small.train.accumulate, now 1: the same training in smaller parts\n"
         "  or lower stages.small.train.batch, now 4\n"
@@ -414,7 +414,7 @@ def test_a_full_memory_in_sampling_says_where_and_what_helps(
 ):
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
     monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.denoise", no_memory)
-    asked = "(1152921504606846976 bytes more were asked for)"
+    asked = "(another 1152921504606846976 bytes were requested)"
     message = f"error: the memory is full {asked}\n  while sampling stage 'image', {expected}"
     assert refused(command, *options, out=out) == message
 
@@ -448,7 +448,7 @@ def test_a_failed_write_is_an_error_for_people(tmp_path):
     from chaindiff.io.files import write_whole
 
     (tmp_path / "file").write_text("old")
-    with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file lies where its folder should be"):
+    with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file is where its folder should be"):
         write_whole(tmp_path / "file" / "sub", "new")
     with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
         write_whole(tmp_path, "new")

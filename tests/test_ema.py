@@ -200,7 +200,7 @@ def test_what_cannot_be_reconstructed_is_explained(walk, tmp_path) -> None:
     message = refusal(reconstruct, files[-1:], 0.07)
     assert "the only snapshot up to there" in message and "train.ema.snapshot_every" in message
     assert "above 0 and below 0.2887" in refusal(reconstruct, files, 0.3)
-    assert "the snapshots end at 2048 images, and none tells of 4096" in refusal(reconstruct, files, 0.07, 4096)
+    assert "the snapshots end at 2048 images, before 4096" in refusal(reconstruct, files, 0.07, 4096)
 
     other = tmp_path / "snapshots" / "000002048-0.07.safetensors"
     tensors, kept = tensorfile.load(files[-1])
@@ -209,7 +209,7 @@ def test_what_cannot_be_reconstructed_is_explained(walk, tmp_path) -> None:
     tensorfile.save(other, {"moving": torch.zeros(3)}, kept)
     assert "are snapshots of different networks" in refusal(reconstruct, [*files, other], 0.07)
     tensorfile.save(other, tensors, META)
-    assert "is no snapshot of a power-function average" in refusal(reconstruct, [other], 0.07)
+    assert "is not a snapshot of a power-function average" in refusal(reconstruct, [other], 0.07)
     assert "kind: power" in refusal(reconstruct_stage, tmp_path / "nothing", 0.07)
 
 
@@ -334,8 +334,8 @@ def test_how_often_snapshots_are_written_is_no_part_of_what_is_trained() -> None
         (["kind=powr"], "unknown kind 'powr'; did you mean 'power'?"),
         (["kind=power", "half_life=3"], "unknown field 'half_life'"),
         (["snapshot_every=3"], "unknown field 'snapshot_every'"),
-        (["kind=power", "tracks=[0.05, 0.05]"], "train.ema.tracks: an average is kept once, not twice"),
-        (["kind=power", "tracks=[0.3]"], "should be below 0.288675, not 0.3"),
+        (["kind=power", "tracks=[0.05, 0.05]"], "train.ema.tracks: the same EMA is tracked twice"),
+        (["kind=power", "tracks=[0.3]"], "should be below 0.2886751, not 0.3"),
         (["kind=power", "tracks=[]"], "expected at least 1 item"),
     ],
 )

@@ -143,15 +143,15 @@ def test_shapes_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("clusters.shape=[7]", "clusters.encoder.reduce.k: 64 clusters do not make a label of 7 classes"),
+        ("clusters.shape=[7]", "clusters.encoder.reduce.k: 64 clusters do not fit a label of 7 classes"),
         (
             "clusters.encoder.reduce=null",
-            "encoder.reduce: an embedding becomes a label as the nearest of its clusters: {kind: kmeans, k: 64}",
+            "encoder.reduce: a label is the nearest cluster of an embedding: use {kind: kmeans, k: 64}",
         ),
-        ("clusters.encoder.reduce.kind=pca", "clusters.encoder.reduce: an embedding becomes a label"),
+        ("clusters.encoder.reduce.kind=pca", "clusters.encoder.reduce: a label is the nearest cluster"),
         ("clusters.encoder.reduce.kind=kmean", "unknown kind 'kmean'; did you mean 'kmeans'?"),
         ("clusters.encoder.scaling=raw", "clusters.encoder.scaling: is never used"),
-        ("clusters.of=group", "clusters.of: is never used: this variable comes of its encoder"),
+        ("clusters.of=group", "clusters.of: is never used: this variable is computed by its encoder"),
     ],
 )
 def test_what_does_not_fit_is_explained(change: str, message: str) -> None:
@@ -210,7 +210,7 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
     assert beside.encoders["clusters"].path == assembly.encoders["clusters"].path != Path()
     assert beside.chain().sources["clusters"].frequencies == counts.tolist()
 
-    with pytest.raises(UserError, match=r"'8' is no class of clusters"):
+    with pytest.raises(UserError, match=r"'8' is not a class of clusters"):
         check_given(assembly, {"clusters": 8})
     with pytest.raises(UserError, match=r"there is no file or folder nowhere.png\n.*as a class, an image"):
         check_given(assembly, {"clusters": "nowhere.png"})

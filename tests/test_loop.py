@@ -63,7 +63,7 @@ def test_micro_batches_give_the_weights_of_the_whole_batch(tmp_path) -> None:
 
 def test_a_batch_that_cannot_be_shared_out(tmp_path) -> None:
     with pytest.raises(UserError, match=r"train\.batch 8 cannot be shared by 1 processes x 3 micro-batches"):
-        run_train(tmp_path, vector_stage(), settings(accumulate=3))
+        run_train(tmp_path, vector_stage(), settings().model_copy(update={"accumulate": 3}))
 
 
 def test_the_state_of_another_stage_is_refused(tmp_path) -> None:
@@ -73,7 +73,7 @@ def test_the_state_of_another_stage_is_refused(tmp_path) -> None:
         next(steps)
     assert str(error.value) == (
         f"{tmp_path}/state.safetensors is the state of another stage or of other training settings\n"
-        f"  choose another --out, or delete {tmp_path} to begin afresh"
+        f"  choose another --out, or delete {tmp_path} to start again"
     )
 
 

@@ -273,8 +273,8 @@ def test_levels_outside_what_the_network_knows_are_refused(field: str, level: fl
             Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(**{field: level})
         )
     assert str(error.value) == (
-        f"stages.x.sample.{field}: {level:g} is none of the levels that a network of kind ve knows, from 0.02 to 100\n"
-        "  leave it out: the sampler then takes what the network knows"
+        f"stages.x.sample.{field}: {level:g} is outside the noise levels of preconditioning 've', from 0.02 to 100\n"
+        "  leave it out: the default lies within that range"
     )
 
 
@@ -333,10 +333,10 @@ PLACE = "    train: {images: 1000}\n    sample"
         ("noise: {std: 0}", "r.yaml:23: stages.image.noise.std: should be above 0, not 0"),
         (
             "precondition: {kind: vp}\n    noise: {kind: lognormal}",
-            "r.yaml:24: stages.image.noise: a network of kind vp knows the noise levels of vp with the same numbers alone; "
-            "leave `noise` out, or say precondition: {kind: edm}, which takes noise of kind lognormal",
+            "r.yaml:24: stages.image.noise: a network of kind vp needs training noise of kind vp with the same numbers; "
+            "leave `noise` out, or use precondition: {kind: edm}, which takes noise of kind lognormal",
         ),
-        ("precondition: {kind: ve}\n    noise: {kind: ve, sigma_max: 50}", "a network of kind ve knows the noise levels of ve"),
+        ("precondition: {kind: ve}\n    noise: {kind: ve, sigma_max: 50}", "a network of kind ve needs training noise of kind ve"),
         ("precondition: {kind: ve, sigma_min: 200}", "stages.image.precondition.sigma_min: 200 should be below sigma_max, 100"),
         ("noise: {kind: uniform_time, min: 0.5, max: 0.2}", "stages.image.noise.min: 0.5 should be below max, 0.2"),
     ],
@@ -382,4 +382,4 @@ def test_levels_outside_are_found_when_a_recipe_is_planned(tmp_path, monkeypatch
     write(tmp_path, text)
     with pytest.raises(UserError) as error:
         _ = Assembly(load_recipe("r.yaml")).chain().plan(given=["category"]).costs
-    assert str(error.value).startswith("r.yaml:25: stages.image.sample.sigma_min: 0.01 is none of the levels")
+    assert str(error.value).startswith("r.yaml:25: stages.image.sample.sigma_min: 0.01 is outside the noise levels")

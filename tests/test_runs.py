@@ -229,7 +229,7 @@ def test_a_list_of_another_length_is_refused_and_leaves_the_samples(command: Com
     )
     assert times(again) == before
     assert command("run", "--given", "group=[0, xyz, 1, 1, 1]", out=again)[2] == (
-        "error: --given group: 'xyz' is no class of group; known: animals, flags, food\n"
+        "error: --given group: 'xyz' is not a class of group; known: animals, flags, food\n"
     )
 
 
@@ -250,11 +250,11 @@ def test_a_request_that_runs_no_stage_says_so(command: Command, again: Path, tmp
     status, said, _ = command("sample", "--given", f"photo={picture}", "--replace", out=again)
     assert status == 0
     assert (
-        "no stage runs: 'image' is computed from the given 'photo'; to sample variations of a picture give what its "
-        f"stage is given, such as --given small={picture}\n"
+        "no stage runs: 'image' is computed from the given 'photo'; to sample variations of a picture, condition "
+        f"its stage on one: --given small={picture}\n"
     ) in said
     said = command("sample", "--given", f"image={picture}", "--replace", out=again)[1]
-    assert "no stage runs: 'image' is given; to sample variations of a picture give" in said
+    assert "no stage runs: 'image' is given; to sample variations of a picture, condition" in said
     assert "no stage runs" not in command("sample", "--given", f"small={picture}", "--replace", out=again)[1]
 
 
@@ -279,7 +279,7 @@ def test_an_unknown_class_is_refused_before_training(command: Command, tmp_path:
     assert command("run", "--given", "group=fod", out=tmp_path / "run") == (
         2,
         "",
-        "error: --given group: 'fod' is no class of group; did you mean 'food'?\n",
+        "error: --given group: 'fod' is not a class of group; did you mean 'food'?\n",
     )
     assert not (tmp_path / "run").exists()
 
@@ -287,7 +287,7 @@ def test_an_unknown_class_is_refused_before_training(command: Command, tmp_path:
 def test_an_unknown_class_is_refused_when_sampling(command: Command, finished: Path) -> None:
     status, _, error = command("sample", "--given", "group=xyz", out=finished)
     assert status == 2
-    assert error == "error: --given group: 'xyz' is no class of group; known: animals, flags, food\n"
+    assert error == "error: --given group: 'xyz' is not a class of group; known: animals, flags, food\n"
 
 
 def test_a_given_file_that_is_not_there(command: Command, tmp_path: Path) -> None:

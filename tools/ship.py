@@ -31,5 +31,7 @@ def ship(run: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tools.ship RUN")
     for shipped_file in ship(Path(sys.argv[1])):
         print(f"{shipped_file.name}: {shipped_file.stat().st_size / 1e6:.2f} MB")

@@ -1,4 +1,4 @@
-"""`chaindiff run`: all of a recipe, what is missing of it, in order, and no more."""
+"""`chaindiff run`: whatever a recipe still needs, in order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(
     given: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> Sampled:
-    """All of a recipe: weights (shipped or found, else trained), samples, pictures and the page."""
+    """Everything a recipe makes: weights (shipped or found, else trained), samples, pictures and the page."""
     loaded, banner = recipe_of(recipe), ""
     if smoke:
         loaded, replace = smoke_version(loaded), replace or out is None  # no results, in a place of their own
@@ -51,7 +51,7 @@ def run_assembly(assembly: Assembly, replace: bool, banner: str) -> Sampled:
     learning = [name for name in found.running if learns(found.chain.stages.outlines[name])]
     untrained = [name for name in learning if assembly.stages[name].find_weights() is None]
     assembly.weights(name for name in learning if name not in untrained)  # raises, if they are another stage's
-    if untrained:  # wrong weights, a mistyped class or samples in the way must not wait for the training
+    if untrained:  # wrong weights, a mistyped class or other samples must fail before training
         if not replace and Samples(assembly.out / "samples", [], 0, 1).files:
             raise other_samples(assembly)
         explain_missing_data(assembly)
@@ -76,7 +76,7 @@ def run_assembly(assembly: Assembly, replace: bool, banner: str) -> Sampled:
 
 
 def explain_missing_data(assembly: Assembly) -> None:
-    """Before training: is the data there? If not, everything that a person can do about it."""
+    """Check before training that the data is there; if not, list everything that the user can do about it."""
     recipe = assembly.recipe
     try:
         len(assembly.data)

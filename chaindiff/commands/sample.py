@@ -1,4 +1,4 @@
-"""`chaindiff sample`: what is missing of a run's samples."""
+"""`chaindiff sample`: makes the missing samples of a run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def sample(
     given: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> Sampled:
-    """Sample with the weights that are there."""
+    """Sample with existing weights."""
     assembly = Assembly(asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given), out)
     with sole_writer(assembly.out):
         sampled = sample_chain(assembly, replace)
@@ -107,7 +107,7 @@ def asked_samples(assembly: Assembly, replace: bool = False) -> Asked:
 def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
     """Make the samples that are missing from a run; with `replace`, in place of those of other settings or weights.
 
-    Several processes share the batches out. A batch is the same whoever makes it, so their files are those of one.
+    Several processes divide the batches. A batch does not depend on its process, so the files are those of one.
     Raises UserError, before anything is deleted, for a request that cannot be answered, and as `asked_samples` does.
     """
     recipe, out, state, found = assembly.recipe, assembly.out, processes(), assembly.request
@@ -168,7 +168,7 @@ def other_samples(assembly: Assembly) -> UserError:
 
 
 def nothing_runs(assembly: Assembly) -> str:
-    """Why a request samples nothing, and what to give in place of it so that stages run."""
+    """Why a request samples nothing, and what to give instead so that stages run."""
     request, given, chain, told = assembly.request.plan, assembly.recipe.sample.given, assembly.chain(), []
     read = {made: step.inputs[0] for step in request.steps for made in step.outputs}  # encoders read one variable each
 
@@ -187,13 +187,13 @@ def nothing_runs(assembly: Assembly) -> str:
         ways = (name for name in pictured(assembly, want) if name not in given and runs(want, [name, *others]))
         if way := next(ways, None):
             value = given[origin] if isinstance(given[origin], str) else "FILE"
-            text += f"; to sample variations of a picture give what its stage is given, such as --given {way}={value}"
+            text += f"; to sample variations of a picture, condition its stage on one: --given {way}={value}"
         told.append(text)
     return f"no stage runs: {'; '.join(told)}"
 
 
 def pictured(assembly: Assembly, variable: str) -> list[str]:
-    """What the stage of a variable is given and a picture can stand for."""
+    """What a variable's stage is conditioned on and a picture can supply."""
     specs = assembly.recipe.variables
     stages = [n for n in assembly.recipe.stages if variable in {v.name for v in assembly.stages[n].generates}]
     links = [link.name for stage in stages for link, _ in assembly.stages[stage].links]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are written atomically."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ UNWRITABLE = "free some space or choose another folder with --out; the last comp
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside a file to write it under, renamed at the end; makes the folder if need be.
+    """A temporary path beside a file, renamed to it at the end; creates the folder if needed.
 
-    Raises UserError if it cannot be written (a full disk, no permission); what stood there before is left as it was.
+    Raises UserError if it cannot be written (a full disk, no permission); an existing file is left untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,7 +27,7 @@ def whole(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {path}: a file lies where its folder should be", hint=UNWRITABLE) from error
+        raise UserError(f"cannot write {path}: a file is where its folder should be", hint=UNWRITABLE) from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}", hint=UNWRITABLE) from error
 
@@ -39,5 +39,5 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept for all runs: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
+    """The cache that all runs share: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
     return Path(os.environ.get("CHAINDIFF_CACHE", "~/.cache/chaindiff")).expanduser()

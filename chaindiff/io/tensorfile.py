@@ -34,7 +34,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that were killed while they wrote have left: a file as large as a checkpoint each."""
+    """Delete temporary files of processes that were killed while writing, each as large as a checkpoint."""
     for path in folder.glob(".*.safetensors.*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -47,12 +47,12 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise UserError(f"there is no weights file {path}") from error
     except (SafetensorError, OSError) as error:
-        hint = "copy or download it again; what a run has written itself you may delete, to train that stage anew"
+        hint = "copy or download it again; if a run wrote it, delete it to retrain that stage"
         raise UserError(f"{path} is not a complete safetensors file: {error}", hint=hint) from error
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, cut short or something else."""
+    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, truncated or of another format."""
     with _opened(path) as file:
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
