@@ -25,7 +25,7 @@ def note_changes(paths: list[str]) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and arguments[1] is not None and set("wax+") & set(str(arguments[1])):
             paths.append(str(arguments[0]))
-        elif event in CHANGES:
+        elif event in CHANGES and not (event == "os.mkdir" and os.path.isdir(str(arguments[0]))):
             paths.append(str(arguments[CHANGES[event]]))
 
     sys.addaudithook(hook)

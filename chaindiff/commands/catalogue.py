@@ -62,7 +62,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def runs() -> dict[str, Path]:
-    """The runs in this directory by name: the folders of `runs` that have begun to sample."""
+    """The runs in this directory by name: the folders of `runs` with a locked recipe."""
     return {path.parent.name: path.parent for path in sorted(Path("runs").glob(f"*/{LOCK}"))}
 
 

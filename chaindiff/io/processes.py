@@ -61,8 +61,6 @@ def _locked(folder: Path) -> Iterator[None]:
     path, made = folder / ".lock", [place for place in (folder, *folder.parents) if not place.exists()]
     lock, held, busy = FileLock(path), "", None
     try:
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
         lock.acquire(timeout=MOMENT)
         with suppress(OSError):  # a full disk: the lock holds without it
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}")

@@ -117,7 +117,7 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
 def _unfit(path: Path, what: What) -> tuple[str, str | None] | None:
     """Why the file at a path is not a recipe or card, and how to fix it; None if there is no file."""
     if path.name == LOCK and path.parent.is_dir() and not os.path.lexists(path):
-        hint = "name a recipe, or the directory of a run that has started sampling"
+        hint = "name a recipe, or the directory of a run"
         return f"is a directory without {LOCK}, so it is not a run", hint
     if path.suffix not in (".yaml", ".yml") or not os.path.lexists(path):
         return None

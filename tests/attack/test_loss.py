@@ -99,7 +99,7 @@ def own_files(folder: Path) -> dict[Path, str]:
     [
         (["--given", "group=[0, 1]"], "2 values for 5 samples"),
         (["--given", "group=[0, 1]", "--replace"], "2 values for 5 samples"),
-        (["--given", "group=c", "--replace"], "'c' is no class of group"),
+        (["--given", "group=c", "--replace"], "'c' is not a class of group"),
         (["--given", "small=data/0.png", "--given", "image=nowhere.png", "--replace"], "there is no file"),
         (["--set", "stages.image.weights=runs/tiny/stages/small/weights.safetensors", "--replace"], "not trained on"),
         (["--seed", "1"], "(sample.seed)\n  --replace deletes them and samples again; --out FOLDER keeps them"),
