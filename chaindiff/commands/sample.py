@@ -89,7 +89,7 @@ def asked_samples(assembly: Assembly, replace: bool = False) -> Asked:
     weights = assembly.weights(found.running)
     check_fitted(weights)
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
-    keep = [assembly.variables[name] for name in dict.fromkeys([*made, *asked.want])]
+    keep = [assembly.versioned(name) for name in dict.fromkeys([*made, *asked.want])]
     size = TILE if asked.exact else asked.batch  # as the chain streams them
     values = read_given(assembly, asked.given, asked.count)
     texts = [rows_of(value, range(asked.count)) for value in values.values() if isinstance(value, list)]

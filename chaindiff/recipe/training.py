@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.saving import content as content_of
+from chaindiff.chain.saving import refuse_changed
 from chaindiff.data.augment import active
 from chaindiff.edm.random import Draws
 from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
@@ -41,15 +43,17 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     part = assembly.stages[name]
     spec, folder, stage = part.spec, part.folder, part.build()
     state = folder / "state.safetensors"
-    images, total = 0, spec.train.images
+    images, total, content = 0, spec.train.images, {**part.content, **content_of(assembly.data)}
     tensors: dict[str, Tensor] | None = None
     if state.exists():
         kept = tensorfile.metadata(state)
+        refuse_changed(state, part.changed(kept))
         images, total = int(kept.get("images", 0)), int(kept.get("total", total))
         if more and not part.unfinished:
             total = images + more
     elif more and start is not None:
         tensors, kept = tensorfile.load(start)
+        refuse_changed(start, part.changed(kept))
         images = int(kept.get("images", 0))
         total = images + more
     elif spec.init is not None:
@@ -66,7 +70,7 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
         folder,
         total=total,
         begin=images if tensors is not None else 0,
-        metadata={**part.metadata(), "total": str(total)},
+        metadata={**part.metadata(), "content": content, "total": str(total)},
         accelerator=accelerator,
     )
     less = (

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
+from chaindiff.chain.saving import changed, refuse_changed
 from chaindiff.edm.ema import Average
 from chaindiff.edm.random import Draws, seed
 from chaindiff.io import tensorfile
@@ -160,6 +161,7 @@ def train(
                 f"{state_path} is the state of another stage or of other training settings",
                 hint=f"choose another --out, or delete {folder} to start again",
             )
+        refuse_changed(state_path, changed(kept, metadata.get("content", {})))
         restore(tensors, stage, emas, optimizer, str(state_path))
         images = int(kept["images"])
         del tensors
