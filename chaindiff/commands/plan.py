@@ -41,7 +41,8 @@ def plan(
         stage.check_begin()
     say(str(found))
     for name in found.running:
-        if learns(found.chain.stages.outlines[name]) and (path := assembly.stages[name].find_weights()) is not None:
+        path = next(assembly.stages[name].known_weights(), None)  # whose content is compared when they are used
+        if learns(found.chain.stages.outlines[name]) and path is not None:
             found.chain.weights[name] = path
             say(f"stage {name}: weights {path}")
     if picture is not None:
