@@ -48,6 +48,7 @@ Want = Annotated[
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Number of samples.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sampling seed.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per batch.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Delete samples of other settings first.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")
 ]
@@ -149,6 +150,7 @@ def run(
     batch: Batch = None,
     given: Given = [],  # noqa: B006 (Typer copies it)
     out: Out = None,
+    replace: Replace = False,
     changes: Set = [],  # noqa: B006
     allow_code: AllowCode = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Run every part once, at tiny sizes.")] = False,
@@ -159,7 +161,7 @@ def run(
     """Run whatever a recipe still needs: training, sampling, the report."""
     loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
-    _facts(_work("commands.run", quiet, as_json).run(loaded, out=out, smoke=smoke, **asked), as_json)
+    _facts(_work("commands.run", quiet, as_json).run(loaded, out=out, smoke=smoke, replace=replace, **asked), as_json)
 
 
 @app.command()
@@ -194,6 +196,7 @@ def sample(
     want: Want = [],  # noqa: B006
     given: Given = [],  # noqa: B006
     out: Out = None,
+    replace: Replace = False,
     changes: Set = [],  # noqa: B006
     allow_code: AllowCode = False,
     quiet: Quiet = False,
@@ -203,7 +206,7 @@ def sample(
     """Sample from a chain."""
     loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
-    _facts(_work("commands.sample", quiet, as_json).sample(loaded, out=out, **asked), as_json)
+    _facts(_work("commands.sample", quiet, as_json).sample(loaded, out=out, replace=replace, **asked), as_json)
 
 
 @app.command()
@@ -227,6 +230,7 @@ def evaluate(
     seed: Annotated[list[int], typer.Option("--seed", min=0, help="A sampling seed; repeat it for intervals.")] = [],  # noqa: B006
     judge: Annotated[list[str], typer.Option("--judge", metavar="NAME", help="A feature extractor.")] = [],  # noqa: B006
     out: Out = None,
+    replace: Replace = False,
     changes: Set = [],  # noqa: B006
     allow_code: AllowCode = False,
     quiet: Quiet = False,
@@ -235,7 +239,7 @@ def evaluate(
 ) -> None:
     """Measure a chain: distances to the data, what each link costs, sweeps, memorisation."""
     loaded = _load(recipe, changes, allow_code)
-    asked = {"count": count, "seeds": seed, "judges": judge}
+    asked = {"count": count, "seeds": seed, "judges": judge, "replace": replace}
     options = asked | {"of": of, "links": links, "sweeps": sweep, "baselines": baseline, "oracle": oracle}
     _facts(
         _work("commands.evaluate", quiet, as_json).evaluate(loaded, out=out, given=_values(given), **options), as_json

@@ -25,7 +25,7 @@ def note_changes(paths: list[str]) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and arguments[1] is not None and set("wax+") & set(str(arguments[1])):
             paths.append(str(arguments[0]))
-        elif event in CHANGES:
+        elif event in CHANGES and not (event == "os.mkdir" and os.path.isdir(str(arguments[0]))):
             paths.append(str(arguments[CHANGES[event]]))
 
     sys.addaudithook(hook)
@@ -41,7 +41,9 @@ def main(commands: list[list[str]], notes: Path) -> None:
         try:
             cli.main(command)
         except SystemExit as ended:
-            found.append({"status": ended.code, "changed": sorted(p for p in set(paths) if not p.endswith(".tmp"))})
+            found.append(
+                {"status": ended.code, "changed": sorted(p for p in set(paths) if not p.endswith((".tmp", ".lock")))}
+            )
     (notes / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

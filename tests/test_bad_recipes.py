@@ -117,7 +117,7 @@ def test_what_lies_in_the_place_of_a_file(here, refused):
     text = refused("show", "a_run", file="a_run")
     assert text == (
         "error: a_run is a directory without recipe.lock.yaml, so it is not a run\n"
-        "  name a recipe, or the directory of a run that has started sampling\n"
+        "  name a recipe, or the directory of a run\n"
     )
     assert "there is no recipe 'nowhere.yaml'" in refused("show", "nowhere.yaml", file="nowhere.yaml")
 

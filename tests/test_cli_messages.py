@@ -55,7 +55,21 @@ def command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run"], ("run", {"out": None, "smoke": False, "count": None, "seed": None, "batch": None, "given": None})),
+        (
+            ["run"],
+            (
+                "run",
+                {
+                    "out": None,
+                    "smoke": False,
+                    "replace": False,
+                    "count": None,
+                    "seed": None,
+                    "batch": None,
+                    "given": None,
+                },
+            ),
+        ),
         (
             [
                 "run",
@@ -73,7 +87,15 @@ def command(capsys):
             ],
             (
                 "run",
-                {"out": Path("there"), "smoke": True, "count": 5, "seed": 2, "batch": 1, "given": {"category": 3}},
+                {
+                    "out": Path("there"),
+                    "smoke": True,
+                    "replace": False,
+                    "count": 5,
+                    "seed": 2,
+                    "batch": 1,
+                    "given": {"category": 3},
+                },
             ),
         ),
         (
@@ -82,10 +104,18 @@ def command(capsys):
         ),
         (["train", "--fresh"], ("train", {"stage": None, "more": 0, "out": None, "fresh": True})),
         (
-            ["sample", "--count", "3", "--seed", "1", "--batch", "2", "--want", "image", "--want", "clip"],
+            ["sample", "--count", "3", "--seed", "1", "--batch", "2", "--want", "image", "--want", "clip", "--replace"],
             (
                 "sample",
-                {"out": None, "count": 3, "seed": 1, "batch": 2, "want": ["image", "clip"], "given": None},
+                {
+                    "out": None,
+                    "replace": True,
+                    "count": 3,
+                    "seed": 1,
+                    "batch": 2,
+                    "want": ["image", "clip"],
+                    "given": None,
+                },
             ),
         ),
         (

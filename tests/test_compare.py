@@ -123,7 +123,7 @@ def test_settings_are_shown_of_runs_that_were_not_evaluated():
         "sample.count  64            3  3",
         "",
         "vcdm_emoji16 was not evaluated; evaluate it: chaindiff evaluate runs/vcdm_emoji16",
-        "c was not evaluated; evaluate it: chaindiff evaluate runs/c --out runs/c",
+        "c was not evaluated; evaluate it: chaindiff evaluate runs/c",
     ]
 
 

@@ -160,42 +160,51 @@ def test_an_interrupted_run_makes_the_missing_samples_alone(command: Command, fi
     assert pictures(again) == pictures(finished)
     kept = [path for path, time in times(again).items() if time == before.get(path) and "samples" in path.parts]
     numbers = {(path.parent.name, path.stem) for path in kept}
-    assert numbers == {(v, f"00000{n}") for v in ("small", "image") for n in range(4)} | {
-        ("group", "000000"),
-        ("group", "000002"),
+    assert numbers == {("small", f"00000{n}") for n in range(5)} | {("image", f"00000{n}") for n in range(4)} | {
+        ("group", f"00000{n}") for n in (0, 2, 4)
     }
 
 
-def test_another_seed_makes_the_samples_anew_and_says_so(command: Command, finished: Path, again: Path) -> None:
-    status, said, _ = command("run", "--set", "sample.seed=1", out=again)
+def test_samples_of_another_seed_are_replaced_where_that_is_said(command: Command, finished: Path, again: Path) -> None:
+    status, _, error = command("run", "--set", "sample.seed=1", out=again)
+    assert (status, error) == (
+        2,
+        f"error: the samples in {again}/samples are of other settings (sample.seed)\n"
+        "  --replace deletes them and samples again; --out FOLDER keeps them and samples there\n",
+    )
+    assert pictures(again) == pictures(finished)
+    status, said, _ = command("run", "--set", "sample.seed=1", "--replace", out=again)
     assert status == 0
-    assert f"the samples in {again}/samples are of other settings or weights; they are made again" in said
+    assert f"the samples in {again}/samples are of other settings or weights; they are replaced" in said
     theirs = pictures(finished)
     assert [name for name, bytes_ in pictures(again).items() if bytes_ == theirs[name]] == []
     assert load_recipe(again).recipe.sample.seed == 1
     # Back to the first seed: the first pictures.
-    assert command("sample", "--seed", "0", out=again)[0] == 0
+    assert command("sample", "--seed", "0", "--replace", out=again)[0] == 0
     assert pictures(again) == theirs
 
 
-def test_weights_that_changed_make_the_samples_anew(command: Command, finished: Path, again: Path) -> None:
+def test_samples_of_weights_that_changed_are_replaced_where_that_is_said(
+    command: Command, finished: Path, again: Path
+) -> None:
     status, said, _ = command("train", "--stage", "image", "--more", "8", out=again)
     assert (status, "train image: 24 of 24" in said) == (0, True)
-    assert "they are made again" in command("run", out=again)[1]
+    assert "are of other weights\n  --replace" in command("run", out=again)[2]
+    assert "they are replaced" in command("run", "--replace", out=again)[1]
     one, other = pictures(again), pictures(finished)
     assert {name for name in one if one[name] == other[name]} == {name for name in one if "/small/" in name}
 
 
 def test_a_class_is_given_by_name_or_number(command: Command, again: Path) -> None:
-    status, said, _ = command("run", "--given", "group=food", out=again)
-    assert (status, "they are made again" in said) == (0, True)
+    status, said, _ = command("run", "--given", "group=food", "--replace", out=again)
+    assert (status, "they are replaced" in said) == (0, True)
     assert not (again / "samples/group").exists()
     status, said, _ = command("run", "--given", "group=2", out=again)
     assert (status, "nothing to do" in said) == (0, True), "food is class 2"
 
 
 def test_run_takes_what_sample_takes(command: Command, again: Path) -> None:
-    status, _, _ = command("run", "--count", "3", "--seed", "1", "--batch", "3", out=again)
+    status, _, _ = command("run", "--count", "3", "--seed", "1", "--batch", "3", "--replace", out=again)
     asked = load_recipe(again).recipe.sample
     assert (status, asked.count, asked.seed, asked.batch) == (0, 3, 1, 3)
     assert sorted(path.name for path in (again / "samples/image").iterdir()) == [
@@ -206,7 +215,7 @@ def test_run_takes_what_sample_takes(command: Command, again: Path) -> None:
 
 
 def test_each_sample_may_have_a_class_of_its_own(command: Command, again: Path) -> None:
-    assert command("sample", "--given", "group=[animals, 1, food, 0, 0]", out=again)[0] == 0
+    assert command("sample", "--given", "group=[animals, 1, food, 0, 0]", "--replace", out=again)[0] == 0
     labels = np.array([0, 1, 2, 0, 0], dtype=np.int64)
     assert load_recipe(again).lock["given"] == {"group": hashlib.sha256(labels.tobytes()).hexdigest()}
 
@@ -226,11 +235,11 @@ def test_a_list_of_another_length_is_refused_and_leaves_the_samples(command: Com
 
 def test_what_the_recipe_gives_can_be_taken_away(command: Command, again: Path) -> None:
     given = ["--set", "sample.given.group=food"]
-    assert command("run", *given, out=again)[0] == 0
+    assert command("run", *given, "--replace", out=again)[0] == 0
     for change in (("--given", "group=null"), ("--set", "sample.given={}"), ("--set", "sample.given.group=null")):
         assert json.loads(command("plan", *given, *change, "--json")[1])["given"] == []
     assert "group" in json.loads(command("plan", *given, "--json")[1])["given"]
-    assert command("run", *given, "--given", "group=null", out=again)[0] == 0
+    assert command("run", *given, "--given", "group=null", "--replace", out=again)[0] == 0
     assert load_recipe(again).recipe.sample.given == {}
     assert (again / "samples/group/000004.safetensors").exists()
 
@@ -238,15 +247,15 @@ def test_what_the_recipe_gives_can_be_taken_away(command: Command, again: Path) 
 def test_a_request_that_runs_no_stage_says_so(command: Command, again: Path, tmp_path: Path) -> None:
     picture = tmp_path / "p.png"
     Image.new("RGB", (32, 32)).save(picture)
-    status, said, _ = command("sample", "--given", f"photo={picture}", out=again)
+    status, said, _ = command("sample", "--given", f"photo={picture}", "--replace", out=again)
     assert status == 0
     assert (
         "no stage runs: 'image' is computed from the given 'photo'; to sample variations of a picture, condition "
         f"its stage on one: --given small={picture}\n"
     ) in said
-    said = command("sample", "--given", f"image={picture}", out=again)[1]
+    said = command("sample", "--given", f"image={picture}", "--replace", out=again)[1]
     assert "no stage runs: 'image' is given; to sample variations of a picture, condition" in said
-    assert "no stage runs" not in command("sample", "--given", f"small={picture}", out=again)[1]
+    assert "no stage runs" not in command("sample", "--given", f"small={picture}", "--replace", out=again)[1]
 
 
 def test_a_run_uses_the_weights_of_a_run_that_is_named(command: Command, finished: Path) -> None:

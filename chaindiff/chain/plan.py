@@ -62,6 +62,7 @@ class ChainPlan:
             "given": list(self.plan.given),
             "unused": list(self.plan.unused),
             "steps": steps,
+            "weights": {name: str(path) for name, path in self.chain.weights.items()},
             "nfe": sum(cost.nfe for cost in costs),
             "total_flops": sum(cost.total_flops for cost in costs),
             "weight_bytes": sum(cost.weight_bytes for cost in costs),

@@ -65,7 +65,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def runs() -> dict[str, Path]:
-    """The runs in this directory by name: the folders of `runs` that have begun to sample."""
+    """The runs in this directory by name: the folders of `runs` with a locked recipe."""
     return {path.parent.name: path.parent for path in sorted(Path("runs").glob(f"*/{LOCK}"))}
 
 
@@ -89,7 +89,7 @@ def _counted(folder: Path, asked: int) -> str:
     count = sum(1 for file in folder.glob("*.png") if file.stem.isdecimal())
     for file in folder.glob("*.safetensors"):
         count += _header(file)[folder.name]["shape"][0]
-    return f"{count}" if count == asked else f"{count} of {asked}"
+    return f"{count}" if count >= asked else f"{count} of {asked}"
 
 
 def _trained(path: Path) -> str:

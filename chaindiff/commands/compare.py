@@ -40,13 +40,13 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """Without those of the evaluation: the lock was written for the samples, and figures carry their own."""
-        return self.loaded.recipe.model_dump(mode="json", exclude={"name", "description", "evaluate"})
+        weights = {name: str(digest)[:12] for name, digest in (self.loaded.lock.get("weights") or {}).items()}
+        return {**settings_of(self.loaded, "name", "description"), "weights": weights}
 
     @property
     def evaluate(self) -> str:
         """The command that measures this run."""
-        usual = self.folder == Path("runs") / self.loaded.recipe.name
-        return f"chaindiff evaluate {self.folder}" + ("" if usual else f" --out {self.folder}")
+        return f"chaindiff evaluate {self.folder}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,11 @@ def compare(names: Sequence[str]) -> Comparison:
 
 
 # ------------------------------------------------------------ settings
+
+
+def settings_of(loaded: Loaded, *without: str) -> dict[str, Any]:
+    """A recipe's settings, but for those of its evaluation and these."""
+    return loaded.recipe.model_dump(mode="json", exclude={"evaluate", *without})
 
 
 def differences(values: Sequence[Any], path: str = "") -> Iterator[tuple[str, list[Any]]]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chaindiff.commands.page import write_run_report
+from chaindiff.commands.page import is_current, write_run_report
 from chaindiff.commands.plan import asking, recipe_of
-from chaindiff.commands.sample import sample_chain
+from chaindiff.commands.sample import asked_samples, sample_chain
 from chaindiff.evaluation.evaluate import evaluate as measure
 from chaindiff.evaluation.report import METRICS, Report
 from chaindiff.evaluation.tables import plain
-from chaindiff.io.processes import processes
+from chaindiff.io.processes import processes, sole_writer
 from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import Loaded
@@ -25,18 +25,23 @@ def evaluate(
     count: int | None = None,
     seeds: Sequence[int] = (),
     judges: Sequence[str] = (),
+    replace: bool = False,
     **options: Any,
 ) -> Report:
     """Measure a chain, print the results and show them on the run's page, which is made if there is none."""
     asked = {"count": count, "seeds": list(seeds), "judges": list(judges)}
     changed = {"evaluate": {key: value for key, value in asked.items() if value}}
     loaded = asking(recipe_of(recipe).override(changed), given=given)
-    report, assembly = measure(loaded, out=out, **options), Assembly(loaded, out)
-    sampled, page = sample_chain(assembly), assembly.out / "report.html"
-    if not processes().is_main_process:
-        return report
-    for part in report.parts:
-        say(f"\n{part['title']}\n{part['note']}\n\n{plain(part['table']) if part['table'] else ''}")
-    write_run_report(page, assembly, sampled)
+    assembly = Assembly(loaded, out)
+    page = assembly.out / "report.html"
+    with sole_writer(assembly.out):
+        report = measure(loaded, out=out, ready=lambda: asked_samples(assembly, replace), **options)
+        sampled = sample_chain(assembly, replace)
+        if not processes().is_main_process:
+            return report
+        for part in report.parts:
+            say(f"\n{part['title']}\n{part['note']}\n\n{plain(part['table']) if part['table'] else ''}")
+        if sampled.seconds or not is_current(page, assembly):
+            write_run_report(page, assembly, sampled)
     say(f"\nfigures: {assembly.out / METRICS}\npage: {page}")
     return report

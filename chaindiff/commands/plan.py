@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.chain.plan import ChainPlan
+from chaindiff.chain.stage import learns
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import write_whole
 from chaindiff.io.progress import say
@@ -39,6 +40,11 @@ def plan(
     for stage in assembly.stages.values():
         stage.check_begin()
     say(str(found))
+    for name in found.running:
+        path = next(assembly.stages[name].known_weights(), None)  # whose content is compared when they are used
+        if learns(found.chain.stages.outlines[name]) and path is not None:
+            found.chain.weights[name] = path
+            say(f"stage {name}: weights {path}")
     if picture is not None:
         draw(found, picture)
         say(f"\nwrote {picture}")

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.chain.stage import learns
-from chaindiff.commands.page import write_run_report
+from chaindiff.commands.page import is_current, write_run_report
 from chaindiff.commands.plan import asking, draw, recipe_of
-from chaindiff.commands.sample import Sampled, sample_chain
+from chaindiff.commands.sample import Sampled, other_samples, sample_chain
 from chaindiff.commands.smoke import smoke_version
 from chaindiff.io.errors import UserError
-from chaindiff.io.processes import processes
+from chaindiff.io.processes import processes, sole_writer
 from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.given import check_given
+from chaindiff.recipe.samples import Samples
 from chaindiff.recipe.training import train_stage
 from chaindiff.specs.load import Loaded
 
@@ -28,32 +29,40 @@ def run(
     seed: int | None = None,
     batch: int | None = None,
     given: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> Sampled:
     """Everything a recipe makes: weights (shipped or found, else trained), samples, pictures and the page."""
     loaded, banner = recipe_of(recipe), ""
     if smoke:
-        loaded = smoke_version(loaded)
+        loaded, replace = smoke_version(loaded), replace or out is None  # no results, in a place of their own
         out = out or Path("runs") / loaded.recipe.name
         banner = "SMOKE RUN: tiny networks, a few training steps, the embedded images. Not results."
         say(banner)
     loaded = asking(loaded, count=count, seed=seed, batch=batch, given=given)
-    assembly, asked = Assembly(loaded, out), loaded.recipe.sample
+    assembly = Assembly(loaded, out)
+    with sole_writer(assembly.out):
+        return run_assembly(assembly, replace, banner)
+
+
+def run_assembly(assembly: Assembly, replace: bool, banner: str) -> Sampled:
+    """What is missing of a run whose directory nobody else writes to."""
+    asked = assembly.recipe.sample
     found = assembly.request
     learning = [name for name in found.running if learns(found.chain.stages.outlines[name])]
     untrained = [name for name in learning if assembly.stages[name].find_weights() is None]
-    for name in learning:
-        if name not in untrained:
-            say(f"stage {name}: weights {assembly.stages[name].weights()}")
-    if untrained:  # wrong weights or a mistyped class must fail before training
+    assembly.weights(name for name in learning if name not in untrained)  # raises, if they are another stage's
+    if untrained:  # wrong weights, a mistyped class or other samples must fail before training
+        if not replace and Samples(assembly.out / "samples", [], 0, 1).files:
+            raise other_samples(assembly)
         explain_missing_data(assembly)
         check_given(assembly, asked.given)
         for name in untrained:
             assembly.stages[name].check_begin()
     for name in untrained:
         train_stage(assembly, name)
-    sampled = sample_chain(assembly)
+    sampled = sample_chain(assembly, replace)
     page = assembly.out / "report.html"
-    if not sampled.seconds and page.exists():
+    if not sampled.seconds and is_current(page, assembly, banner):
         say(f"nothing to do: {assembly.out} is complete (delete {sampled.samples.folder} to sample again)")
         return sampled
     if processes().is_main_process:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.chain.plan import ChainPlan
-from chaindiff.chain.request import TILE, rows_of
-from chaindiff.chain.stage import learns
+from chaindiff.chain.request import TILE, Value, rows_of
+from chaindiff.commands.compare import differences, settings_of
 from chaindiff.commands.plan import asking
 from chaindiff.io.errors import UserError
 from chaindiff.io.memory import noted
-from chaindiff.io.processes import processes, share
+from chaindiff.io.processes import processes, share, sole_writer
 from chaindiff.io.progress import say, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.execution import lock_of, prepare
@@ -22,7 +22,7 @@ from chaindiff.recipe.given import read_given
 from chaindiff.recipe.samples import Samples
 from chaindiff.recipe.samples import draw as draw_samples
 from chaindiff.recipe.stage import check_fitted
-from chaindiff.specs.load import LOCK, Loaded, load_recipe
+from chaindiff.specs.load import LOCK, Loaded
 from chaindiff.specs.lock import write_lock
 
 
@@ -62,59 +62,109 @@ def sample(
     batch: int | None = None,
     want: Sequence[str] | None = None,
     given: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> Sampled:
     """Sample with existing weights."""
-    loaded = asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given)
-    sampled = sample_chain(Assembly(loaded, out))
+    assembly = Assembly(asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given), out)
+    with sole_writer(assembly.out):
+        sampled = sample_chain(assembly, replace)
     say(f"{sampled.samples.count} samples in {sampled.samples.folder}")
     return sampled
 
 
-def sample_chain(assembly: Assembly) -> Sampled:
-    """Make the samples that are missing from a run; those of other settings or weights are made again.
+@dataclass(frozen=True)
+class Asked:
+    """A request that can be answered: its samples, what they depend on, and whether others are in their place."""
 
-    Several processes divide the batches. A batch does not depend on its process, so the files are those of one.
-    """
-    asked, out, state = assembly.recipe.sample, assembly.out, processes()
-    found = assembly.request
-    if all(step.producer.kind == "encoder" for step in found.plan.steps):
-        say(nothing_runs(assembly))
-    weights = {n: assembly.stages[n].weights() for n in found.running if learns(found.chain.stages.outlines[n])}
+    samples: Samples
+    weights: dict[str, Path]
+    values: dict[str, Value]
+    lock: dict[str, Any]
+    stale: bool
+
+
+def asked_samples(assembly: Assembly, replace: bool = False) -> Asked:
+    """What a recipe asks to sample. Raises UserError for samples of other settings that it may not replace."""
+    asked, found = assembly.recipe.sample, assembly.request
+    weights = assembly.weights(found.running)
     check_fitted(weights)
     made = [v for step in found.plan.steps if step.producer.kind != "encoder" for v in step.outputs]
-    keep = list(dict.fromkeys([*made, *asked.want]))
+    keep = [assembly.versioned(name) for name in dict.fromkeys([*made, *asked.want])]
     size = TILE if asked.exact else asked.batch  # as the chain streams them
     values = read_given(assembly, asked.given, asked.count)
     texts = [rows_of(value, range(asked.count)) for value in values.values() if isinstance(value, list)]
     captions = [", ".join(row) for row in zip(*texts, strict=True)]
-    samples = Samples(out / "samples", [assembly.versioned(v) for v in keep], asked.count, size, captions)
-    before = load_recipe(out).lock if (out / LOCK).exists() else {}
+    samples = Samples(assembly.out / "samples", keep, asked.count, size, captions)
+    held = assembly.held()
+    before = held.lock if held else {}
     lock = lock_of(assembly, found, weights, values, before)
-    stale = bool(before) and before.get("samples") != lock["samples"]
-    if samples.complete and not stale:
-        state.wait_for_everyone()
-        return Sampled(samples, found, weights, lock, 0.0, {})
-    chain = assembly.chain(found.running)  # weights that do not load are found before anything is deleted
-    state.wait_for_everyone()  # all of them have read the lock before one changes it
+    stale = bool(samples.files) and before.get("samples") != lock["samples"]
+    if stale and not replace:
+        raise other_samples(assembly)
+    return Asked(samples, weights, values, lock, stale)
+
+
+def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
+    """Make the samples that are missing from a run; with `replace`, in place of those of other settings or weights.
+
+    Several processes divide the batches. A batch does not depend on its process, so the files are those of one.
+    Raises UserError, before anything is deleted, for a request that cannot be answered, and as `asked_samples` does.
+    """
+    recipe, out, state, found = assembly.recipe, assembly.out, processes(), assembly.request
+    asked = recipe.sample
+    if all(step.producer.kind == "encoder" for step in found.plan.steps):
+        say(nothing_runs(assembly))
+    said = asked_samples(assembly, replace)
+    samples, weights, lock = said.samples, said.weights, said.lock
+    for name, path in weights.items():
+        say(f"stage {name}: weights {path}")
+    complete = samples.complete and not said.stale
+    held = assembly.held() or assembly.loaded
+    recounted = held.lock.get("count") != asked.count
+    if complete:
+        lock |= held.lock | {"count": asked.count}
+    chain = assembly.chain(() if complete else found.running)  # weights that do not load are found now
+    settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "given": said.values}
+    settings["want"] = [variable.name for variable in samples.variables]
+    if not complete:
+        chain.request(asked.count, **settings)
+    state.wait_for_everyone()  # all of them have looked before one changes anything
     if state.is_main_process:
-        if stale and samples.folder.exists():
-            say(f"the samples in {samples.folder} are of other settings or weights; they are made again")
+        if said.stale:
+            say(f"the samples in {samples.folder} are of other settings or weights; they are replaced")
             samples.clear()
-        write_lock(out, assembly.recipe, lock)
+        for path in samples.grids if recounted else ():
+            path.unlink(missing_ok=True)
+        if not complete or recounted or settings_of(held, "sample") != settings_of(assembly.loaded, "sample"):
+            write_lock(out, recipe, lock)
+        if complete and recounted:
+            samples.write_grids()
     state.wait_for_everyone()
+    if complete:
+        return Sampled(samples, found, weights, lock, 0.0, {})
     mine = share(samples.missing())
     prepare(chain, lock["execution"], asked.precision)
     began = time.perf_counter()
-    settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "want": keep, "given": values}
-    less = f"lower sample.batch (--batch), now {size}"
+    less = f"lower sample.batch (--batch), now {samples.size}"
     if asked.exact:
-        less = f"sample.exact always takes {size} at a time; without it, lower sample.batch (--batch)"
+        less = f"sample.exact always takes {samples.size} at a time; without it, lower sample.batch (--batch)"
     with noted(less):
         shown("sample", draw_samples(chain, samples, mine, **settings))
     state.wait_for_everyone()
     if state.is_main_process:
         samples.write_grids()
     return Sampled(samples, found, weights, lock, time.perf_counter() - began, chain.seconds)
+
+
+def other_samples(assembly: Assembly) -> UserError:
+    """The refusal of a request in whose place there are samples of another, with the settings that differ."""
+    held = assembly.held() or assembly.loaded
+    found = dict(differences([settings_of(held), settings_of(assembly.loaded)]))
+    told = ", ".join([*found][:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    return UserError(
+        f"the samples in {assembly.out / 'samples'} are of other {f'settings ({told})' if told else 'weights'}",
+        hint="--replace deletes them and samples again; --out FOLDER keeps them and samples there",
+    )
 
 
 def nothing_runs(assembly: Assembly) -> str:

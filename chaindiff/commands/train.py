@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chaindiff.io.processes import processes
+from chaindiff.io.processes import processes, sole_writer
 from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.training import train_stage
@@ -19,7 +19,13 @@ def train(
     Interrupted training always resumes; `fresh` retrains finished stages from scratch.
     """
     assembly = Assembly(loaded, out)
-    names = [stage] if stage else list(loaded.recipe.stages)
+    with sole_writer(assembly.out):
+        train_assembly(assembly, stage, more, fresh)
+
+
+def train_assembly(assembly: Assembly, stage: str | None, more: int, fresh: bool) -> None:
+    """`train` in a directory that nobody else writes to."""
+    names = [stage] if stage else list(assembly.recipe.stages)
     for name in names:
         assembly.stages[name].check_begin(fresh)
     for name in names:
@@ -31,4 +37,6 @@ def train(
         if weights is not None and weights.exists() and not more and not unfinished:
             say(f"stage {name} has weights: {weights} (--more IMAGES continues from them, --fresh trains from scratch)")
         else:
-            train_stage(assembly, name, start=weights, more=more)
+            if more and weights is not None and not unfinished:
+                say(f"stage {name}: continues from the weights {weights}")
+            say(f"stage {name}: weights {train_stage(assembly, name, start=weights, more=more)}")

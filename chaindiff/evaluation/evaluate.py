@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from chaindiff.evaluation.tables import Measured, Results
 from chaindiff.io.errors import UserError
 from chaindiff.io.memory import noted
 from chaindiff.io.processes import processes, share
-from chaindiff.io.progress import shown
-from chaindiff.recipe.assembly import Assembly
-from chaindiff.specs.load import Loaded, load_recipe
+from chaindiff.io.progress import say, shown
+from chaindiff.recipe.assembly import Assembly, default_out
+from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.merge import nest
 from chaindiff.specs.yaml import assignment, wrap
 
@@ -70,6 +70,7 @@ class Rows:
         oracle: Sequence[str] = (),
         changes: Mapping[str, Any] | None = None,
         loaded: Loaded | None = None,
+        out: Path | None = None,
         seeds: Sequence[int] | None = None,
         count: int | None = None,
         split: str | None = None,
@@ -80,8 +81,8 @@ class Rows:
         label += f", given {', '.join(told)}" * bool(told)
         return [
             Row(
-                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split,
-                None if loaded else self.out, self.compiled,
+                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, out or self.out,
+                self.compiled,
             )
             for seed in (seeds or self.seeds)
         ]  # fmt: skip
@@ -142,7 +143,16 @@ def baseline_rows(make: Rows, recipe: str) -> list[Row]:
     given = {n: v for n, v in make.loaded.recipe.sample.given.items() if n in other.recipe.variables}
     for name in chain.plan([make.of], list(given)).plan.unused:
         del given[name]
-    return make(other.recipe.name, loaded=other.override({"sample": {"given": given}}) if given else other)
+    run, label = default_out(other), other.recipe.name
+    if other.path.name == LOCK:
+        label = other.spoken
+    elif run.is_dir() and label == make.loaded.recipe.name:
+        label = str(run)  # two runs of one recipe
+    return make(
+        label,
+        loaded=other.override({"sample": {"given": given}}) if given else other,
+        out=run if run.is_dir() else None,  # a recipe that has no run of its own is measured with the weights of this
+    )
 
 
 # ------------------------------------------------------------ everything in one go
@@ -157,11 +167,12 @@ def evaluate(
     baselines: Sequence[str] = (),
     oracle: Sequence[str] = (),
     out: Path | None = None,
+    ready: Callable[[], object] = bool,
 ) -> Report:
     """Sample the rows, measure them, and write `metrics.json` and plots into the run's directory.
 
-    What was sampled or measured before is not done again. Raises UserError for recipes without weights, sweeps of
-    unknown fields, and judges that are not there.
+    What was sampled or measured before is not done again. `ready` is called when all has been checked.
+    Raises UserError for recipes without weights, sweeps of unknown fields, and judges that are not there.
     """
     assembly, asked = Assembly(loaded, out), loaded.recipe.evaluate
     if (oracle or links) and (given := loaded.recipe.sample.given):
@@ -183,9 +194,14 @@ def evaluate(
     for judge in asked.judges:
         study.judge(judge)  # a missing judge should fail before sampling
     state = processes()
+    weights = {rows[0].label: rows[0].assembly.weights(rows[0].plan.running) for rows in groups[0].rows}
+    for label, paths in weights.items():
+        for stage, path in paths.items():
+            say(f"{label}: stage {stage}: weights {path}")
+    ready()
     draw_all([row for group in groups for rows in group.rows for row in rows])
     state.wait_for_everyone()
-    report = Report(folder)
+    report = Report(folder, weights)
     if not state.is_main_process:
         return report
     main = groups[0].rows[0][0]

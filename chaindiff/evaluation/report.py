@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import add, sub
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ COPIES = (
 class Report:
     """Collects the parts of an evaluation; `write` puts them into the run's directory."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, weights: Mapping[str, Mapping[str, Path]] | None = None):
+        self.folder, self.weights = folder, weights or {}  # the latter of the rows that are compared
         self.parts: list[dict[str, Any]] = []
         self.figures: list[dict[str, Any]] = []
 
@@ -98,6 +98,7 @@ class Report:
             "out": str(out),
             "metrics": str(out / METRICS),
             "page": str(out / "report.html"),
+            "weights": {row: {name: str(path) for name, path in of.items()} for row, of in self.weights.items()},
             "figures": self.figures,
         }
 

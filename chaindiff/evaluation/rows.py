@@ -96,7 +96,7 @@ class Row:
         """Fingerprint of all that the samples depend on except their number."""
         weights = {name: self.assembly.stages[name].weights() for name in self.plan.running}
         depends = depends_on(self.assembly, self.plan, weights, self.values)
-        for irrelevant in ("count", "want", "batch"):
+        for irrelevant in ("want", "batch"):
             depends["sample"].pop(irrelevant)
         data = self.assembly.data.content if self.from_data else None
         return digest([depends, self.made, self.from_data, self.split, data, CHUNK])

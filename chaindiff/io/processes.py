@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from chaindiff.io.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -12,6 +19,7 @@ if TYPE_CHECKING:
 # The others wait while one process fits, draws or finishes its share. If a process dies, they do not go on waiting:
 # the launcher terminates them all.
 PATIENCE = timedelta(days=7)
+MOMENT = 2.0  # seconds that a command waits for another one to finish with a run's directory
 
 T = TypeVar("T")
 
@@ -32,6 +40,53 @@ def share(missing: list[T]) -> list[T]:
     state = processes()
     state.wait_for_everyone()
     return missing[state.process_index :: state.num_processes]
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other commands from writing to a run's directory; of several processes, the first holds the lock for all.
+
+    Raises UserError, naming the process that holds it. Readers take no lock.
+    """
+    state = processes()
+    with _locked(folder) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    path, made = folder / ".lock", [place for place in (folder, *folder.parents) if not place.exists()]
+    lock, held, busy = FileLock(path), "", None
+    try:
+        lock.acquire(timeout=MOMENT)
+        with suppress(OSError):  # a full disk: the lock holds without it
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout as error:
+        busy = error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        busy = error if path.exists() else None  # somebody else's; else nothing can be written here, locked or not
+    if busy is not None:
+        with suppress(OSError):
+            held = path.read_text()[:200]
+        raise UserError(
+            f"{folder} is in use by {held or 'another process'}",
+            hint="wait until it has finished, or choose another folder with --out",
+        ) from busy
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                path.unlink()  # before the release: whoever opened it meanwhile sees that it is gone, and tries again
+            lock.release()
+        for place in made:
+            with suppress(OSError):  # only what is still empty: a refused request leaves nothing
+                place.rmdir()
 
 
 def first_to_fail() -> bool:

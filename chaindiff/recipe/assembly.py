@@ -23,17 +23,18 @@ from chaindiff.recipe.column import Column
 from chaindiff.recipe.encoder import LazyMap, RecipeEncoder
 from chaindiff.recipe.stage import RecipeStage, check_fitted
 from chaindiff.specs.code import CodeDataSpec
-from chaindiff.specs.load import LOCK, Loaded
+from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.recipe import OpenClipSpec, VariableSpec
 from chaindiff.specs.yaml import display
 
 
 class Assembly:
-    """The parts of one recipe by name. `out` is the run's directory, where weights are looked for and written."""
+    """The parts of one recipe by name. Weights are in a run that was named, and in `out`, the run's directory."""
 
     def __init__(self, loaded: Loaded, out: Path | None = None):
         loaded.refuse_code()
         self.loaded, self.recipe, self.out = loaded, loaded.recipe, out or default_out(loaded)
+        self.homes = list(dict.fromkeys([default_out(loaded), self.out] if loaded.path.name == LOCK else [self.out]))
         specs = self.recipe.variables
         self.variables = {name: Variable.from_specs(name, specs) for name in specs}
         self.stages = {name: RecipeStage(self, name) for name in self.recipe.stages}
@@ -55,6 +56,15 @@ class Assembly:
                 pinned = encoder.model_copy(update={"model": model})
                 specs[name] = specs[name].model_copy(update={"encoder": pinned})
         return specs
+
+    def held(self) -> Loaded | None:
+        """The recipe that the run's directory was last used with, and what it resolved; None for a new run."""
+        return load_recipe(self.out) if (self.out / LOCK).exists() else None
+
+    def weights(self, names: Iterable[str]) -> dict[str, Path]:
+        """The weights files of stages that have any to learn; raises what `RecipeStage.weights` raises."""
+        outlines = self.chain().stages.outlines
+        return {name: self.stages[name].weights() for name in names if learns(outlines[name])}
 
     @contextmanager
     def located(self, place: str | None = None) -> Iterator[None]:

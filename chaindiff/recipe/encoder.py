@@ -61,8 +61,9 @@ class RecipeEncoder:
         own = self.assembly.out / "encoders" / self.file_name
         if (found := registry.shipped(self.assembly.variables[self.name].identity)) is not None:
             return found
-        if own.exists():
-            return own
+        for home in self.assembly.homes:
+            if (path := home / "encoders" / own.name).exists():
+                return path
         named = [stage for stage in self.assembly.stages.values() if stage.spec.weights is not None]
         weights = [stage.find_weights() for stage in named if self.name in {v.name for v in stage.variables}]
         runs = [path.parents[2] for path in weights if path is not None and path.match("stages/*/weights.safetensors")]

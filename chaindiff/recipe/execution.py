@@ -48,7 +48,7 @@ def chosen_execution(assembly: Assembly, found: ChainPlan, before: str | None = 
 def depends_on(
     assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Value]
 ) -> dict[str, Any]:
-    """Everything that samples depend on except how they are executed, as plain data."""
+    """Everything that samples depend on except their number and how they are executed, as plain data."""
     recipe = assembly.recipe
     decoded = [step.producer.name for step in found.plan.steps if step.producer.kind == "decoder"]
     decoders = {n: spec.model_dump() for n in decoded if (spec := recipe.variables[n].decoder) is not None}
@@ -58,7 +58,7 @@ def depends_on(
         "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.stages[n].links] for n in found.running},
         "given": {n: value_digest(v) for n, v in values.items()},
-        "sample": recipe.sample.model_dump(exclude={"execution", "given"}),
+        "sample": recipe.sample.model_dump(exclude={"execution", "given", "count"}),
     }
 
 
@@ -90,6 +90,7 @@ def lock_of(
     models = {n: model for n, spec in encoders.items() if isinstance(spec, OpenClipSpec) and (model := pinned(spec))}
     return {
         "samples": samples,
+        "count": assembly.recipe.sample.count,
         "execution": execution,
         **({"models": models} if models else {}),
         "weights": depends["weights"],

@@ -13,6 +13,7 @@ from chaindiff.chain.saving import CHAIN, load_chain
 from chaindiff.chain.stage import Stage, learns
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.processes import sole_writer
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.lock import write_lock
@@ -54,7 +55,8 @@ class FromRecipe:
             changes = {"stages": {name: {"train": dict(settings)} for name in names}}
             self.assembly = self.assembly.altered(changes)
         for name in names:
-            chain.weights[name] = train_stage(self.assembly, name)
+            with sole_writer(self.assembly.out):
+                chain.weights[name] = train_stage(self.assembly, name)
             chain.stages.loaded[name] = self.assembly.stages[name].load(chain.weights[name])
 
     def save(self, chain: Chain, folder: Path) -> None:

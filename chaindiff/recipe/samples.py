@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from chaindiff.io.shards import Shards
 from chaindiff.show.images import grid, save_png, to_image, to_uint8
 
 GRID = 64  # samples shown in a grid
+OURS = re.compile(r"\d{6,}\.(png|safetensors)|grid\.png")  # in the folder of a variable
 
 
 def draw(chain: Chain, store: Shards, mine: Sequence[range] | None = None, **asked: Any) -> Iterator[tuple[int, int]]:
@@ -64,9 +66,13 @@ class Samples(Shards):
         for folder in self.images:
             folder.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(tensors[folder.name], first):
-                save_png(to_image(image), _png(folder, number))
-        for store in self.others:
-            store.write(first, {store.folder.name: tensors[store.folder.name]})
+                if not (path := _png(folder, number)).exists():
+                    save_png(to_image(image), path)
+        for store in self.others:  # what is finished stays: rows of a shorter request come first
+            name = store.folder.name
+            kept = (store._read(range(first, first)) or tensors)[name]
+            if kept is tensors[name] or len(kept) < len(tensors[name]):
+                store.write(first, {name: torch.cat([kept, tensors[name][len(kept) :]])})
 
     @property
     def grids(self) -> list[Path]:
@@ -76,12 +82,22 @@ class Samples(Shards):
     def complete(self) -> bool:
         return not self.missing() and all(path.exists() for path in self.grids)
 
+    @property
+    def files(self) -> list[Path]:
+        """The samples and grids in the folder, of any variables and settings: files of the names that we write."""
+        return [path for path in self.folder.glob("*/*") if OURS.fullmatch(path.name) and not path.is_dir()]
+
     def clear(self) -> None:
-        """Delete all samples. Raises UserError if that fails: leftovers would pass for samples of the new settings."""
+        """Delete all samples and grids, and no other file.
+
+        Raises UserError if that fails: what stayed would pass for samples of the new settings.
+        """
         try:
-            shutil.rmtree(self.folder)
-        except FileNotFoundError:
-            pass
+            for path in (files := self.files):
+                path.unlink()
+            for folder in {path.parent for path in files}:
+                with suppress(OSError):  # other files are in it
+                    folder.rmdir()
         except OSError as error:
             hint = "delete it by hand, or choose another folder with --out"
             raise UserError(f"cannot be deleted: {error.strerror or error}", str(self.folder), hint) from error

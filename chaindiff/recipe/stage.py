@@ -160,9 +160,9 @@ class RecipeStage:
             named = user_path(self.spec.weights, self.assembly.loaded.where(f"stages.{self.name}.weights"))
             yield self._of_run(named) if named.is_dir() else named
             return
-        own = self.folder / "weights.safetensors"
-        if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
-            yield own
+        for own in (home / "stages" / self.name / "weights.safetensors" for home in self.assembly.homes):
+            if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
+                yield own
         if (shipped := registry.shipped(self.identity)) is not None:
             yield shipped
 

@@ -24,6 +24,7 @@ from chaindiff.io.processes import processes, share
 from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, save_png
+from chaindiff.specs.lock import write_lock
 from chaindiff.training.batches import Batches, Features
 from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
@@ -39,6 +40,7 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
 
     An unfinished run resumes where it stopped. Raises UserError for data, weights or settings that do not fit.
     """
+    keep_recipe(assembly)
     part = assembly.stages[name]
     spec, folder, stage = part.spec, part.folder, part.build()
     state = folder / "state.safetensors"
@@ -88,6 +90,13 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
             if progress.preview is not None and accelerator.is_main_process:
                 preview(progress.preview, batches, folder / "previews" / f"{progress.images:09d}.png")
     return folder / "weights.safetensors"
+
+
+def keep_recipe(assembly: Assembly) -> None:
+    """Make the directory a run of this recipe, so that it can be named from now on."""
+    held = assembly.held()
+    if processes().is_main_process and (held is None or held.recipe != assembly.recipe):
+        write_lock(assembly.out, assembly.recipe, held.lock if held else {})
 
 
 def preview(stage: nn.Module, batches: Batches, path: Path) -> None:

@@ -47,7 +47,8 @@ class Page:
     """What the page of a run shows; every string but `chain_svg` is plain text.
 
     `provenance`: heading -> name -> value, such as {"Weights": {"stages/clip": "sha256 ..."}, "Versions": {...}}.
-    `recipe`: the locked recipe. `banner`: a line on top, such as that a smoke run is not a result.
+    `recipe`: the locked recipe. `banner`: a line on top, such as that a smoke run is not a result. `shows`: a
+    fingerprint of its content.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Page:
     sections: Sequence[Section] = ()
     provenance: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     recipe: str = ""
+    shows: str = ""
 
 
 def write_report(path: str | os.PathLike[str], page: Page) -> None:

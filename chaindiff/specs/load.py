@@ -54,10 +54,11 @@ class Loaded:
 
     @property
     def spoken(self) -> str:
-        """The recipe as a command names it: by its bare name if it is shipped, else by its path."""
+        """The recipe as a command names it: by its bare name if it is shipped, else by its path or its run's."""
         shipped = self.path.parent == SHIPPED / _FOLDERS["recipe"]
-        here = self.path.is_relative_to(Path.cwd())
-        return self.path.stem if shipped else os.fspath(self.path.relative_to(Path.cwd()) if here else self.path)
+        path = self.path.parent if self.path.name == LOCK else self.path
+        here = path.is_relative_to(Path.cwd())
+        return self.path.stem if shipped else os.fspath(path.relative_to(Path.cwd()) if here else path)
 
     def override(self, changes: Mapping[str, Any]) -> Loaded:
         """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
@@ -128,7 +129,7 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
 def _unfit(path: Path, what: What) -> tuple[str, str | None] | None:
     """Why the file at a path is not a recipe or card, and how to fix it; None if there is no file."""
     if path.name == LOCK and path.parent.is_dir() and not os.path.lexists(path):
-        hint = "name a recipe, or the directory of a run that has started sampling"
+        hint = "name a recipe, or the directory of a run"
         return f"is a directory without {LOCK}, so it is not a run", hint
     if path.suffix not in (".yaml", ".yml") or not os.path.lexists(path):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from chaindiff.data.items import Data, Items
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.processes import sole_writer
 from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec, TrainSpec
 from chaindiff.specs.validate import config
@@ -71,7 +73,8 @@ def train(
             raise UserError(f"stage '{name}' has nothing to train: it is not a torch.nn.Module with parameters")
         batches: Any = data if callable(data) else batches_of(what, stage, data, how, spec.seed)
         place = None if folder is None else Path(folder) / "stages" / name
-        _train_stage(stage, batches, spec, place, progress)
+        with sole_writer(Path(folder)) if folder is not None else nullcontext():
+            _train_stage(stage, batches, spec, place, progress)
         if isinstance(what, Chain):
             what.stages.loaded[name] = stage
             what.weights.pop(name, None)  # they come from no file now
