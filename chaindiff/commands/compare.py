@@ -134,7 +134,7 @@ def figures_of(path: Path) -> list[dict[str, Any]] | None:
             figure["label"] = "the chain" if figure["row"] == found[0]["row"] else figure["row"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             "is not what an evaluation leaves", str(path), "delete it and evaluate the run again"
         ) from error

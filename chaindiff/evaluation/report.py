@@ -8,11 +8,14 @@ from operator import add, sub
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
 from chaindiff.evaluation.vectors import vector_report
 from chaindiff.io.files import write_whole
+from chaindiff.io.progress import say
 from chaindiff.show import plots
 from chaindiff.show.images import grid, png_bytes
 from chaindiff.show.page import Picture, Section
@@ -104,20 +107,36 @@ class Report:
         return path
 
 
+class _Part(BaseModel):
+    title: str
+    note: str
+    table: list[list[str]]
+    pictures: dict[str, str]
+
+
+class _Written(BaseModel):
+    parts: list[_Part]
+
+
 def sections(out: Path) -> list[Section]:
     """The parts of an evaluation for the page of a run; none if there was no evaluation."""
     path = out / METRICS
     if not path.exists():
         return []
-    return [
-        Section(
-            part["title"],
-            part["note"],
-            part["table"],
-            [Picture(name, (out / "evaluation" / file).read_bytes()) for name, file in part["pictures"].items()],
-        )
-        for part in json.loads(path.read_text())["parts"]
-    ]
+    try:
+        return [
+            Section(
+                part.title,
+                part.note,
+                part.table,
+                [Picture(name, (out / "evaluation" / file).read_bytes()) for name, file in part.pictures.items()],
+            )
+            for part in _Written.model_validate_json(path.read_bytes()).parts
+        ]
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not what an evaluation leaves"
+        say(f"the page goes without the evaluation; evaluate again: {path} or a picture of it is damaged ({reason})")
+        return []
 
 
 def provenance(rows: Sequence[Measured]) -> str:

@@ -143,12 +143,12 @@ class Study:
             texts = self._captions(row, judge)  # a data set's digest does not cover them
             depends = [row.key, row.count, against.key, judge, encoder, *([digest(texts)] if texts else [])]
             path = self.folder / "figures" / f"{digest(depends)}.json"
-            if not path.exists():
+            if (measured := _kept(path)) is None:
                 measured = self._patches(row, against) if judge == PATCHES else self._measure(row, against, judge)
                 measured += self._alignment(row, judge, texts) if texts else []
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, json.dumps([figure.model_dump() for figure in measured]).encode())
-            found += [Figure(**plain) for plain in json.loads(path.read_text())]
+            found += measured
         return found
 
     def _measure(self, row: Row, against: DataImages, judge: str) -> list[Figure]:
@@ -207,6 +207,14 @@ class Study:
         samples, nearest, _ = zip(*found.closest[:most], strict=True)
         fake, real = row.images(samples).float() / 127.5 - 1, self.data(row, None).values.of(row.of, nearest)
         return torch.stack([fake, real], 1).flatten(0, 1)
+
+
+def _kept(path: Path) -> list[Figure] | None:
+    """Figures that were measured before; None if there are none, or the file is damaged."""
+    try:
+        return [Figure(**plain) for plain in json.loads(path.read_text())] or None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def _chosen(total: int, count: int, seed: int) -> list[int]:

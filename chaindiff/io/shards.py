@@ -17,7 +17,7 @@ from chaindiff.io.errors import UserError
 class Shards:
     """`count` rows of named tensors in `folder`: safetensors files of `size` rows, each named after its first row.
 
-    `key` identifies all that the rows depend on but their number. A file that is missing, cut short, another's, or has
+    `key` identifies all that the rows depend on but their number. A file that is missing, damaged, another's, or has
     too few rows is made again, so that whatever was interrupted goes on; one with more rows than are asked for serves.
     """
 
@@ -61,7 +61,6 @@ class Shards:
 
     def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
         """One file of rows, from number `first`."""
-        # One entry of metadata: with more, the format's writer orders them at random.
         tensorfile.save(self.path(first), tensors, {"identity": self.key})
 
     # -- reading them
@@ -71,10 +70,10 @@ class Shards:
         return Stored(self, name, self.count)
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of the file that holds row `number`, mapped into memory. Raises UserError if it is missing."""
+        """The tensors of the file that holds row `number`, mapped into memory. Raises UserError if it is not there."""
         rows = range(self.count)[number - number % self.size :][: self.size]
         if (tensors := self._read(rows)) is None:
-            message = f"{self.folder} is not complete: {self.path(rows.start).name} is missing"
+            message = f"{self.folder} is not complete: {self.path(rows.start).name} is missing or damaged"
             raise UserError(message, hint="run the same command again: it makes what is missing")
         return tensors
 

@@ -1,47 +1,81 @@
-"""Files of a stage: weights with their configuration, and the whole state of a training run. Atomic, never pickled."""
+"""Files of a stage: weights with their configuration, and the whole state of a training run. Atomic, never pickled.
+
+They are safetensors files, written here: the same tensors and metadata are the same bytes, which the format's own
+writer does not promise, and a checksum of all bytes stands in the metadata.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import re
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import whole
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CHECKSUM = "crc32"
+SUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # nowhere else in a header: in a text its quotes are escaped
+NONE = "00000000"  # in its own place while a checksum is computed
+HEADER_BYTES = 16 << 20  # the header of a hundred thousand tensors
+PIECE = 1 << 24  # bytes read at once
 
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file as `files.whole` does, flushed to the disk; raises what that raises."""
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], before: Path | None = None) -> None:
+    """Write a safetensors file as `files.whole` does, one tensor in memory at a time; raises what that raises,
+    and UserError for numbers that no safetensors file holds.
+    """
     plain = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    with whole(path) as temporary:
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, plain)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # safetensors writes for the owner alone
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that were killed while they wrote have left: a file as large as a checkpoint each."""
-    for path in folder.glob(".*.safetensors.*.tmp"):
-        path.unlink(missing_ok=True)
+    header: dict[str, Any] = {"__metadata__": dict(sorted({**plain, CHECKSUM: NONE}.items()))}
+    if strange := [name for name in tensors if tensors[name].dtype not in DTYPES]:
+        raise UserError(f"cannot write {path}: '{strange[0]}' is of {tensors[strange[0]].dtype}")
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # which aligns them
+    end = 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"))
+    first = (text + " " * (-len(text) % 8)).encode()
+    checksum = zlib.crc32(first)
+    with whole(path, before) as file:
+        file.write(len(first).to_bytes(8, "little") + first)
+        for name in names:
+            data = memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+        file.seek(8)
+        file.write(first.replace(f'"{CHECKSUM}":"{NONE}"'.encode(), f'"{CHECKSUM}":"{checksum:08x}"'.encode()))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise SafetensorError("it is not a file")
+        with path.open("rb") as start:
+            if HEADER_BYTES < int.from_bytes(start.read(8), "little") < path.stat().st_size:
+                raise SafetensorError(f"its header is longer than {HEADER_BYTES >> 20} MiB")
         with safe_open(path, "pt") as file:
             yield file
     except FileNotFoundError as error:
@@ -51,23 +85,47 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is not a complete safetensors file: {error}", hint=hint) from error
 
 
+def _metadata(file: Any) -> dict[str, str]:
+    return {k: v for k, v in (file.metadata() or {}).items() if k != CHECKSUM}
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, cut short or something else."""
+    """Tensors, mapped into memory, and metadata of a safetensors file.
+
+    Raises UserError if it is missing, cut short, something else, or not what was written.
+    """
     with _opened(path) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        status = path.stat()
+        if not _intact(path, status.st_size, status.st_mtime_ns):
+            raise SafetensorError("its checksum is another, so its content is not what was written")
+        return {k: file.get_tensor(k) for k in file.keys()}, _metadata(file)  # noqa: SIM118
+
+
+@cache
+def _intact(path: Path, size: int, changed: int) -> bool:
+    """Whether a file has the checksum that it names; looked at once in a process. Others' files name none."""
+    with path.open("rb") as file:
+        first = file.read(int.from_bytes(file.read(8), "little"))
+        said = SUM.search(first)
+        if said is None:
+            return True
+        checksum = zlib.crc32(first.replace(said[0], said[0].replace(said[1], NONE.encode())))
+        while piece := file.read(PIECE):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum == int(said[1], 16)
 
 
 def shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What `load` gives, with tensors on the meta device: only the file's header is read; raises what `load` raises."""
     with _opened(path) as file:
         sizes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
-        return {k: torch.empty(size, device="meta") for k, size in sizes.items()}, file.metadata() or {}
+        return {k: torch.empty(size, device="meta") for k, size in sizes.items()}, _metadata(file)
 
 
 def metadata(path: Path) -> dict[str, str]:
     """The metadata alone, without reading tensors; raises what `load` raises."""
     with _opened(path) as file:
-        return file.metadata() or {}
+        return _metadata(file)
 
 
 def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -55,14 +55,14 @@ class Samples(Shards):
         self.others = [Shards(folder / v.name, v.identity, count, batch) for v in variables if v.kind != "image"]
 
     def holds(self, rows: range) -> bool:
-        images = all(_png(folder, number).exists() for folder in self.images for number in rows)
+        images = all(_intact(_png(folder, number)) for folder in self.images for number in rows)
         return images and all(store.holds(rows) for store in self.others)
 
     def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
         for folder in self.images:
             folder.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(tensors[folder.name], first):
-                save_png(to_image(image), _png(folder, number))
+                save_png(to_image(image), _png(folder, number), sync=False)  # many, and each is looked into
         for store in self.others:
             store.write(first, {store.folder.name: tensors[store.folder.name]})
 
@@ -72,7 +72,7 @@ class Samples(Shards):
 
     @property
     def complete(self) -> bool:
-        return not self.missing() and all(path.exists() for path in self.grids)
+        return not self.missing() and all(map(_intact, self.grids))
 
     def clear(self) -> None:
         """Delete all. Raises UserError if that fails: what stayed would pass for samples of the new settings."""
@@ -103,6 +103,16 @@ def read_image(path: Path) -> Tensor:
             f"not a readable image: {error}", str(path), "delete it, and the same command makes it again"
         ) from error
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _intact(path: Path) -> bool:
+    """Whether a PNG is there, with the checksums of all its parts."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except Exception:  # PIL raises many kinds for files that are cut short or something else
+        return False
+    return True
 
 
 def _png(folder: Path, number: int) -> Path:

@@ -24,6 +24,7 @@ from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
+from chaindiff.training import states
 from chaindiff.training.begin import begin_from, other_preconditioning
 
 if TYPE_CHECKING:
@@ -185,12 +186,11 @@ class RecipeStage:
     @property
     def unfinished(self) -> bool:
         """Whether this run has begun to train the stage, and was stopped before it wrote the weights."""
-        state, weights = (self.folder / f"{what}.safetensors" for what in ("state", "weights"))
-        if not state.exists():
+        weights, state = self.folder / "weights.safetensors", states.last(self.folder)
+        if state is None:
             return False
-        kept = tensorfile.metadata(state)
         written = tensorfile.metadata(weights).get("images") if weights.exists() else None
-        return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
+        return state.images < state.total or written != str(state.images)
 
     def check_begin(self, fresh: bool = False) -> None:
         """Whether the stage, if it is yet to be trained, can begin from its `init`, of which only the header is read.

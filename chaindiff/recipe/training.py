@@ -21,6 +21,7 @@ from chaindiff.io.processes import processes, share
 from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, save_png
+from chaindiff.training import states
 from chaindiff.training.batches import Batches, Features
 from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
@@ -38,12 +39,10 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     """
     part = assembly.stages[name]
     spec, folder, stage = part.spec, part.folder, part.build()
-    state = folder / "state.safetensors"
     images, total = 0, spec.train.images
     tensors: dict[str, Tensor] | None = None
-    if state.exists():
-        kept = tensorfile.metadata(state)
-        images, total = int(kept.get("images", 0)), int(kept.get("total", total))
+    if (state := states.last(folder)) is not None:
+        images, total = state.images, state.total or total
         if more and not part.unfinished:
             total = images + more
     elif more and start is not None:

@@ -12,6 +12,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 # Beyond these numbers nothing could be built, or even planned, in anybody's lifetime and memory.
 UpToThousand = Annotated[int, Field(gt=0, le=1_000)]
+UpToTenMillion = Annotated[int, Field(gt=0, le=10_000_000)]
 UpToMillion = Annotated[int, Field(gt=0, le=1_000_000)]
 
 Problems = Iterator[tuple[str, str]]  # a field, dotted, and what is wrong with it

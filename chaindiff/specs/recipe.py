@@ -9,10 +9,9 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
 )
 
-from chaindiff.specs.base import Name, Problems, Spec, UpToMillion
+from chaindiff.specs.base import Name, Problems, Spec, UpToMillion, UpToTenMillion
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
@@ -204,7 +203,7 @@ class SampleSpec(Spec):
         description="known values: of a label a class's name or number, of a text the text, or a list of either, one a "
         "sample; else a file or folder. `--set sample.given={}` clears them, `--given NAME=null` takes one away",
     )
-    count: PositiveInt = 64
+    count: UpToTenMillion = 64
     seed: NonNegativeInt = 0
     batch: UpToMillion = 64
     exact: bool = Field(default=False, description="pad every call to one tile: bit-identical for any batch size")
@@ -217,7 +216,7 @@ class SampleSpec(Spec):
 class EvaluateSpec(Spec):
     """What `chaindiff evaluate` measures, and against what."""
 
-    count: PositiveInt = Field(default=1000, description="samples of every row")
+    count: UpToTenMillion = Field(default=1000, description="samples of every row")
     judges: Annotated[list[str], Field(min_length=1)] = Field(
         default=["judge_conv", "judge_vit"], description="feature extractors; `chaindiff list judges` shows all"
     )

@@ -17,6 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import UNWRITABLE, write_whole
+from chaindiff.io.progress import say
 
 
 class Metrics:
@@ -27,10 +28,13 @@ class Metrics:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.board = folder / "tensorboard" / name
         self.board.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["images"] <= images]
+        if self.path.is_file():
+            lines = self.path.read_text(errors="replace").splitlines()
+            seen = [_images(line) for line in lines]
+            kept = [line for line, at in zip(lines, seen, strict=True) if at is not None and at <= images]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
+            if odd := seen[:-1].count(None):  # whoever is killed leaves half a last line
+                say(f"{self.path}: {odd} lines that are no figures are left out")
         self._event(images, file_version="brain.Event:2")
         self._event(images + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was after
 
@@ -43,6 +47,15 @@ class Metrics:
         record = io.BytesIO()
         RecordWriter(record).write(Event(step=images, wall_time=time.time(), **what).SerializeToString())
         append(self.board, record.getvalue())
+
+
+def _images(line: str) -> int | None:
+    """After how many images a line was written; None if it is not such a line."""
+    try:
+        images = json.loads(line)["images"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return images if type(images) is int else None
 
 
 def append(path: Path, data: bytes) -> None:

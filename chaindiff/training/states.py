@@ -1,0 +1,126 @@
+"""Checkpoints of a training run: all that it needs to go on. The last two are kept, in case the newer is damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chaindiff.edm.ema import Average
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError
+from chaindiff.io.progress import say
+
+NEWER, OLDER = "state.safetensors", "state.before.safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """A checkpoint after `images` of `total` images."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    images: int
+    total: int
+
+
+def last(folder: Path) -> State | None:
+    """The last checkpoint of a stage's folder that is whole, or None; says so if a newer one is damaged.
+
+    Raises UserError if there are some, but none is whole.
+    """
+    damage: UserError | None = None
+    for path in (folder / NEWER, folder / OLDER):
+        if not path.exists():
+            continue
+        try:
+            found = _read(path)
+        except UserError as error:
+            damage = damage or error
+            continue
+        if damage is not None:
+            _note(f"{damage.message}; training goes on from the checkpoint before it, after {found.images} images")
+        return found
+    if damage is not None:
+        hint = f"you may delete {NEWER} and {OLDER} in {folder}, to train that stage anew"
+        raise UserError(damage.message, hint=hint)
+    return None
+
+
+@cache
+def _note(text: str) -> None:
+    say(text)
+
+
+def _read(path: Path) -> State:
+    tensors, kept = tensorfile.load(path)
+    try:
+        images, total = int(kept["images"]), int(kept.get("total", 0))
+        batch = int(json.loads(kept["stage"])["train"]["batch"]) if "stage" in kept else 1
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a training state: its metadata does not say after how many images") from error
+    if images < 1 or total < 0 or (total and images >= total + batch):
+        raise UserError(f"{path} is a training state of an impossible number of images: {images} of {total}")
+    steps = [value for name, value in tensors.items() if name.startswith("optimizer.") and name.endswith(".step")]
+    if not steps:
+        raise UserError(f"{path} is a training state without its optimizer's")
+    if not all(step.numel() == 1 and 1 <= float(step) <= images / batch for step in steps):
+        raise UserError(f"{path} is a training state whose optimizer has made an impossible number of steps")
+    return State(path, tensors, kept, images, total)
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], damaged: bool = False) -> None:
+    """The newest checkpoint; the one before it is kept, unless that is `damaged`: then an older one stays."""
+    tensorfile.save(folder / NEWER, tensors, metadata, None if damaged else folder / OLDER)
+
+
+def discard(folder: Path) -> None:
+    """Delete all checkpoints."""
+    for name in (OLDER, NEWER):  # in this order, so that none that is older passes for the last
+        (folder / name).unlink(missing_ok=True)
+
+
+def state_tensors(stage: nn.Module, emas: Mapping[str, Average], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a run needs to go on, as flat named tensors."""
+    tensors = {f"model.{k}": v for k, v in stage.state_dict().items()}
+    for name, ema in emas.items():
+        tensors |= {f"{name}.{k}": v for k, v in ema.model.state_dict().items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
+    return tensors
+
+
+def restore(
+    tensors: dict[str, Tensor],
+    stage: nn.Module,
+    emas: Mapping[str, Average],
+    optimizer: torch.optim.Optimizer,
+    where: str,
+) -> None:
+    """Puts a checkpoint's tensors where they belong. Raises UserError for those of another stage or optimizer."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    tensorfile.fill(stage, part("model."), where)
+    for name, ema in emas.items():
+        tensorfile.fill(ema.model, part(f"{name}."), where)
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = dict(enumerate(stage.parameters()))
+    for key, value in part("optimizer.").items():
+        index, _, name = key.partition(".")
+        like = parameters.get(int(index)) if index.isdecimal() else None
+        if like is None or value.shape not in (like.shape, torch.Size()):
+            raise UserError(f"{where} does not fit this stage: optimizer.{key:.80}", hint="delete it to train anew")
+        # Moments in the parameter's memory format are many times faster.
+        state.setdefault(int(index), {})[name] = (
+            torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
