@@ -1,4 +1,4 @@
-"""The command line. Every command says what it needs and hands over to `commands/`; torch is imported only then."""
+"""The command line. Each command declares its options and hands over to `commands/`; torch is imported only then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chaindiff.io.processes import first_to_fail, processes
 app = typer.Typer(
     name="chaindiff",
     help="Declare, train, sample and measure chains of diffusion models.",
-    epilog="RECIPE is a path, a name that `chaindiff list` shows, or the directory of a run.",
+    epilog="RECIPE is a path, a name from `chaindiff list`, or a run's directory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,43 +38,43 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run's directory (de
 Given = Annotated[
     list[str],
     typer.Option(
-        "--given", metavar="NAME=VALUE", help="A variable that is known.", autocompletion=completion.assignments
+        "--given", metavar="NAME=VALUE", help="Condition on this value.", autocompletion=completion.assignments
     ),
 ]
 Want = Annotated[
     list[str],
     typer.Option("--want", metavar="NAME", help="A variable to sample.", autocompletion=completion.variables),
 ]
-Count = Annotated[int | None, typer.Option("--count", min=1, help="How many samples.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Other samples of the same chain.")]
-Batch = Annotated[int | None, typer.Option("--batch", min=1, help="How many at a time.")]
+Count = Annotated[int | None, typer.Option("--count", min=1, help="Number of samples.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sampling seed.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per batch.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout; messages to stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout; messages go to stderr.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0, 2 after a mistake that one message explains, 130 when interrupted."""
+    """Run a command and exit: 0 on success, 2 after a user's error, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(arguments, prog_name="chaindiff", standalone_mode=False)
     except Exception as error:
         status = _explain(error, debug="--debug" in arguments)
     if status == 130:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _explain(error: Exception, debug: bool) -> int:
-    """Print what a person can mend; of several processes, the first to fail. Raises what is no mistake of theirs."""
+    """Print a user's error, in only the first of several processes to fail. Reraises every other error."""
     if not (debug or first_to_fail()):
-        return 2  # the same mistake, or what another's failure did to this process
+        return 2  # the same error, or a consequence of another process's failure
     show = getattr(error, "show", None)
     if show is not None:
-        show()  # Typer's own errors of usage know how to print themselves
+        show()  # Typer's usage errors print themselves
     elif isinstance(error, (UserError, OSError)) and not debug:
         print(f"error: {error if isinstance(error, UserError) else _system(error)}", file=sys.stderr)
     elif memory.full(error) and not debug:
@@ -85,7 +85,7 @@ def _explain(error: Exception, debug: bool) -> int:
 
 
 def _system(error: OSError) -> str:
-    """The operating system's refusal: disk full, no permission."""
+    """The operating system's error: disk full, permission denied."""
     what = error.strerror or str(error)
     return f"{error.filename}: {what}" if error.filename else what
 
@@ -151,12 +151,12 @@ def run(
     out: Out = None,
     changes: Set = [],  # noqa: B006
     allow_code: AllowCode = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Go through everything once, as small as possible.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Run every part once, at tiny sizes.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Do what is missing of a recipe: train, sample, report."""
+    """Run whatever a recipe still needs: training, sampling, the report."""
     loaded = _load(recipe, changes, allow_code)
     asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
     _facts(_work("commands.run", quiet, as_json).run(loaded, out=out, smoke=smoke, **asked), as_json)
@@ -169,14 +169,14 @@ def train(
         str | None, typer.Option("--stage", help="Only this stage.", autocompletion=completion.stages)
     ] = None,
     more: Annotated[int, typer.Option("--more", min=0, metavar="IMAGES", help="Train beyond the recipe's images.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train anew even where there are weights.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train from scratch even if there are weights.")] = False,
     out: Out = None,
     changes: Set = [],  # noqa: B006
     allow_code: AllowCode = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train the stages of a recipe, or go on with it."""
+    """Train the stages of a recipe, or continue training."""
     loaded = _load(recipe, changes, allow_code)
     if stage is not None and stage not in loaded.recipe.stages:
         from chaindiff.io.errors import did_you_mean
@@ -210,7 +210,7 @@ def sample(
 def evaluate(
     recipe: RecipeName,
     of: Annotated[str | None, typer.Option("--of", metavar="NAME", help="The image variable to measure.")] = None,
-    links: Annotated[bool, typer.Option("--links", help="What each link costs: stages replaced by the data.")] = False,
+    links: Annotated[bool, typer.Option("--links", help="What each link costs, by ground-truth conditioning.")] = False,
     sweep: Annotated[
         list[str],
         typer.Option(
@@ -220,11 +220,11 @@ def evaluate(
             autocompletion=completion.fields,
         ),
     ] = [],  # noqa: B006
-    baseline: Annotated[list[str], typer.Option("--baseline", metavar="RECIPE", help="Compare with it.")] = [],  # noqa: B006
-    oracle: Annotated[list[str], typer.Option("--oracle", metavar="NAME", help="Take it from the data.")] = [],  # noqa: B006
+    baseline: Annotated[list[str], typer.Option("--baseline", metavar="RECIPE", help="A recipe to compare with.")] = [],  # noqa: B006
+    oracle: Annotated[list[str], typer.Option("--oracle", metavar="NAME", help="Condition on its ground truth.")] = [],  # noqa: B006
     given: Given = [],  # noqa: B006
-    count: Annotated[int | None, typer.Option("--count", min=2, help="Samples of every row.")] = None,
-    seed: Annotated[list[int], typer.Option("--seed", min=0, help="A sampling seed; several give intervals.")] = [],  # noqa: B006
+    count: Annotated[int | None, typer.Option("--count", min=2, help="Samples per row.")] = None,
+    seed: Annotated[list[int], typer.Option("--seed", min=0, help="A sampling seed; repeat it for intervals.")] = [],  # noqa: B006
     judge: Annotated[list[str], typer.Option("--judge", metavar="NAME", help="A feature extractor.")] = [],  # noqa: B006
     out: Out = None,
     changes: Set = [],  # noqa: B006
@@ -271,7 +271,7 @@ def plan(
 ) -> None:
     """Check a recipe and show what a request would run, and what it costs."""
     loaded = _load(recipe, changes, allow_code)
-    # The JSON says all that the table says.
+    # The JSON holds everything that the table shows.
     plan = _work("commands.plan", quiet or as_json).plan
     _facts(plan(loaded, want=want or None, given=_values(given), picture=picture), as_json)
 
@@ -279,15 +279,15 @@ def plan(
 @app.command()
 def ema(
     stage: Annotated[Path, typer.Argument(metavar="RUN/stages/STAGE", show_default=False)],
-    std: Annotated[float, typer.Option("--std", help="Its width, as a share of the training so far: 0.07.")],
+    std: Annotated[float, typer.Option("--std", help="Its relative width, sigma_rel in EDM2, such as 0.07.")],
     out: Annotated[Path, typer.Option("--out", help="The weights file to write.")],
     images: Annotated[
-        int | None, typer.Option("--images", help="After so many training images (default: all).")
+        int | None, typer.Option("--images", help="After this many training images (default: all).")
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Reconstruct an average of another length from the snapshots that `train: {ema: {kind: power}}` left."""
+    """Reconstruct an EMA of another length from the snapshots of `train: {ema: {kind: power}}`."""
     done = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
     if not quiet:
         print(done)
@@ -299,10 +299,10 @@ def import_(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", metavar="RECIPE", help="Write weights to sample with.", autocompletion=completion.recipes
+            "--recipe", metavar="RECIPE", help="The recipe to write weights for.", autocompletion=completion.recipes
         ),
     ] = None,
-    stage: Annotated[str | None, typer.Option("--stage", help="The recipe's stage that it is.")] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="The recipe's stage to write.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file to write (default: SNAPSHOT.safetensors).")
     ] = None,
@@ -311,9 +311,9 @@ def import_(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Read a snapshot of EDM or VCDM, executing nothing of it, and write it as safetensors."""
+    """Convert an EDM or VCDM snapshot to safetensors, executing none of its code."""
     if recipe is None and (stage is not None or changes):
-        raise UserError("--stage and --set belong to a recipe: say --recipe RECIPE")
+        raise UserError("--stage and --set apply to a recipe: add --recipe RECIPE")
     loaded = None if recipe is None else _load(recipe, changes, allow_code)
     _work("commands.importing", quiet).import_snapshot(snapshot, out=out, loaded=loaded, stage=stage)
 
@@ -332,7 +332,7 @@ def list_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List recipes, stage cards, what else a recipe can name, weights and runs."""
+    """List recipes, stage cards, a recipe's other building blocks, weights and runs."""
     from chaindiff.commands.catalogue import GROUPS, TITLES
     from chaindiff.io.errors import did_you_mean
 

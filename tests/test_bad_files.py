@@ -128,7 +128,7 @@ def test_init_from_what_cannot_begin_a_stage(refused, finished, tmp_path):
     for path, expected in (
         (tmp_path / "nowhere.safetensors", "there is no weights file "),
         (tmp_path / "w.safetensors", "w.safetensors is not a complete safetensors file: "),
-        (finished / "samples/group/000000.safetensors", "000000.safetensors cannot begin this stage: "),
+        (finished / "samples/group/000000.safetensors", "000000.safetensors cannot initialise this stage: "),
     ):
         assert expected in refused("train", "--stage", "image", "--set", f"stages.image.init={path}")
     assert not (tmp_path / "run" / "stages").exists()
@@ -143,7 +143,7 @@ def test_init_is_checked_before_anything_is_planned_or_trained(refused, recipe, 
         (tmp_path, f"there is no weights file {tmp_path}\n"),
         (tmp_path / "half.pkl", "half.pkl is not a complete safetensors file: "),
         (tmp_path / "half.pkl", "what `chaindiff import SNAPSHOT.pkl` makes of a snapshot"),
-        (finished / "stages/image/weights.safetensors", "weights.safetensors cannot begin this stage: "),
+        (finished / "stages/image/weights.safetensors", "weights.safetensors cannot initialise this stage: "),
     ):
         assert status("plan", recipe, "--set", f"{field}={path}") == 2
         message = capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_init_is_checked_before_anything_is_planned_or_trained(refused, recipe, 
 @pytest.mark.parametrize("content", [b"", b"these are no weights, whatever the name"])
 def test_a_damaged_state_is_named_with_what_to_do(refused, finished, tmp_path, content):
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
-    for name in ("state", "state.before"):
+    for name in ("state", "state.previous"):
         (out / f"stages/image/{name}.safetensors").write_bytes(content)
     message = refused("train", "--stage", "image", out=out)
     assert "state.safetensors is not a complete safetensors file: " in message and "you may delete" in message
@@ -212,8 +212,8 @@ def test_given_files_that_cannot_be_used(refused, finished, tmp_path, name, cont
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("group=²", "'²' is no class of group; known: a, b"),
-        ("group=c", "'c' is no class of group"),
+        ("group=²", "'²' is not a class of group; known: a, b"),
+        ("group=c", "'c' is not a class of group"),
         ("group=2", "2 is not one of 2 classes"),
         ("group=", "expected a class's name or number, or a list of them, not nothing"),
         ("group=[a, b]", "2 values for 3 samples"),

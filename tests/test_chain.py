@@ -228,7 +228,7 @@ def test_links_of_different_meaning_are_refused() -> None:
     prior = PriorSpec(kind="prior", width=16, depth=1, heads=2)
     with pytest.raises(
         UserError,
-        match="another 'clip' than the rest of the chain: its meaning is encoder B, not encoder A",
+        match="a different 'clip' from the rest of the chain: its meaning is encoder B, not encoder A",
     ):
         Chain([Diffusion(one, network=prior), Diffusion(Variable.vector("y", 2), given=[other], network=prior)])
 

@@ -121,7 +121,7 @@ def test_weights_that_cannot_begin_a_stage(tmp_path) -> None:
     with pytest.raises(UserError) as error:
         begin_from(image_stage(2, given=given), path)
     assert error.value.message == (
-        f"{path} cannot begin this stage: network.map_layer0.bias is missing; "
+        f"{path} cannot initialise this stage: network.map_layer0.bias is missing; "
         "network.dec.8x8_in0.context_kv.weight is missing; network.dec.8x8_in0.context_kv.bias is missing; "
         "network.other is unexpected"
     )

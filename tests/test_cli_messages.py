@@ -156,7 +156,7 @@ def test_a_bug_keeps_its_traceback(work, error):
 
 def test_an_interrupt_is_one_line_and_status_130(command, work):
     work.error = KeyboardInterrupt()
-    assert command("train", RECIPE) == (130, "", "interrupted; the same command continues\n")
+    assert command("train", RECIPE) == (130, "", "interrupted; run the same command again to continue\n")
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_mistakes():
     for broken in ("[", "{}", '{"figures": [{"row": "a"}]}', '{"figures": 3}'):
         (folder / "metrics.json").write_text(broken)
         assert refusal("first", "second") == (
-            "runs/second/metrics.json: is not what an evaluation leaves\n  delete it and evaluate the run again"
+            "runs/second/metrics.json: is not the output of an evaluation\n  delete it and evaluate the run again"
         )
 
 

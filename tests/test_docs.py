@@ -6,7 +6,6 @@ lines of its output. A YAML block with a title is a file of that name. A shell b
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import inspect
@@ -226,40 +225,6 @@ def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
     for name, path in re.findall(r"`([\w.]+)` \(`(chaindiff/[\w/]+\.py)`\)", text):
         for part in name.split("."):
             assert re.search(rf"^ *(def|class) {part}\b", (ROOT / path).read_text(), re.MULTILINE), f"{name} in {path}"
-
-
-def floors() -> list[str]:
-    rows = re.findall(r"^\| `(\w+)` \| (?!TODO|\d)", (DOCS / "architecture.md").read_text(), re.MULTILINE)
-    return list(dict.fromkeys(rows))
-
-
-def test_the_table_of_floors_has_every_folder() -> None:
-    package = ROOT / "chaindiff"
-    units = {path.parent.relative_to(package).parts[0] for path in package.glob("*/*.py")} | {"cli"}
-    assert sorted(floors()) == sorted(units)
-
-
-@pytest.mark.parametrize("floor", floors())
-def test_imports_go_down_the_table(floor: str) -> None:
-    """Lazy imports count, those for type checkers do not."""
-    table, package = floors(), ROOT / "chaindiff"
-    below = set(table[: table.index(floor) + 1])
-    for path in [*(package / floor).rglob("*.py"), *package.glob(f"{floor}.py")]:
-        assert imported(path) & set(table) <= below, path
-
-
-def imported(path: Path) -> set[str]:
-    """The folders of the package that a file imports from."""
-    tree = ast.parse(path.read_text())
-    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    typing = {id(node) for block in blocks for node in ast.walk(block)}
-    modules = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing:
-            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import) and id(node) not in typing:
-            modules += [alias.name for alias in node.names]
-    return {module.split(".")[1] for module in modules if module.startswith("chaindiff.")}
 
 
 @pytest.mark.slow

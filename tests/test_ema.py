@@ -200,7 +200,7 @@ def test_what_cannot_be_reconstructed_is_explained(walk, tmp_path) -> None:
     message = refusal(reconstruct, files[-1:], 0.07)
     assert "the only snapshot up to there" in message and "train.ema.snapshot_every" in message
     assert "above 0 and below 0.2887" in refusal(reconstruct, files, 0.3)
-    assert "the snapshots end at 2048 images, and none tells of 4096" in refusal(reconstruct, files, 0.07, 4096)
+    assert "the snapshots end at 2048 images, before 4096" in refusal(reconstruct, files, 0.07, 4096)
 
     other = tmp_path / "snapshots" / "000002048-0.07.safetensors"
     tensors, kept = tensorfile.load(files[-1])
@@ -209,7 +209,7 @@ def test_what_cannot_be_reconstructed_is_explained(walk, tmp_path) -> None:
     tensorfile.save(other, {"moving": torch.zeros(3)}, kept)
     assert "are snapshots of different networks" in refusal(reconstruct, [*files, other], 0.07)
     tensorfile.save(other, tensors, META)
-    assert "is no snapshot of a power-function average" in refusal(reconstruct, [other], 0.07)
+    assert "is not a snapshot of a power-function average" in refusal(reconstruct, [other], 0.07)
     assert "kind: power" in refusal(reconstruct_stage, tmp_path / "nothing", 0.07)
 
 
@@ -254,7 +254,7 @@ def test_resumed_tracks_and_snapshots_are_those_of_undisturbed_training(tmp_path
     assert (
         sorted(whole)
         == sorted(killed)
-        == sorted([*names, "state.before.safetensors", "state.safetensors", "weights.safetensors"])
+        == sorted([*names, "state.previous.safetensors", "state.safetensors", "weights.safetensors"])
     )
     for name, path in whole.items():
         (mine, _), (theirs, _) = tensorfile.load(path), tensorfile.load(killed[name])

@@ -225,7 +225,7 @@ def test_a_link_s_oracle_brings_the_label_of_the_same_image(recipe, run, tmp_pat
         (("--judge", "pixls"), "there is no feature extractor 'pixls'; did you mean 'pixels'?"),
         (("--baseline", "edm_emoji16"), "that recipe generates no 'image', but image16"),
         (("--oracle", "smal"), "no variable 'smal' in this chain"),
-        (("--given", "group=d"), "--given group: 'd' is no class of group; known: a, b, c"),
+        (("--given", "group=d"), "--given group: 'd' is not a class of group; known: a, b, c"),
         (("--given", "gruop=a"), "there is no variable 'gruop'; did you mean 'group'?"),
         (("--given", "group=a", "--links"), "--links: the given 'group' and the data's values would be of different"),
         (("--given", "group=a", "--oracle", "small"), "leave out --oracle small, or what is given: --set sample.given"),
@@ -305,7 +305,7 @@ def test_a_given_value_that_changes_nothing_is_refused(recipe, run, tmp_path):
     loaded = load_recipe(
         recipe, changes=["stages.image.given=[small]", "sample.given.group=a", "sample.given.small=s.npy"]
     )
-    with pytest.raises(UserError, match="the given 'group' changes nothing of 'image'") as error:
+    with pytest.raises(UserError, match="the given 'group' has no effect on 'image'") as error:
         Rows(loaded, "image", tmp_path, 6, [0], run)("tiny")[0].plan  # noqa: B018
     assert error.value.hint == "leave it out: --set sample.given.group=null"
 

@@ -72,7 +72,7 @@ def test_refused_names_and_weights(tmp_path, monkeypatch):
     assert "did you mean 'judge_conv'?" in refusal(lambda: extractor("judge_con"))
     assert "pixels:16" in refusal(lambda: extractor("pixels:x"))
     assert "did you mean 'small'?" in refusal(lambda: extractor("dinov2:smal"))
-    assert "nothing may stand behind the colon" in refusal(lambda: extractor("judge_conv:2"))
+    assert "nothing may follow the colon" in refusal(lambda: extractor("judge_conv:2"))
     assert "has no weights" in refusal(lambda: extractor("pixels", Path(__file__)))
     assert "no weights file" in refusal(lambda: extractor("inception_2015", tmp_path / "nothing.pth"))
     for name, file in (("inception_2015", "6726825d.pth"), ("dinov2", "dinov2_vitl14_pretrain.pth")):

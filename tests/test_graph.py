@@ -413,7 +413,7 @@ def test_unknown_names() -> None:
 def test_cycle_among_stages() -> None:
     text = refusal([stage("clip", "image"), stage("image", "clip")], ["image"])
     assert "stages form a cycle: clip -> image -> clip" in text or "image -> clip -> image" in text
-    assert "take one input away from one of: stage" in text
+    assert "remove an input from one of: stage" in text
 
 
 def test_one_variable_of_two_stages() -> None:
@@ -464,7 +464,7 @@ def test_joint_stage_not_trained_for_a_conditional() -> None:
 
 def test_an_encoder_shows_that_stages_leave_a_dependence_out() -> None:
     producers = [stage("clip"), stage("image"), encoder("clip", "image")]
-    assert "'image' and 'clip' would be sampled apart, though encoder 'clip_of_image' computes" in refusal(
+    assert "'image' and 'clip' would be sampled separately, though encoder 'clip_of_image' computes" in refusal(
         producers, ["image", "clip"]
     )
     assert "add 'clip' to what the stage of 'image' is given" in refusal(producers, ["image", "clip"])
@@ -519,7 +519,7 @@ def test_what_encodes_is_nearer_to_the_truth_than_what_decodes() -> None:
 def test_cycles_through_decoders() -> None:
     text = refusal([stage("latent", "image"), decoder("image", "latent")], ["image"])
     assert "stages and decoders form a cycle: " in text and "latent -> image" in text
-    assert "take one input away from one of: " in text and "stage 'latent'" in text and "decoder 'image'" in text
+    assert "remove an input from one of: " in text and "stage 'latent'" in text and "decoder 'image'" in text
     text = refusal([decoder("a", "b"), decoder("b", "a")], ["a"])
     assert text.startswith("decoders form a cycle: ")
 
@@ -536,7 +536,7 @@ def test_a_latent_and_an_encoding_of_its_image_are_not_sampled_apart() -> None:
     producers = [stage("latent"), stage("clip"), decoder("image", "latent"), encoder("clip", "image")]
     for want in (["image", "clip"], ["latent", "clip"]):
         text = refusal(producers, want)
-        assert "'image' and 'clip' would be sampled apart, though encoder 'clip_of_image'" in text
+        assert "'image' and 'clip' would be sampled separately, though encoder 'clip_of_image'" in text
         assert "add 'clip' to what the stage of 'latent' is given" in text
     twins = [stage("latent"), decoder("a", "latent"), decoder("b", "latent"), encoder("b", "a")]
     assert names_of(resolve(twins, ["a", "b"])) == ["latent", "a", "b"]

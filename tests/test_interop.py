@@ -269,7 +269,7 @@ def test_import_for_a_recipe_writes_weights_that_sample(tmp_path, edm, recipe, c
             ["--set", "variables.image.shape=[3, 32, 32]", "--set", "stages.image.network.attention=[16]"],
             "3 x 32 x 32, but the snapshot 16 pixels",
         ),
-        (["--set", "stages.image.given=[clip]"], "does not know: network.map_label.weight of clip"),
+        (["--set", "stages.image.given=[clip]"], "was not trained with: network.map_label.weight of clip"),
         (["--set", "stages.image.precondition.kind=x0"], "it was trained with EDM(sigma_data=0.5), not Direct("),
         (["--set", "variables.image.sigma_data=1"], "it was trained with EDM(sigma_data=0.5), not EDM(sigma_data=1.0)"),
         (["--stage", "imag"], "there is no stage 'imag'; did you mean 'image'?"),
@@ -313,7 +313,7 @@ def test_what_is_no_snapshot_of_an_image_network(tmp_path, capsys) -> None:
         status, _, error = command(capsys, "import", path, "--out", tmp_path / "x.safetensors")
         assert (status, message in error, "Traceback" in error) == (2, True, False), error
     assert command(capsys, "import", path, "--stage", "image")[2] == (
-        "error: --stage and --set belong to a recipe: say --recipe RECIPE\n"
+        "error: --stage and --set apply to a recipe: add --recipe RECIPE\n"
     )
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -365,7 +365,7 @@ def test_a_conditional_network_keeps_its_classes_and_ignores_the_embedding(arch,
     teacher, stage, begun = both(arch, [link(v, dropout=0.1) for v in order])
     assert {name for name in begun.new if "map_label" in name} == {
         f"network.map_label.weight of {name}"
-        for name in ("clip", "what is told about clip", "what is told about label")
+        for name in ("clip", "the link features of clip", "the link features of label")
     }
     expected = denoised(teacher)
     assert off(denoised(stage), expected) < 1e-6
@@ -399,7 +399,7 @@ def test_the_augmentation_projection() -> None:
 
 
 def test_labels_that_cannot_be_told_apart_are_refused() -> None:
-    with pytest.raises(UserError, match=r"it is told a label of 10 entries; of this stage's \(clip 512\) none fits"):
+    with pytest.raises(UserError, match=r"it has a label of 10 entries; of this stage's \(clip 512\) none fits"):
         both("ddpmpp", [link(CLIP)])
     with pytest.raises(UserError, match=r"\(one 10, two 10\) one and two all fit"):
         both("ddpmpp", [link(Variable.label("one", 10)), link(Variable.vector("two", 10))])
@@ -426,7 +426,7 @@ def test_a_stage_that_begins_from_a_stage_finds_its_variables_by_name() -> None:
     for name, place in columns(old.conditioner).items():
         assert torch.equal(weights[1][:, places[name]], weights[0][:, place])
     changed = Diffusion(IMAGE, given=[link(LABEL, dropout=0.2), link(CLIP)], network=spec_of("adm"))
-    with pytest.raises(UserError, match=r"it is told 17 entries of what is told about clip, this stage 0"):
+    with pytest.raises(UserError, match=r"it has 17 entries of the link features of clip, this stage 0"):
         begin(changed, old.state_dict(), kept, "old")
 
 

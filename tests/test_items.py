@@ -202,9 +202,9 @@ def test_mistakes_in_batches(tmp_path) -> None:
     text = refusal(lambda: batches(data, None, Variable.vector("v", 4)))
     assert "'v' of the data has shape [5], but variable 'v' [4]" in text
     text = refusal(lambda: batches(data, None, Variable.label("kind", 4)))
-    assert "label 'kind' has 4 classes, but its data counts up to 5\n  set its shape to [6] or more" in text
+    assert "label 'kind' has 4 classes, but the data has labels up to 5\n  set its shape to [6] or more" in text
     assert "has no 'w'; known: v, kind" in refusal(lambda: batches(data, None, Variable.vector("w", 4)))
-    assert "'image' is no image that the data is about" in refusal(lambda: batches(data, None, ROOT))
+    assert "'image' is not the data's own image" in refusal(lambda: batches(data, None, ROOT))
     (tmp_path / "0.png").write_bytes(png(BYTES[0]))
     files = open_data(DataSpec(path=str(tmp_path)))
     text = refusal(lambda: Batches(files, None, [Variable.vector("v", 4)], {}, {}, {}, STILL, 0))

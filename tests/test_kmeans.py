@@ -210,7 +210,7 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
     assert beside.encoders["clusters"].path == assembly.encoders["clusters"].path != Path()
     assert beside.chain().sources["clusters"].frequencies == counts.tolist()
 
-    with pytest.raises(UserError, match=r"'8' is no class of clusters"):
+    with pytest.raises(UserError, match=r"'8' is not a class of clusters"):
         check_given(assembly, {"clusters": 8})
     with pytest.raises(UserError, match=r"there is no file or folder nowhere.png\n.*as a class, an image"):
         check_given(assembly, {"clusters": "nowhere.png"})

@@ -73,7 +73,7 @@ def test_the_state_of_another_stage_is_refused(tmp_path) -> None:
         next(steps)
     assert str(error.value) == (
         f"{tmp_path}/state.safetensors is the state of another stage or of other training settings\n"
-        f"  choose another --out, or delete {tmp_path} to begin afresh"
+        f"  choose another --out, or delete {tmp_path} to start again"
     )
 
 

@@ -273,8 +273,8 @@ def test_levels_outside_what_the_network_knows_are_refused(field: str, level: fl
             Variable.vector("x", 3), network=Scaled(0.1), precondition="ve", sampler=SamplerSpec(**{field: level})
         )
     assert str(error.value) == (
-        f"stages.x.sample.{field}: {level:g} is none of the levels that a network of kind ve knows, from 0.02 to 100\n"
-        "  leave it out: the sampler then takes what the network knows"
+        f"stages.x.sample.{field}: {level:g} is outside the noise levels of preconditioning 've', from 0.02 to 100\n"
+        "  leave it out: the default lies within that range"
     )
 
 
@@ -382,4 +382,4 @@ def test_levels_outside_are_found_when_a_recipe_is_planned(tmp_path, monkeypatch
     write(tmp_path, text)
     with pytest.raises(UserError) as error:
         _ = Assembly(load_recipe("r.yaml")).chain().plan(given=["category"]).costs
-    assert str(error.value).startswith("r.yaml:25: stages.image.sample.sigma_min: 0.01 is none of the levels")
+    assert str(error.value).startswith("r.yaml:25: stages.image.sample.sigma_min: 0.01 is outside the noise levels")

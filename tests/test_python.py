@@ -176,7 +176,7 @@ def test_labels_and_texts_by_name_need_no_tensors() -> None:
     assert names[3] == "Objects" or not torch.equal(by_name["clip"], by_number["clip"])
     several = chain.sample(2, given={"group": ["Objects", 3]}, want=["clip"])["clip"]
     torch.testing.assert_close(several[1], by_number["clip"][1])
-    with pytest.raises(cd.UserError, match=r"'Objcts' is no class of group; did you mean 'Objects'\?"):
+    with pytest.raises(cd.UserError, match=r"'Objcts' is not a class of group; did you mean 'Objects'\?"):
         chain.sample(1, given={"group": "Objcts"})
 
 
@@ -193,7 +193,7 @@ def test_a_caption_is_encoded_on_the_way() -> None:
 def test_a_stage_without_weights_says_so() -> None:
     with torch.device("meta"):
         stage = small()
-    with pytest.raises(cd.UserError, match="stage 'point' has no weights: it was built to be planned with"):
+    with pytest.raises(cd.UserError, match="stage 'point' has no weights: it was built for planning only"):
         cd.Chain([stage]).sample(1, given={"side": torch.ones(1, 1)})
 
 
@@ -214,7 +214,7 @@ def test_what_differs_between_two_variables_is_said() -> None:
         (cd.Variable("side", "vector", (1,), sigma_data=1.0), "its sigma_data is 1.0, not 0.5"),
     ):
         stages = [cd.Diffusion(SIDE, network=UNET_OF_NONE), cd.Diffusion(POINT, given=[other], network=UNET_OF_NONE)]
-        with pytest.raises(cd.UserError, match="another 'side' than the rest of the chain") as caught:
+        with pytest.raises(cd.UserError, match="a different 'side' from the rest of the chain") as caught:
             cd.Chain(stages)
         assert expected in str(caught.value)
     recipe = cd.load("vcdm_emoji16").variables["clip"]
@@ -343,7 +343,7 @@ def test_grey_images_are_columns_of_numbers_within_their_range() -> None:
     chain = cd.Chain([cd.Diffusion(cd.Variable.image("image", 1, 8), network=UNET)])
     grey = torch.rand(12, 1, 8, 8)
     cd.train(chain, {"image": grey}, images=8, batch=8)
-    with pytest.raises(cd.UserError, match=r"'image' of the data holds numbers beyond \[-1, 1\]"):
+    with pytest.raises(cd.UserError, match=r"'image' of the data holds numbers outside \[-1, 1\]"):
         cd.train(chain, {"image": grey * 255}, images=8, batch=8)
 
 
@@ -378,7 +378,7 @@ def test_a_stage_file_is_enough_to_build_the_stage(tmp_path) -> None:
     own = cd.Diffusion(POINT, network=nn.Identity(), name="own")
     own.network.weight = nn.Parameter(torch.zeros(1))
     cd.save_stage(own, tmp_path / "own.safetensors")
-    with pytest.raises(cd.UserError, match=r"the network is code of your own\n  load_stage\(path, network=\.\.\.\)"):
+    with pytest.raises(cd.UserError, match=r"the network is custom code\n  load_stage\(path, network=\.\.\.\)"):
         cd.load_stage(tmp_path / "own.safetensors")
 
 
@@ -478,7 +478,7 @@ def test_a_run_is_planned_as_often_for_many_batches_as_for_one(tmp_path, monkeyp
 
 def test_code_of_a_saved_chain_is_handed_in_again(tmp_path) -> None:
     cd.Chain([Broken({"side": torch.zeros(2, 1)}), small(sampler={"steps": 2})], name="mixed").save(tmp_path / "chain")
-    with pytest.raises(cd.UserError, match=r"the stage 'side' of .* is code of your own\n  .*objects=\[\.\.\.\]"):
+    with pytest.raises(cd.UserError, match=r"the stage 'side' of .* is custom code\n  .*objects=\[\.\.\.\]"):
         cd.load(tmp_path / "chain")
     again = cd.load(tmp_path / "chain", objects=[Broken({"side": torch.zeros(2, 1)})])
     assert again.name == "mixed" and again.sample(2)["point"].shape == (2, 2)

@@ -169,7 +169,7 @@ def test_an_interrupted_run_makes_the_missing_samples_alone(command: Command, fi
 def test_another_seed_makes_the_samples_anew_and_says_so(command: Command, finished: Path, again: Path) -> None:
     status, said, _ = command("run", "--set", "sample.seed=1", out=again)
     assert status == 0
-    assert f"the samples in {again}/samples are of other settings or weights; they are made anew" in said
+    assert f"the samples in {again}/samples are of other settings or weights; they are made again" in said
     theirs = pictures(finished)
     assert [name for name, bytes_ in pictures(again).items() if bytes_ == theirs[name]] == []
     assert load_recipe(again).recipe.sample.seed == 1
@@ -181,14 +181,14 @@ def test_another_seed_makes_the_samples_anew_and_says_so(command: Command, finis
 def test_weights_that_changed_make_the_samples_anew(command: Command, finished: Path, again: Path) -> None:
     status, said, _ = command("train", "--stage", "image", "--more", "8", out=again)
     assert (status, "train image: 24 of 24" in said) == (0, True)
-    assert "they are made anew" in command("run", out=again)[1]
+    assert "they are made again" in command("run", out=again)[1]
     one, other = pictures(again), pictures(finished)
     assert {name for name in one if one[name] == other[name]} == {name for name in one if "/small/" in name}
 
 
 def test_a_class_is_given_by_name_or_number(command: Command, again: Path) -> None:
     status, said, _ = command("run", "--given", "group=food", out=again)
-    assert (status, "they are made anew" in said) == (0, True)
+    assert (status, "they are made again" in said) == (0, True)
     assert not (again / "samples/group").exists()
     status, said, _ = command("run", "--given", "group=2", out=again)
     assert (status, "nothing to do" in said) == (0, True), "food is class 2"
@@ -220,7 +220,7 @@ def test_a_list_of_another_length_is_refused_and_leaves_the_samples(command: Com
     )
     assert times(again) == before
     assert command("run", "--given", "group=[0, xyz, 1, 1, 1]", out=again)[2] == (
-        "error: --given group: 'xyz' is no class of group; known: animals, flags, food\n"
+        "error: --given group: 'xyz' is not a class of group; known: animals, flags, food\n"
     )
 
 
@@ -241,11 +241,11 @@ def test_a_request_that_runs_no_stage_says_so(command: Command, again: Path, tmp
     status, said, _ = command("sample", "--given", f"photo={picture}", out=again)
     assert status == 0
     assert (
-        "no stage runs: 'image' is computed from the given 'photo'; to sample variations of a picture give what its "
-        f"stage is given, such as --given small={picture}\n"
+        "no stage runs: 'image' is computed from the given 'photo'; to sample variations of a picture, condition "
+        f"its stage on one: --given small={picture}\n"
     ) in said
     said = command("sample", "--given", f"image={picture}", out=again)[1]
-    assert "no stage runs: 'image' is given; to sample variations of a picture give" in said
+    assert "no stage runs: 'image' is given; to sample variations of a picture, condition" in said
     assert "no stage runs" not in command("sample", "--given", f"small={picture}", out=again)[1]
 
 
@@ -270,7 +270,7 @@ def test_an_unknown_class_is_refused_before_training(command: Command, tmp_path:
     assert command("run", "--given", "group=fod", out=tmp_path / "run") == (
         2,
         "",
-        "error: --given group: 'fod' is no class of group; did you mean 'food'?\n",
+        "error: --given group: 'fod' is not a class of group; did you mean 'food'?\n",
     )
     assert not (tmp_path / "run").exists()
 
@@ -278,7 +278,7 @@ def test_an_unknown_class_is_refused_before_training(command: Command, tmp_path:
 def test_an_unknown_class_is_refused_when_sampling(command: Command, finished: Path) -> None:
     status, _, error = command("sample", "--given", "group=xyz", out=finished)
     assert status == 2
-    assert error == "error: --given group: 'xyz' is no class of group; known: animals, flags, food\n"
+    assert error == "error: --given group: 'xyz' is not a class of group; known: animals, flags, food\n"
 
 
 def test_a_given_file_that_is_not_there(command: Command, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m tools.contrastive --out DIR [--split validation]
 
-1. `published_towers` cuts both towers to size; most of the vision tower and all of the text tower stay so.
+1. `published_towers` cuts both towers to size; most of the vision tower and all of the text tower stay frozen.
 2. Both are mapped to one 128-d space with the symmetric InfoNCE loss of CLIP, where every pair of the same
    concept is a positive: first the two heads alone, then the last stages of the vision tower with them.
 
@@ -36,7 +36,7 @@ from chaindiff.evaluation.features import load_in_order
 from tools import published_towers as towers
 
 EMOJI = Path(__file__).parents[1] / "chaindiff" / "assets" / "emoji64.zip"
-FROZEN, DROPOUT = 5, 0.2  # stages of the vision tower kept as published; dropout before the heads
+FROZEN, DROPOUT = 5, 0.2  # stages of the vision tower frozen as published; dropout before the heads
 SENTENCES = 12  # texts drawn for every concept
 WHO = re.compile(r"^((man|men|woman|women|person|people|boy|girl)(?=[ :]|$)[ :]*)+|:.*$")
 Row = dict[str, Any]
@@ -67,7 +67,7 @@ def hold_out(rows: list[Row], share: float = 0.1) -> list[Row]:
             families.setdefault(r["subgroup"], set()).add(key[r["concept"]])
     held = set()
     for subgroup, names in families.items():
-        count = int(share * len(names) + fraction(subgroup))  # rounded at random: small subgroups count too
+        count = int(share * len(names) + fraction(subgroup))  # rounded at random, so that small subgroups count too
         held |= {(subgroup, name) for name in sorted(names, key=fraction)[:count]}
     split = {True: "validation", False: "train"}
     return [

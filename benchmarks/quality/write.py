@@ -132,7 +132,7 @@ reason."""
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name, where the system reports it."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

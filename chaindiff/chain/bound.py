@@ -1,4 +1,4 @@
-"""A diffusion stage under its conditions: the denoiser that guidance wraps and solvers follow."""
+"""A diffusion stage with its conditioning bound: the denoiser that guidance wraps and solvers evaluate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bound:
-    """A stage's denoiser with its conditions bound."""
+    """A stage's denoiser with its conditioning bound."""
 
     stage: Diffusion
     condition: Condition
@@ -37,7 +37,7 @@ class Bound:
         return self.batch([self], x, sigma)[0]
 
     def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
-        """What each of several bound denoisers of this stage predicts, by one call of the network."""
+        """The predictions of several bound denoisers of this stage, from one call of the network."""
         like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
         values, levels = {}, {}
         for name in self.stage.generates:
@@ -56,7 +56,7 @@ class Bound:
 
 
 def _side_by_side(conditions: Sequence[Condition], count: int) -> Condition:
-    """Conditions as those of one batch; one that was bound without given variables is the same for every row."""
+    """Several conditions as one batch; a condition bound without given variables is shared by all rows."""
 
     def join(part: str) -> Tensor | None:
         found = [tensor for condition in conditions if (tensor := getattr(condition, part)) is not None]

@@ -43,8 +43,8 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A label that nothing produces: `weights` are in proportion to the classes' probabilities, or give them when
-    they are first needed."""
+    """A label that nothing produces: `weights` are proportional to the classes' probabilities, or a function that
+    returns them on first use."""
 
     variable: Variable
     weights: Sequence[float] | Callable[[], Sequence[float]]
@@ -65,7 +65,7 @@ class Source:
 
 
 class Origin(Protocol):
-    """What a chain was made from, if not from objects: a recipe, which has its own way to train and to save it."""
+    """What a chain was made from, if not from objects: a recipe, which trains and saves it in its own way."""
 
     def train(self, chain: Chain, names: Sequence[str], settings: Mapping[str, Any]) -> None: ...
     def save(self, chain: Chain, folder: Path) -> None: ...
@@ -74,7 +74,7 @@ class Origin(Protocol):
 class Chain:
     """Stages, encoders and sources over shared variables: p(everything) = product of p(generated | given).
 
-    Decoders make variables of generated ones. `read` turns what a person gives (names of classes, files) into values.
+    Decoders make variables of generated ones. `read` turns what a user gives (class names, files) into values.
     Raises UserError when stages form a cycle, or one variable is generated twice.
     """
 
@@ -98,9 +98,9 @@ class Chain:
                 known = self.variables.setdefault(variable.name, variable)
                 if known.identity != variable.identity:
                     raise UserError(
-                        f"stage '{stage.name}' has another '{variable.name}' than the rest of the chain: "
+                        f"stage '{stage.name}' has a different '{variable.name}' from the rest of the chain: "
                         f"{difference(variable, known)}",
-                        hint="a link joins variables of one meaning: the same encoder, shape and scaling",
+                        hint="linked variables must mean the same: one encoder, shape and scaling",
                     )
         self.encoders = {e.name: e for e in encoders}
         self.decoders = {d.name: d for d in decoders}
@@ -121,7 +121,7 @@ class Chain:
         return found + [Producer(e.name, "encoder", (e.name,), (e.of,)) for e in self.encoders.values()]
 
     def resolve(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> Plan:
-        """Which steps a request runs; everything that is generated is wanted unless told otherwise.
+        """The steps that a request runs; by default everything that is generated is wanted.
 
         Raises UserError for unknown names, and for requests that sampling would answer wrongly.
         """
@@ -142,7 +142,7 @@ class Chain:
         return ChainPlan(self, self.resolve(want, given))
 
     def cost(self, name: str, moving: Sequence[str] | None = None) -> Cost:
-        """What a sample of a stage's variables costs, of all of them unless told otherwise."""
+        """What one sample of a stage's variables costs: of the `moving` ones, by default all."""
         stage = self.stages.outlines[name]
         return stage.cost(tuple(stage.generates) if moving is None else moving)
 
@@ -159,7 +159,7 @@ class Chain:
         return self.plan(given=[n for n in self._roots() if n not in self.sources]).svg()
 
     def _roots(self) -> list[str]:
-        """The variables that stages are given and nothing makes."""
+        """The variables that stages are conditioned on and nothing produces."""
         made = {name for producer in self.producers for name in producer.outputs}
         given = [v.name for stage in self.stages.outlines.values() for v in stage.given]
         texts = [e.of for e in self.encoders.values() if e.name in given and e.name not in self.generated()]
@@ -186,13 +186,13 @@ class Chain:
     ) -> Values:
         """`count` samples of every wanted variable, on the CPU: name -> [count, *shape].
 
-        `given` holds known values, [count, *shape] or [1, *shape] for all; labels as numbers or names, texts as str
-        or lists. Sample i is the same whatever the batch size, to rounding, and to the bit with `exact`. It takes the
-        noise of sample number `noise[i]`, by default i; one number for all rows shares its noise between them.
+        `given` holds known values, [count, *shape] or [1, *shape] for all; labels as numbers or names, texts as str or
+        lists. Sample i does not depend on the batch size, up to rounding, or bit for bit with `exact`. It uses the
+        noise of sample number `noise[i]`, by default i; a single number shares its noise among all samples.
 
-        `steps`, `solver` and `guidance` are those of every diffusion stage for this call; `stages` has more by stage,
-        all that its `sample` takes: {"image16": {"sampler": {"eta": 1.0}, "wrap": my_guidance, "path": my_path}}.
-        `device` and `dtype` say where and in which precision networks compute, for this call.
+        `steps`, `solver` and `guidance` apply to every diffusion stage in this call; `stages` holds further settings by
+        stage, any that its `sample` takes: {"image16": {"sampler": {"eta": 1.0}, "wrap": my_guidance}}.
+        `device` and `dtype` say where and in which precision networks are evaluated in this call.
         Raises UserError for requests that cannot be answered.
         """
         options = {"given": given, "want": want, "seed": seed, "batch": batch, "exact": exact, "noise": noise}
@@ -284,7 +284,7 @@ class Chain:
     def _stage(
         self, request: Request, step: PlanStep, values: Values, numbers: Sequence[int], place: tuple[float, ...]
     ) -> Generator[Preview, None, Values]:
-        """One stage at work. Noise is a function of (seed, sample, candidate, stage, variable, role, number)."""
+        """Run one stage. Noise is a function of (seed, sample, candidate, stage, variable, role, number)."""
         name, stage = step.producer.name, self.stages[step.producer.name]
         own = [v for v in stage.generates if v not in step.outputs]
         given = {v: values[v] for v in (*(variable.name for variable in stage.given), *own)}
@@ -304,7 +304,7 @@ class Chain:
         return made
 
     def _made(self, stage: Stage, outputs: Sequence[str], state: Mapping[str, Tensor] | None, count: int) -> Values:
-        """The last state of a stage as values. Raises UserError for a stage that does not give what it generates."""
+        """The last state of a stage as values. Raises UserError if they are not what the stage generates."""
         made = {}
         for name in outputs:
             variable, value = self.variables[name], (state or {}).get(name)
@@ -318,7 +318,7 @@ class Chain:
 
     @contextmanager
     def _placed(self, request: Request, running: Sequence[str]) -> Iterator[None]:
-        """Stages on the request's device and in its precision; as they were afterwards."""
+        """Stages on the request's device and in its precision; restored afterwards."""
         device, dtype = request.placement
         with ExitStack() as after:
             for stage in (self.stages[name] for name in running):
@@ -334,7 +334,7 @@ class Chain:
     # ------------------------------------------------------------ objects
 
     def to(self, device: str | torch.device) -> Chain:
-        """Move the stages; those that are not loaded yet will follow. Returns the chain itself."""
+        """Move the stages, and those not loaded yet when they are. Returns the chain itself."""
         self.stages.to(device)
         return self
 
@@ -348,7 +348,7 @@ class Chain:
 
 
 def _without_gradients(states: Iterator[State]) -> Iterator[State]:
-    """What a stage yields; gradients are as they were while the caller has a state in hand."""
+    """What a stage yields; the caller's gradient mode is restored between steps."""
     while True:
         with torch.no_grad():
             state = next(states, None)
@@ -358,7 +358,7 @@ def _without_gradients(states: Iterator[State]) -> Iterator[State]:
 
 
 def _drained(states: Generator[Any, None, Values]) -> Values:
-    """What a generator returns when it is done."""
+    """A generator's return value."""
     while True:
         try:
             next(states)

@@ -1,6 +1,6 @@
 """Conditioning by kind of variable: vectors and labels join the noise embedding, images are channels, tokens attention.
 
-Every link can be absent, and can carry noise whose level is told to the network (noise-conditioning augmentation;
+Every link can be absent, and can carry noise whose level is an input of the network (noise-conditioning augmentation;
 Ho et al. 2022, Saharia et al. 2022).
 """
 
@@ -28,10 +28,10 @@ LEVEL_WIDTH = 2 * LEVEL_FREQUENCIES + 1
 
 @dataclass(frozen=True)
 class Given:
-    """One given variable's value for a batch, as a consumer is about to receive it.
+    """One given variable's value for a batch, before its stage receives it.
 
-    `present` marks samples for which the value is known at all; `sigma` and `noise` (unit, in the received shape)
-    are the link's noise-conditioning augmentation; of a vector, the first `keep` entries are known.
+    `present` marks the samples in which the value is present; `sigma` and `noise` (unit, in the received shape)
+    are the link's noise-conditioning augmentation; of a vector, only the first `keep` entries are used.
     """
 
     value: Tensor | None
@@ -42,7 +42,7 @@ class Given:
 
 
 def level_features(sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
-    """Sinusoids of ln(sigma)/4, and a feature of its own for sigma = 0."""
+    """Sinusoids of ln(sigma)/4, and a separate feature for sigma = 0."""
     exact = (sigma == 0).to(sigma.dtype)[:, None]
     return torch.cat([sinusoids(noise_label(sigma)) * (1 - exact), exact], dim=1)
 
@@ -50,9 +50,9 @@ def level_features(sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch featu
 class Link(nn.Module):
     """How one given variable reaches a stage.
 
-    Networks scale their labels for one-hot ones, whose norm is 1. A link with `keep` tells a long vector, how much of
-    it is known, and perhaps a level; each is brought to a norm of about 1, or together they would drown the noise level
-    that they are added to.
+    Networks scale their label input for one-hot labels, whose norm is 1. A link with `keep` enters as a long vector,
+    its length and perhaps a noise level; each is scaled to a norm of about 1, or together they would drown out the
+    noise embedding that they are added to.
     """
 
     def __init__(self, variable: Variable, spec: LinkSpec, target: Variable):
@@ -60,7 +60,7 @@ class Link(nn.Module):
         self.variable, self.spec = variable, spec
         self.received = (variable.shape[0], *target.shape[1:]) if variable.kind == "image" else variable.shape
         self.null = nn.Parameter(torch.zeros(self.received)) if spec.null == "learned" else None
-        # One-hot among the lengths of `keep`, zeros for none: in place of the flag that tells presence.
+        # One-hot among the lengths of `keep`, zeros for none: in place of the presence flag.
         self.lengths = sorted({k for k in spec.keep if k})
         self.tells_presence = spec.dropout > 0 and spec.presence and not self.lengths
         self.tells_level = spec.noise > 0
@@ -71,7 +71,7 @@ class Link(nn.Module):
         return own + self.tells_presence + len(self.lengths) + LEVEL_WIDTH * self.tells_level
 
     def receive(self, value: Tensor) -> Tensor:
-        """The value in the shape in which this stage takes it: labels one-hot, images at the stage's resolution."""
+        """The value as this stage takes it: labels one-hot, images at the stage's resolution."""
         if self.variable.kind == "label" and not value.is_floating_point():
             return F.one_hot(value.long(), self.variable.shape[0]).float()
         if self.variable.kind == "image" and value.shape[1:] != self.received:
@@ -79,7 +79,7 @@ class Link(nn.Module):
         return value
 
     def forward(self, given: Given, batch: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The received value, [batch, *received], and what the noise embedding is told about it, [batch, features]."""
+        """The received value, [batch, *received], and its features for the noise embedding, [batch, features]."""
         null = like.new_zeros(self.received) if self.null is None else self.null
         value = null.expand(batch, *self.received) if given.value is None else self.receive(given.value).to(like.dtype)
         present = given.present
@@ -89,7 +89,7 @@ class Link(nn.Module):
             present = present & (given.keep.to(like.device) > 0)
         sigma = like.new_zeros(batch) if given.sigma is None else given.sigma.to(like)
         if self.tells_level and given.noise is not None and given.value is not None:
-            # Noise is added to what the consumer receives, then the variance is brought back to the data's.
+            # Noise is added to the received value, then the variance is scaled back to the data's.
             level, spread = expand(sigma, value), self.variable.sigma_data
             value = (value + level * given.noise.to(like)) * (spread / (level**2 + spread**2).sqrt())
         known = present.reshape(-1, *[1] * len(self.received))
@@ -153,5 +153,5 @@ class Conditioner(nn.Module):
 
 
 def training_level(uniform: Float[Tensor, " batch"], largest: float) -> Float[Tensor, " batch"]:
-    """Levels of a link's noise in training: exactly 0 one time in ten, else uniform up to the largest (Imagen, 3.3)."""
+    """Levels of a link's noise in training: 0 with probability 0.1, else uniform up to the largest (Imagen, 3.3)."""
     return largest * ((uniform - 0.1) / 0.9).clamp_min(0)

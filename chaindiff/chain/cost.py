@@ -1,4 +1,4 @@
-"""What one evaluation of a network takes, counted on the meta device: nothing is allocated, whatever its size."""
+"""What one network evaluation costs, counted on the meta device, where nothing is allocated."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Counts:
 
 
 class Counted(nn.Module):
-    """In the place of a network that a plan only has to count: it is built if none like it was counted before.
+    """Stands in for a network that a plan only counts: it is built unless the same one was counted before.
 
-    Counts are kept on the disk, for the first operation on the meta device takes torch longer than all of a plan.
+    Counts are cached on disk: torch's first operation on the meta device takes longer than a whole plan.
     """
 
     def __init__(self, spec: BaseModel, interface: Interface):
@@ -52,7 +52,7 @@ class Counted(nn.Module):
 
 @cache
 def _code() -> str:
-    """A digest of all networks that counts may be of."""
+    """A digest of the networks' code."""
     return digest([path.read_text() for path in sorted(Path(networks.__file__).parent.glob("*.py"))])
 
 
@@ -83,7 +83,7 @@ class _Peak(TorchDispatchMode):
 
 
 def count(network: nn.Module, interface: Interface) -> Counts:
-    """What an evaluation takes; the network's parameters may lie on any device."""
+    """What one evaluation costs; the network's parameters may lie on any device."""
     if isinstance(network, Counted):
         return network.counts
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,4 +1,4 @@
-"""The stage that most stages are: a diffusion model, made of a network, its conditioning and its noise levels."""
+"""The usual stage: a diffusion model, with its network, conditioning and noise levels."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from chaindiff.specs.stage import (
 )
 from chaindiff.specs.validate import config
 
-Wrap = Callable[[Denoiser], Denoiser]  # guidance of one's own, around the bound denoiser
-Config = Mapping[str, Any]  # what a recipe says in the same place
+Wrap = Callable[[Denoiser], Denoiser]  # custom guidance around the bound denoiser
+Config = Mapping[str, Any]  # fields as in a recipe
 
 PURE_NOISE = 80.0  # the level at which nothing of the data is left: where EDM's sampler begins
 
@@ -50,12 +50,12 @@ class Diffusion(nn.Module):
     It may generate several variables together, each with its own noise level: then any of them can be given instead
     (UniDiffuser, arXiv 2303.06555), if `joint.exact` is above 0, and `sampler.offset` says how much the first leads.
 
-    `network` is the config of one of ours, a module with the signature of `chaindiff.Network`, or what makes one from
-    an `Interface`. `given` are variables, alone or each with what training does to its link. Configs are objects such
-    as `chaindiff.Sampler(steps=12)`, or mappings as recipes have them. `precondition` and `noise` may be objects of
-    one's own; `noise` is the one that the preconditioning was published with unless given.
-    Raises UserError if the network does not fit the variables, or the sampler's levels lie outside those that the
-    parametrisation knows.
+    `network` is the config of a built-in network, a module with the signature of `chaindiff.Network`, or a function
+    that makes one from an `Interface`. `given` are variables, alone or each with its `chaindiff.Link`. Configs are
+    objects such as `chaindiff.Sampler(steps=12)`, or mappings as in recipes. `precondition` and `noise` may be custom
+    objects; `noise` defaults to the one that the preconditioning was published with.
+    Raises UserError if the network does not fit the variables, or the sampler's levels lie outside the
+    preconditioning's range.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Diffusion(nn.Module):
         self.network_spec, self.network = self._network(network)
         self._levels(self.sampler)
         self.autocast: torch.dtype | None = None
-        # Weights may lie in memory as convolutions like them; files hold them in order.
+        # Weights may be channels-last in memory; files hold them contiguous.
         self.register_state_dict_post_hook(_contiguous)
 
     def _link(self, variable: Variable, said: LinkSpec | Config) -> LinkSpec:
@@ -100,7 +100,7 @@ class Diffusion(nn.Module):
         return config(LinkSpec, said, f"{self.name}.given.{variable.name}")
 
     def _network(self, said: Any) -> tuple[Any, nn.Module]:
-        """The config of the network, None where it is code of somebody's, and the network."""
+        """The network's config, None for custom code, and the network."""
         if isinstance(said, nn.Module):
             return None, said
         if callable(said) and not hasattr(said, "model_fields"):
@@ -122,7 +122,7 @@ class Diffusion(nn.Module):
 
     @property
     def given(self) -> list[Variable]:
-        """What sampling needs."""
+        """The variables that sampling is conditioned on."""
         return [link.variable for link in self.conditioner if self.sampler.link(link.variable.name).sampled]
 
     @property
@@ -160,7 +160,7 @@ class Diffusion(nn.Module):
         clean, variance = {}, {}
         for name, c in scales.items():
             raw, noisy = found[name], x[name]
-            if getattr(self.network, "learns_variances", False):  # they come behind (Nichol & Dhariwal 2021)
+            if getattr(self.network, "learns_variances", False):  # a second half (Nichol & Dhariwal 2021)
                 raw, variance[name] = raw.chunk(2, dim=1)
             clean[name] = expand(c.skip, noisy) * noisy + expand(c.out, noisy) * raw.to(noisy.dtype)
         return Prediction(clean, variance or None)
@@ -202,32 +202,32 @@ class Diffusion(nn.Module):
             losses.append((weight * error).masked_fill(level == 0, 0.0))
         return torch.stack(losses).mean(0)
 
-    forward = loss  # a module is called by something
+    forward = loss  # wrappers for distributed training call the module
 
     # ------------------------------------------------------------ levels
 
     def _levels(self, sampler: SamplerSpec) -> tuple[float, float]:
-        """(sigma_min, sigma_max) of a sampler: as said, else as published within what the parametrisation knows.
+        """(sigma_min, sigma_max) of a sampler: as set, else as published, within the preconditioning's range.
 
-        Raises UserError if what was said lies outside.
+        Raises UserError if a level that was set lies outside.
         """
         known = self.precondition
         for bound in ("sigma_min", "sigma_max"):
             said = getattr(sampler, bound)
             if said is not None and not known.sigma_min <= said <= known.sigma_max:
                 raise UserError(
-                    f"{said:g} is none of the levels that a network of kind {known.kind} knows, "
+                    f"{said:g} is outside the noise levels of preconditioning '{known.kind}', "
                     f"from {known.sigma_min:g} to {known.sigma_max:g}",
                     f"stages.{self.name}.sample.{bound}",
-                    "leave it out: the sampler then takes what the network knows",
+                    "leave it out: the default lies within that range",
                 )
         low, high = sampler.levels
         return max(low, known.sigma_min), min(high, known.sigma_max)
 
     def path(self, moving: Iterable[str] | None = None, sampler: SamplerSpec | Config | None = None) -> Path:
-        """The noise levels of a sampler, from sigma_max down to 0, rounded to those that the stage knows.
+        """The noise levels of a sampler, from sigma_max down to 0, rounded to the preconditioning's levels.
 
-        `moving` are the variables that are sampled, all that the stage generates unless told otherwise.
+        `moving` are the variables that are sampled, by default all that the stage generates.
         """
         s = self.tuned(sampler)
         low, high = self._levels(s)
@@ -241,9 +241,9 @@ class Diffusion(nn.Module):
         return staggered(dict.fromkeys(names, levels), s.offset, dict.fromkeys(names, chosen))
 
     def tuned(self, sampler: SamplerSpec | Config | None) -> SamplerSpec:
-        """The stage's sampler, or the one given; a mapping changes fields of the stage's own.
+        """The given sampler, or the stage's own; a mapping overrides fields of the stage's own.
 
-        Raises UserError for what the stage was not trained for.
+        Raises UserError for settings that the stage was not trained for.
         """
         found = self.sampler if sampler is None else sampler
         if isinstance(found, Mapping):
@@ -254,7 +254,7 @@ class Diffusion(nn.Module):
         return found
 
     def table(self, path: Path, sampler: SamplerSpec | Config | None = None) -> list[Update]:
-        """The solver's table on a path. Raises UserError for settings that have no meaning together."""
+        """The solver's table on a path. Raises UserError for settings that contradict each other."""
         s = self.tuned(sampler)
         churn = Churn(s.churn.amount, s.churn.min, math.inf if s.churn.max is None else s.churn.max, s.churn.noise)
         try:
@@ -263,7 +263,7 @@ class Diffusion(nn.Module):
             raise UserError(str(error), f"stages.{self.name}.sample") from error
 
     def droppable(self, sampler: SamplerSpec) -> list[str]:
-        """The given variables that sampling looks at and training went without at times."""
+        """The given variables that sampling uses and training sometimes dropped."""
         links = {link.variable.name: link.spec for link in self.conditioner}
         return [name for name, spec in links.items() if spec.can_be_absent and sampler.link(name).sampled]
 
@@ -297,10 +297,11 @@ class Diffusion(nn.Module):
         absent: Collection[str] = (),
         sampler: SamplerSpec | Config | None = None,
     ) -> Bound:
-        """A denoiser under these conditions: everything that does not move is computed here, once per sample.
+        """A denoiser with this conditioning: whatever does not change between steps is computed here, once per sample.
 
         `given` may hold some of the variables that the stage generates: these are known exactly, and do not move.
-        `draws` give the noise of links that sampling gives some. Raises UserError for a variable that is not given.
+        `draws` supply the noise of links that sampling adds noise to.
+        Raises UserError for a variable that is not given.
         """
         s, like = self.tuned(sampler), self.like
         batch = len(next(iter(given.values()))) if given else 1
@@ -310,7 +311,7 @@ class Diffusion(nn.Module):
             value = None
             if how.sampled and name not in absent:
                 if name not in given:
-                    raise UserError(f"stage '{self.name}' samples given '{name}', which is not there")
+                    raise UserError(f"stage '{self.name}' needs '{name}', which is not given")
                 value = given[name].to(like.device)
             sigma = torch.full((batch,), how.noise, device=like.device) if link.tells_level else None
             noise = None
@@ -347,12 +348,12 @@ class Diffusion(nn.Module):
     ) -> Iterator[Step]:
         """Samples of the generated variables that are not given, one for each of `draws`: yields every step.
 
-        `sampler`: another one than the stage's, or fields that differ; `path`: levels of one's own; `wrap` goes around
-        the guided denoiser; `start`: unit noise to begin from, which is drawn otherwise.
-        Raises UserError for a stage without weights, and settings that the stage cannot follow.
+        `sampler` replaces the stage's own, or overrides some of its fields; `path`: custom noise levels; `wrap` is
+        applied to the guided denoiser; `start`: unit noise to start from, by default drawn.
+        Raises UserError for a stage without weights, and for settings that do not fit it.
         """
         if self.like.is_meta:
-            raise UserError(f"stage '{self.name}' has no weights: it was built to be planned with")
+            raise UserError(f"stage '{self.name}' has no weights: it was built for planning only")
         s, device = self.tuned(sampler), self.like.device
         shapes = {name: v.shape for name, v in self.generates.items() if name not in given}
         path = self.path(shapes, s) if path is None else path
@@ -378,13 +379,13 @@ class Diffusion(nn.Module):
     ) -> Iterator[State]:
         """From values to noise: yields the variables after every step, in units of their levels.
 
-        The last is the `start` from which `sample`, with a deterministic sampler, returns the values. A variable that
-        has not left 0 yet is yielded as it is. Raises UserError if the stage's sampler adds noise.
+        The last is the `start` from which `sample`, with a deterministic sampler, returns the values. A variable still
+        at level 0 is yielded unchanged. Raises UserError if the stage's sampler adds noise.
         """
         s = self.tuned(sampler)
         if s.churn.amount or s.eta:
             raise UserError(
-                "no noise leads to a given value while sampling adds more of it",
+                "a stochastic sampler cannot be inverted",
                 f"stages.{self.name}.sample.{'eta' if s.eta else 'churn.amount'}",
                 "set it to 0 to invert this stage",
             )

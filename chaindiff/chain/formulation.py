@@ -1,4 +1,4 @@
-"""Objects of the core from what a recipe says: preconditioning, training noise, averages of weights."""
+"""Core objects from a recipe's specs: preconditioning, training noise, EMAs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from chaindiff.specs.stage import (
 
 
 def preconditioning(spec: Precondition, sigma_data: float) -> Preconditioning:
-    """The preconditioning that a recipe names; `sigma_data` is the deviation of the variable that it generates."""
+    """The preconditioning that a recipe names; `sigma_data` is the standard deviation of its variable."""
     match spec:
         case VpSpec():
             return precondition.VP(spec.beta_d, spec.beta_min, spec.eps)
@@ -61,7 +61,7 @@ def training_noise(spec: NoiseLevels) -> TrainingNoise:
 
 
 def averages(spec: EmaSpec | PowerEmaSpec, source: nn.Module) -> dict[str, Average]:
-    """The averages that a recipe asks for, by the name that they have in a training state; weights are the first's."""
+    """The EMAs that a recipe asks for, by their names in a training state; the first gives the stage's weights."""
     if isinstance(spec, PowerEmaSpec):
         return {f"ema{sigma_rel}": PowerEma(source, sigma_rel) for sigma_rel in spec.tracks}
     return {"ema": Ema(source, spec.half_life, spec.rampup)}

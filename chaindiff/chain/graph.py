@@ -7,32 +7,32 @@ encoder of a variable that is generated otherwise is an *observation*: it comput
 place of its generator; it is never applied to what was sampled. A decoder is a deterministic generator: it runs on
 what was sampled too, and its arrow belongs to the generative graph as a stage's do.
 
-**When is a plan exact?** Call E what is given with all that encoders and decoders compute from it. A plan samples S_1,
-S_2, ... in topological order, each from p(S_i | inputs_i, those outputs of the same stage that are in E). The product
-is p(S_1, S_2, ... | E) if every S_i is independent of the rest of E given what its stage sees. Given its parents, S_i
-is independent of its non-descendants (local Markov property); a descendant in E is d-connected to it, since no parent
-lies on the way down. So d-separation comes to this: *no variable of E descends from S_i*; and if outputs of the same
-stage are in E, the stage must have been trained for that conditional. Other requests are refused, naming what would
-be ignored.
+**When is a plan correct?** Call E what is given with all that encoders and decoders compute from it. A plan samples
+S_1, S_2, ... in topological order, each from p(S_i | inputs_i, those outputs of the same stage that are in E). The
+product is p(S_1, S_2, ... | E) if every S_i is independent of the rest of E given what its stage sees. Given its
+parents, S_i is independent of its non-descendants (local Markov property); a descendant in E is d-connected to it,
+since no parent lies on the way down. So d-separation comes to this: *no variable of E descends from S_i*; and if
+outputs of the same stage are in E, the stage must have been trained for that conditional. Other requests are refused,
+naming what would be ignored.
 
-**Why decoders leave this exact.** A decoded variable is a node of the graph whose conditional is a point mass, so the
+**Why decoders do not change this.** A decoded variable is a node of the graph whose conditional is a point mass, so the
 local Markov property, and with it every acceptance, holds as it stands: given clip, where clip is encoded from the
-image that is decoded from the latent, the latent's stage is refused, for clip descends from it. But a function brings
-independences that no path shows: d = f(a) tells nothing of anything once a is known. A refusal would be wrong if it
-rested on such a d alone, and none does: whatever d descends from, a descends from or is, so that a in E is refused
-itself, or not sampled; and E holds f(a) whenever it holds a, so that encoders see it (given a latent, clip is encoded
-from its image). For the same reason `d` stands for the variable that it is decoded from wherever the question is
-whether the stages know of a relation (`_observations`): two variables decoded from one latent are never "sampled
-apart", and a latent sampled beside an encoding of its image is, though the image itself may not be wanted.
+image that is decoded from the latent, the latent's stage is refused, since clip descends from it. But a function
+implies independences that the graph does not show: d = f(a) carries no information once a is known. A refusal would be
+wrong if it rested on such a d alone, and none does: whatever d descends from, a descends from or is, so that a in E is
+refused itself, or not sampled; and E holds f(a) whenever it holds a, so that encoders see it (given a latent, clip is
+encoded from its image). For the same reason `d` stands for the variable that it is decoded from wherever the question
+is whether the stages model a relation (`_observations`): two variables decoded from one latent are never "sampled
+separately", and a latent sampled beside an encoding of its image is, though the image itself may not be wanted.
 
-What is exact then: if every stage samples its conditional exactly, the product of the stages is the distribution of
-the data, and encoders hold exactly on it, then every accepted request samples p(want | given), and every refused one
-would not (but for numerical coincidences). In practice a generated image agrees with its embedding approximately, and
-decoding what was encoded gives back an image approximately: conditionals are those of the product of the stages, and
-an encoder's output, where an encoder runs, is taken as observed.
+In short: if every stage samples its true conditional, the product of the stages is the distribution of the data, and
+encoders agree with it without error, then every accepted request samples p(want | given), and every refused one would
+not (but for numerical coincidences). In practice a generated image agrees with its embedding approximately, and
+decoding what was encoded gives back an image approximately: conditionals are those of the product of the stages, and an
+encoder's output, where an encoder runs, is taken as observed.
 
-A recipe whose stages leave out a dependence that an encoder makes plain (image and clip sampled apart, though clip is
-an encoding of image) is not such a product; requests that would show it are refused too. A variable with two encoders
+A recipe whose stages leave out a dependence that an encoder reveals (image and clip sampled separately, though clip is
+an encoding of image) is not such a product; requests that would expose it are refused too. A variable with two encoders
 counts as depending on the inputs of both.
 """
 
@@ -71,9 +71,9 @@ class Producer:
 
 @dataclass(frozen=True)
 class Step:
-    """One producer at work: it reads `inputs` (with those of its own outputs that are known) and makes `outputs`.
+    """One run of a producer: it reads `inputs` (with those of its own outputs that are known) and makes `outputs`.
 
-    `drop`: variables that nothing needs any more after this step.
+    `drop`: variables that are no longer needed after this step.
     """
 
     producer: Producer
@@ -161,9 +161,9 @@ def generative_graph(producers: Iterable[Producer]) -> nx.DiGraph:
         kinds = " and ".join(f"{kind}s" for kind in ("stage", "decoder") if kind in {maker.kind for maker in makers})
         raise UserError(
             f"{kinds} form a cycle: {' -> '.join([*cycle, cycle[0]])}",
-            hint=f"take one input away from one of: {', '.join(map(str, makers))}",
+            hint=f"remove an input from one of: {', '.join(map(str, makers))}",
         )
-    # A function of what is generated given itself is no function of it: it must be given, or encoded from what is.
+    # An encoding that its own input is generated from cannot be computed: it is given, or encoded from what is.
     stages = graph.copy()
     for producer in producers:
         if producer.kind == "encoder":
@@ -175,7 +175,7 @@ def generative_graph(producers: Iterable[Producer]) -> nx.DiGraph:
 def _observations(producers: Sequence[Producer], graph: nx.DiGraph) -> list[tuple[Producer, str, str]]:
     """(encoder, input, output) wherever the output is generated, but not on the way to the input.
 
-    On the way to it (or together with what is), the stages take care of the relation: clip -> image, and clip is
+    On the way to it (or together with what is), the stages model the relation: clip -> image, and clip is
     encoded from image. What is decoded from a variable on the way is on the way too.
     """
     together = {name: p.outputs for p in producers if p.random for name in p.outputs}
@@ -328,7 +328,7 @@ def _refuse_ignored_evidence(
 def _refuse_contradictions(
     producers: Sequence[Producer], needed: Sequence[Producer], graph: nx.DiGraph, known: Collection[str]
 ) -> None:
-    """Raises UserError if the plan samples a variable and, apart from it, what an encoder computes it from."""
+    """Raises UserError if the plan samples a variable separately from what an encoder computes it from."""
     made = {name for p in needed for name in p.outputs if name not in known}
     sampled = {name for p in needed if p.random for name in p.outputs if name not in known}
     for names in (made, sampled):  # what could be decoded from them is settled with them
@@ -336,7 +336,7 @@ def _refuse_contradictions(
     for encoder, source, output in _observations(producers, graph):
         if source in made and output in sampled and not nx.has_path(graph, source, output):
             raise UserError(
-                f"'{source}' and '{output}' would be sampled apart, though {encoder} computes '{output}' "
+                f"'{source}' and '{output}' would be sampled separately, though {encoder} computes '{output}' "
                 f"from '{source}'",
                 hint=f"add '{output}' to what the stage of '{_decoded(producers).get(source, source)}' is given, "
                 "or want only one of them",
@@ -350,7 +350,7 @@ def _mend(
     given: tuple[str, ...],
     names: Iterable[str],
 ) -> str:
-    """Ways out of a refusal, each tried before it is told."""
+    """Ways out of a refusal, each tried before it is suggested."""
 
     def works(given: Iterable[str], *more: Producer) -> bool:
         try:

@@ -23,7 +23,7 @@ class ChainPlan:
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """Of every stage of the chain, those that do not run included; counted when they are first asked for."""
+        """Of every stage of the chain, including those that do not run; counted on first use."""
         moving = {step.producer.name: step.outputs for step in self.plan.steps if step.producer.kind == "stage"}
         return {name: self.chain.cost(name, moving.get(name)) for name in self.chain.stages}
 
@@ -33,7 +33,7 @@ class ChainPlan:
         return [s.producer.name for s in self.plan.steps if s.producer.kind == "stage"]
 
     def share(self, stage: str) -> float:
-        """The stage's part of all floating-point operations of this request."""
+        """The stage's share of the request's floating-point operations."""
         total = sum(self.costs[name].total_flops for name in self.running)
         return self.costs[stage].total_flops / total if stage in self.running and total else 0.0
 

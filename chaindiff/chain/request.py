@@ -1,4 +1,4 @@
-"""Requests: what is asked of a chain, read and checked; and what is seen while it is answered."""
+"""Requests to a chain, read and checked, and previews of their progress."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from chaindiff.chain.variable import Variable
 from chaindiff.edm.denoiser import State
 from chaindiff.io.errors import UserError, did_you_mean
 
-TILE = 16  # samples a call, always, when results must not depend on the batch size
+TILE = 16  # samples per call whenever results must not depend on the batch size
 Value = Tensor | list[str]  # texts are lists
-Given = Mapping[str, Any]  # values as a person gives them
+Given = Mapping[str, Any]  # values as a user gives them
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A stage on its way: its variables after a step, the clean values that it predicts, and their levels.
+    """A stage's progress: its variables after a step, their denoised values and their noise levels.
 
-    A stage that is no diffusion model may say no more than its state. `done` is the share of the whole request.
+    A stage that is not a diffusion model may report its state alone. `done` is the share of the whole request.
     """
 
     stage: str
@@ -40,7 +40,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a chain; see `Chain.sample`."""
+    """A request to a chain; see `Chain.sample`."""
 
     plan: Plan
     given: Mapping[str, Value]
@@ -62,7 +62,7 @@ class Request:
 
 
 def plain_values(given: Given, variables: Mapping[str, Variable]) -> dict[str, Value]:
-    """Values without a recipe behind them: tensors, numbers, texts, classes by number."""
+    """Values for a chain without a recipe: tensors, numbers, texts, classes by number."""
     found: dict[str, Value] = {}
     for name, value in given.items():
         variable = variables.get(name)
@@ -79,7 +79,7 @@ def plain_values(given: Given, variables: Mapping[str, Variable]) -> dict[str, V
 
 
 def checked(name: str, value: Value, variables: Mapping[str, Variable], count: int) -> Value:
-    """A given value, whose rows and shape fit the request."""
+    """A given value, checked to fit the request's count and the variable's shape."""
     variable = variables.get(name)
     if variable is None:
         return value  # a text that an encoder reads; or the resolver refuses it with the nearest name
@@ -108,7 +108,7 @@ def rows_of(value: Value, rows: Sequence[int]) -> Value:
 
 
 def tuned(running: Sequence[Stage], said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings of a whole call for each diffusion stage: it takes the scales of its own given variables alone.
+    """A call's settings for each diffusion stage, which takes the guidance scales of its own given variables only.
 
     Raises UserError for settings that no stage takes.
     """

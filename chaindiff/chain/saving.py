@@ -1,6 +1,6 @@
 """Stages and chains as files: a stage's weights with all that is needed to build it again, a chain as a folder of them.
 
-A file says nothing of code: networks, stages and encoders of one's own are handed in again when it is read.
+Files hold no code: custom networks, stages and encoders are passed in again on loading.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT, CHAIN = "chaindiff-stage/1", "chain.json"
 
 
 def described(stage: Diffusion) -> dict[str, Any]:
-    """A diffusion stage's settings as plain data, in the words of a recipe; None for what is code of somebody's."""
+    """A diffusion stage's settings as plain data, with a recipe's field names; None for custom code."""
     configs = {
         "network": stage.network_spec,
         "precondition": stage.precondition_spec,
@@ -47,13 +47,13 @@ def described(stage: Diffusion) -> dict[str, Any]:
 
 
 def trained_variables(stage: Stage) -> list[Variable]:
-    """All that a stage has to do with in training: what it generates, then what it is given."""
+    """The variables that a stage is trained on: those it generates, then those it is conditioned on."""
     given = [link.variable for link in stage.conditioner] if isinstance(stage, Diffusion) else stage.given
     return [*stage.generates.values(), *given]
 
 
 def metadata(stage: Stage) -> dict[str, Any]:
-    """What the weights file of a stage that no recipe made says of itself."""
+    """The metadata of a weights file whose stage was not made by a recipe."""
     said = described(stage) if isinstance(stage, Diffusion) else {"generates": [*stage.generates]}
     variables = {v.name: variable_entry(v) for v in trained_variables(stage)}
     about = {"name": stage.name, "stage": said, "variables": variables}
@@ -70,7 +70,7 @@ def save_stage(stage: Stage, path: str | Path, **about: Any) -> None:
 def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Diffusion:
     """A diffusion stage from its weights file. `own`: arguments of `Diffusion` that are code, such as `network`.
 
-    Raises UserError for a file that does not say what the stage is or names code that nobody allowed, and for tensors
+    Raises UserError for a file that does not describe its stage or names code that is not allowed, and for tensors
     that do not fit.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Dif
         width = said["augment_dim"] if "augment_dim" in said else augment_dim(AugmentSpec(**said["augment"]))
     except (KeyError, TypeError, ValueError) as error:
         hint = "load it through its recipe: chaindiff.load(RECIPE).stages[NAME]"
-        raise UserError(f"{path} does not say enough of its stage to build it", hint=hint) from error
+        raise UserError(f"{path} does not describe its stage fully enough to build it", hint=hint) from error
     settings = {key: said.get(key) for key in ("network", "precondition", "noise", "joint")}
     settings = {**settings, "sampler": said.get("sample"), **own}
     named = settings["network"].get("kind") if isinstance(settings["network"], Mapping) else None
@@ -92,7 +92,7 @@ def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Dif
         raise UserError(f"{path}: the network is code, '{named}', which runs only where you allow it", hint=hint)
     for part in ("network", "precondition", "noise"):
         if settings[part] is None:
-            raise UserError(f"{path}: the {part} is code of your own", hint=f"load_stage(path, {part}=...) takes it")
+            raise UserError(f"{path}: the {part} is custom code", hint=f"load_stage(path, {part}=...) takes it")
     generates = [variables[name] for name in made]
     stage = Diffusion(generates, given=given, augment_dim=width, name=kept.get("name"), **settings)
     tensorfile.fill(stage, tensors, str(path))
@@ -127,7 +127,7 @@ def save_chain(chain: Chain, folder: Path) -> None:
 def load_chain(folder: Path, objects: Sequence[Stage | Encoder] = ()) -> Chain:
     """A chain that `save_chain` wrote from Python. `objects` are its stages, encoders and decoders that are code.
 
-    Raises UserError for one that is not handed in.
+    Raises UserError for one that is not passed in.
     """
     said = json.loads((folder / CHAIN).read_text())
     handed = {part.name: part for part in objects if isinstance(part, Stage)}
@@ -159,4 +159,4 @@ def _stage(name: str, folder: Path, handed: Any) -> Any:
 
 
 def _not_handed(folder: Path, what: str) -> UserError:
-    return UserError(f"{what} of {folder} is code of your own", hint="chaindiff.load(folder, objects=[...]) takes it")
+    return UserError(f"{what} of {folder} is custom code", hint="chaindiff.load(folder, objects=[...]) takes it")

@@ -1,4 +1,4 @@
-"""What a chain knows of a stage, and nothing else. Most stages are diffusion models (`diffusion.py`)."""
+"""All that a chain knows of a stage. Most stages are diffusion models (`diffusion.py`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Values = Mapping[str, Tensor]  # a variable's clean values, [batch, *shape]
 class Cost:
     """What one sample costs: evaluations, multiply-adds x 2 of one evaluation, and bytes (weights, activations).
 
-    `how` says how the stage samples, for people; `notes` what sampling does to given variables, by their names.
+    `how` describes the sampler, for display; `notes` say, by name, what sampling does to given variables.
     """
 
     parameters: int = 0
@@ -43,10 +43,10 @@ class Cost:
 
 @runtime_checkable
 class Stage(Protocol):
-    """A model of p(generated | given): anything with these names works in a chain, in its plans and in training.
+    """A model of p(generated | given): any object with these members works in a chain, in its plans and in training.
 
     `conditionals`: the sets of its own variables that it can be given, generating the others; for one variable, none.
-    A stage that trains is a `torch.nn.Module` too.
+    A trainable stage is also a `torch.nn.Module`.
     """
 
     @property
@@ -72,10 +72,10 @@ class Stage(Protocol):
 
 
 class Outline:
-    """What is known of a recipe's stage before its network is built: enough to resolve requests with."""
+    """What is known of a recipe's stage before its network is built: enough to resolve requests."""
 
     def __init__(self, stage: Stage | None, build: Callable[[], Stage], **known: Any):
-        """`stage` is there already, or will be `build`t when costs are asked for; `known` are its other names."""
+        """`stage` exists already, or `build` makes it when costs are asked for; `known` are its other attributes."""
         self.name: str = known["name"] if stage is None else stage.name
         self.generates: Mapping[str, Variable] = known["generates"] if stage is None else stage.generates
         self.given: Sequence[Variable] = known["given"] if stage is None else stage.given
@@ -98,7 +98,7 @@ class Outline:
 
 
 class Stages(Mapping[str, Stage]):
-    """Stages by name. One of a recipe reads its weights when it is first asked for; until then its outline serves."""
+    """Stages by name. A recipe's stage loads its weights on first use; until then its outline stands in for it."""
 
     def __init__(
         self,
@@ -125,13 +125,13 @@ class Stages(Mapping[str, Stage]):
         return len(self.outlines)
 
     def trainable(self) -> Iterator[tuple[str, Stage]]:
-        """Stages that learn; one without weights yet as it begins."""
+        """Trainable stages; one without weights yet as initialised."""
         for name, outline in self.outlines.items():
             if learns(outline):
                 yield name, self._begin(name) if self._begin is not None and name not in self.loaded else self[name]
 
     def to(self, device: str | torch.device) -> None:
-        """Move what is loaded, and what will be."""
+        """Move the stages that are loaded, and later ones as they are."""
         self._device = device
         for stage in self.loaded.values():
             _moved(stage, device)
@@ -145,13 +145,13 @@ def _moved(stage: Stage, device: str | torch.device | None) -> Stage:
 
 
 def subsets(names: Sequence[str]) -> frozenset[frozenset[str]]:
-    """All that can be given of several variables while others are left to generate."""
+    """The subsets of several variables that can be given while others are left to generate."""
     sizes = range(1, len(names))
     return frozenset(frozenset(known) for size in sizes for known in combinations(names, size))
 
 
 def learns(stage: object) -> TypeGuard[Any]:
-    """Whether a stage has anything to train: it is a `torch.nn.Module` then."""
+    """Whether a stage is trainable: a `torch.nn.Module` with parameters."""
     if isinstance(stage, Outline):
         return stage.learns
     return isinstance(stage, nn.Module) and any(True for _ in stage.parameters())
@@ -159,7 +159,7 @@ def learns(stage: object) -> TypeGuard[Any]:
 
 @contextmanager
 def evaluating(stage: object) -> Iterator[None]:
-    """Dropout and the like are off inside; what was in training mode is so again afterwards."""
+    """Evaluation mode inside, without dropout and the like; training mode is restored afterwards."""
     training = [part for part in stage.modules() if part.training] if isinstance(stage, nn.Module) else []
     try:
         for part in training:

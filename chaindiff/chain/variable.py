@@ -16,8 +16,8 @@ class Variable:
     """A named random quantity.
 
     A value is a tensor [batch, *shape]; a label's is an integer [batch] below `shape[0]`. Images lie in [-1, 1].
-    `meaning` says what the numbers are (for an encoder's output: which encoder, of what, how scaled), and unless said
-    they are what data holds under this name; two variables may be joined by a link only if their identities agree.
+    `meaning` says what the numbers are (for an encoder's output: which encoder, of what, how scaled), by default what
+    the data holds under this name; two variables may be joined by a link only if their identities agree.
     """
 
     name: str
@@ -87,16 +87,16 @@ def meaning(name: str, specs: Mapping[str, VariableSpec]) -> dict[str, Any]:
 
 
 def variable_entry(variable: Variable, fitted: str = "") -> dict[str, Any]:
-    """A variable in a weights file: its identity, the digest of what was fitted for it, and all that it is."""
+    """A variable in a weights file: its identity, the digest of what was fitted for it, and its description."""
     return {"identity": variable.identity, "fitted": fitted, **asdict(variable)}
 
 
 def difference(one: Variable, other: Variable) -> str:
-    """What tells two variables apart, in words: "its shape is [4], not [8]"."""
+    """How two variables differ, in words: "its shape is [4], not [8]"."""
     mine, theirs = _facts(one), _facts(other)
     different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     said = [f"its {key} is {mine.get(key, 'nothing')}, not {theirs.get(key, 'nothing')}" for key in different]
-    return "; ".join(said) or "nothing that is said"
+    return "; ".join(said) or "nothing that is recorded"
 
 
 def _facts(variable: Variable) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What there is: recipes, stage cards, encoders, networks, weights and runs, a line each. Imports no torch."""
+"""The catalogue: recipes, stage cards, encoders, networks, weights and runs, one line each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEADER = 100_000_000  # bytes; the format allows no more
 
 @dataclass(frozen=True)
 class Entry:
-    """A thing that a recipe or the command line can name. `path` is its file, if it is one."""
+    """Something that a recipe or the command line can name. `path` is its file, if it is one."""
 
     name: str
     description: str
@@ -42,7 +42,7 @@ def _files(what: What) -> list[Entry]:
 
 
 def _kinds(union: Any) -> list[Entry]:
-    """The members of a union of specs, by their `kind`, with the first sentence of what each says of itself."""
+    """The members of a union of specs, by their `kind`, with the first paragraph of each docstring."""
     found = [(kind, model.__doc__ or "") for kind, model in kinds(union).items()]
     return [Entry(kind, " ".join(doc.split("\n\n")[0].split())) for kind, doc in found]
 
@@ -82,7 +82,7 @@ def _run(path: Path) -> str:
 
 
 def _counted(folder: Path, asked: int) -> str:
-    """The samples of one variable: an image a file, of others a batch a file, named after its first."""
+    """The samples of one variable: one file per image, or per batch of other values, named after its first."""
     count = sum(1 for file in folder.glob("*.png") if file.stem.isdecimal())
     for file in folder.glob("*.safetensors"):
         count += _header(file)[folder.name]["shape"][0]
@@ -90,7 +90,7 @@ def _counted(folder: Path, asked: int) -> str:
 
 
 def _trained(path: Path) -> str:
-    """What a weights file says of itself, or what is wrong with it."""
+    """A weights file's contents by its metadata, or what is wrong with it."""
     try:
         metadata = _header(path)["__metadata__"]
         size = f"{path.stat().st_size / 1e6:.2f} MB"

@@ -30,7 +30,7 @@ class Run:
 
     @classmethod
     def open(cls, name: str) -> Run:
-        """By path, or by name under `runs`. Raises UserError for what is no run, and for broken figures."""
+        """By path, or by name under `runs`. Raises UserError if it is not a run, and for broken figures."""
         folder = next((path for path in (Path(name), Path("runs") / name) if (path / LOCK).is_file()), None)
         if folder is None:
             hint = f"a run is a directory with {LOCK}; `chaindiff list runs` shows those under runs"
@@ -85,7 +85,7 @@ class Comparison:
 
 
 def compare(names: Sequence[str]) -> Comparison:
-    """Two or more runs. Raises UserError for fewer, and for what is no run."""
+    """Two or more runs. Raises UserError for fewer, and for names that are not runs."""
     found = [Run.open(name) for name in names]
     if len({run.folder.resolve() for run in found}) < max(2, len(found)):
         raise UserError("compare takes two or more different runs", hint="chaindiff compare RUN RUN")
@@ -126,7 +126,7 @@ def shown(value: Any) -> str:
 
 
 def figures_of(path: Path) -> list[dict[str, Any]] | None:
-    """The figures of an evaluation with what stands beside each; None if there is no evaluation."""
+    """The figures of an evaluation with the details of each; None if there is no evaluation."""
     try:
         found = json.loads(path.read_text())["figures"]
         for figure in found:
@@ -136,7 +136,7 @@ def figures_of(path: Path) -> list[dict[str, Any]] | None:
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
-            "is not what an evaluation leaves", str(path), "delete it and evaluate the run again"
+            "is not the output of an evaluation", str(path), "delete it and evaluate the run again"
         ) from error
     return found
 
@@ -153,7 +153,7 @@ def lines_of(found: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def line(row: str, of: str, metric: str, judge: str, by_run: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """One figure of several runs, and in which of the things that it depends on they are unlike."""
+    """One figure of several runs, and how the conditions of its measurement differ."""
     told = {field: {name: seeds[0].get(field) for name, seeds in by_run.items()} for field in (*LIKE, "from data")}
     measured = {name: Measured("", [], [[figure["figure"]] for figure in seeds]) for name, seeds in by_run.items()}
     return {

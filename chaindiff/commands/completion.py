@@ -76,10 +76,10 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _recipe(context: typer.Context) -> list[Any]:
-    """The recipe on the command line so far; none if it is not there or wrong, which the command will say."""
+    """The recipe on the command line so far; None if it is missing or invalid, which the command reports."""
     from chaindiff.specs.load import load_recipe
 
-    # An option that still lacks its value ends the parser's work, and leaves the recipe among the arguments.
+    # An option that still lacks its value stops the parser, and leaves the recipe among the arguments.
     words = [word for word in (context.params.get("recipe"), *context.args) if word]
     try:
         return [load_recipe(word, changes=context.params.get("changes") or ()).recipe for word in words[:1]]

@@ -1,4 +1,4 @@
-"""`chaindiff evaluate`: what a chain is worth, and what each of its links."""
+"""`chaindiff evaluate`: how good a chain is, and what each of its links costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def evaluate(
     judges: Sequence[str] = (),
     **options: Any,
 ) -> Report:
-    """Measure a chain, say what was found, and show it on the page of the run, which is made if there is none."""
+    """Measure a chain, print the results and show them on the run's page, which is made if there is none."""
     asked = {"count": count, "seeds": list(seeds), "judges": list(judges)}
     changed = {"evaluate": {key: value for key, value in asked.items() if value}}
     loaded = asking(recipe_of(recipe).override(changed), given=given)

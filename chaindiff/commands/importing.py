@@ -56,7 +56,7 @@ def import_snapshot(
 
 
 def metadata(snapshot: Snapshot, path: Path) -> dict[str, Any]:
-    """What a network's file says of itself."""
+    """The metadata of a network's file."""
     found = snapshot.published
     return {
         "source": path.name,
@@ -105,9 +105,9 @@ def stage_name(loaded: Loaded, stage: str | None) -> str:
 
 
 def save_stage(snapshot: Snapshot, path: Path, out: Path, assembly: Assembly, name: str) -> Begun:
-    """Write the snapshot as this stage's weights. Raises UserError if the stage differs in anything that sampling sees.
+    """Write the snapshot as this stage's weights. Raises UserError if they differ in what sampling depends on.
 
-    The file bears no identity, for this project did not train it: a recipe finds it by `weights` alone.
+    The file has no identity, since it was not trained here: a recipe finds it by `weights` alone.
     """
     loaded, found = assembly.loaded, snapshot.published
     where = f"stages.{name}.network"
@@ -127,7 +127,7 @@ def save_stage(snapshot: Snapshot, path: Path, out: Path, assembly: Assembly, na
     untrained = [part for part in begun.new if part != AUGMENT]
     if untrained:
         raise UserError(
-            f"stage '{name}' is given what the network of {path} does not know: {', '.join(untrained)}",
+            f"stage '{name}' is conditioned on what the network of {path} was not trained with: {', '.join(untrained)}",
             loaded.where(f"stages.{name}.given"),
             "train it from this network: import without --recipe, and set the stage's `init` to the file",
         )

@@ -17,12 +17,12 @@ from chaindiff.specs.yaml import wrap
 
 
 def recipe_of(recipe: Loaded | str | Path) -> Loaded:
-    """In Python a recipe may be named, as on the command line."""
+    """In Python, too, a recipe may be given by name."""
     return recipe if isinstance(recipe, Loaded) else load_recipe(recipe)
 
 
 def asking(loaded: Loaded, **options: Any) -> Loaded:
-    """The recipe with what a command's options ask of its samples; None asks nothing."""
+    """The recipe with a command's sampling options applied; None leaves a setting as it is."""
     return loaded.override({"sample": {n: wrap(v, f"--{n}") for n, v in options.items() if v is not None}})
 
 

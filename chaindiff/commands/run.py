@@ -1,4 +1,4 @@
-"""`chaindiff run`: all of a recipe, what is missing of it, in order, and no more."""
+"""`chaindiff run`: whatever a recipe still needs, in order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(
     batch: int | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Sampled:
-    """All of a recipe: weights (shipped or found, else trained), samples, pictures and the page."""
+    """Everything a recipe makes: weights (shipped or found, else trained), samples, pictures and the page."""
     loaded, banner = recipe_of(recipe), ""
     if smoke:
         loaded = smoke_version(loaded)
@@ -44,7 +44,7 @@ def run(
     for name in learning:
         if name not in untrained:
             say(f"stage {name}: weights {assembly.stages[name].weights()}")
-    if untrained:  # wrong weights or a mistyped class must not wait for the training
+    if untrained:  # wrong weights or a mistyped class must fail before training
         explain_missing_data(assembly)
         check_given(assembly, asked.given)
         for name in untrained:
@@ -67,7 +67,7 @@ def run(
 
 
 def explain_missing_data(assembly: Assembly) -> None:
-    """Before training: is the data there? If not, everything that a person can do about it."""
+    """Check before training that the data is there; if not, list everything that the user can do about it."""
     recipe = assembly.recipe
     try:
         len(assembly.data)

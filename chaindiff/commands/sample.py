@@ -1,4 +1,4 @@
-"""`chaindiff sample`: what is missing of a run's samples."""
+"""`chaindiff sample`: makes the missing samples of a run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sample(
     want: Sequence[str] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Sampled:
-    """Sample with the weights that are there."""
+    """Sample with existing weights."""
     loaded = asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given)
     sampled = sample_chain(Assembly(loaded, out))
     say(f"{sampled.samples.count} samples in {sampled.samples.folder}")
@@ -71,9 +71,9 @@ def sample(
 
 
 def sample_chain(assembly: Assembly) -> Sampled:
-    """Make the samples that are missing from a run; those of other settings or weights are made anew.
+    """Make the samples that are missing from a run; those of other settings or weights are made again.
 
-    Several processes share the batches out. A batch is the same whoever makes it, so their files are those of one.
+    Several processes divide the batches. A batch does not depend on its process, so the files are those of one.
     """
     asked, out, state = assembly.recipe.sample, assembly.out, processes()
     found = assembly.request
@@ -98,7 +98,7 @@ def sample_chain(assembly: Assembly) -> Sampled:
     state.wait_for_everyone()  # all of them have read the lock before one changes it
     if state.is_main_process:
         if stale and samples.folder.exists():
-            say(f"the samples in {samples.folder} are of other settings or weights; they are made anew")
+            say(f"the samples in {samples.folder} are of other settings or weights; they are made again")
             samples.clear()
         write_lock(out, assembly.recipe, lock)
     state.wait_for_everyone()
@@ -118,7 +118,7 @@ def sample_chain(assembly: Assembly) -> Sampled:
 
 
 def nothing_runs(assembly: Assembly) -> str:
-    """Why a request samples nothing, and what to give in place of it so that stages run."""
+    """Why a request samples nothing, and what to give instead so that stages run."""
     request, given, chain, told = assembly.request.plan, assembly.recipe.sample.given, assembly.chain(), []
     read = {made: step.inputs[0] for step in request.steps for made in step.outputs}  # encoders read one variable each
 
@@ -137,13 +137,13 @@ def nothing_runs(assembly: Assembly) -> str:
         ways = (name for name in pictured(assembly, want) if name not in given and runs(want, [name, *others]))
         if way := next(ways, None):
             value = given[origin] if isinstance(given[origin], str) else "FILE"
-            text += f"; to sample variations of a picture give what its stage is given, such as --given {way}={value}"
+            text += f"; to sample variations of a picture, condition its stage on one: --given {way}={value}"
         told.append(text)
     return f"no stage runs: {'; '.join(told)}"
 
 
 def pictured(assembly: Assembly, variable: str) -> list[str]:
-    """What the stage of a variable is given and a picture can stand for."""
+    """What a variable's stage is conditioned on and a picture can supply."""
     specs = assembly.recipe.variables
     stages = [n for n in assembly.recipe.stages if variable in {v.name for v in assembly.stages[n].generates}]
     links = [link.name for stage in stages for link, _ in assembly.stages[stage].links]

@@ -1,4 +1,4 @@
-"""`chaindiff train`: the stages of a recipe, or what is missing of them."""
+"""`chaindiff train`: trains the stages of a recipe that have no weights yet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from chaindiff.training import states
 def train(
     loaded: Loaded, stage: str | None = None, more: int = 0, out: Path | None = None, fresh: bool = False
 ) -> None:
-    """Train one stage, or all in order; with `more`, go on from the run's or the shipped weights.
+    """Train one stage, or all in order; with `more`, continue from the run's or the shipped weights.
 
-    Training that was stopped goes on in every case; `fresh` begins anew where it had ended.
+    Interrupted training always resumes; `fresh` retrains finished stages from scratch.
     """
     assembly = Assembly(loaded, out)
     names = [stage] if stage else list(loaded.recipe.stages)
@@ -30,6 +30,6 @@ def train(
             states.discard(assembly.stages[name].folder)
         weights = None if fresh else assembly.stages[name].find_weights()
         if weights is not None and weights.exists() and not more and not unfinished:
-            say(f"stage {name} has weights: {weights} (--more IMAGES goes on from them, --fresh trains anew)")
+            say(f"stage {name} has weights: {weights} (--more IMAGES continues from them, --fresh trains from scratch)")
         else:
             train_stage(assembly, name, start=weights, more=more)

@@ -11,7 +11,7 @@ from typing import Any
 from chaindiff.data.sources import METADATA, Source
 from chaindiff.io.errors import UserError, did_you_mean, nearest
 
-# At most, of each file and of all files of metadata, and for each image more: packed well, a few bytes make many values.
+# Bytes of one file and values of all, at most, and more for each image: well packed, a few bytes make many values.
 BYTES, IMAGE_BYTES = 64 << 20, 64 << 10
 VALUES, IMAGE_VALUES = 1_000_000, 256
 

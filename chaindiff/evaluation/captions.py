@@ -1,4 +1,4 @@
-"""Captions of the data, embedded beside images: to see whether a sample shows what it was made for."""
+"""Captions of the data, embedded beside images, to measure whether a sample matches its caption."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FIELDS = ("caption", "text")  # of the metadata, where the recipe declares no te
 
 
 def captions(assembly: Assembly, data: Data) -> list[str] | None:
-    """What is said of every image, by the recipe's text variable or else by a field of a usual name.
+    """Every image's caption, from the recipe's text variable or else from a field with a usual name.
 
-    Images of which nothing is said have an empty text; None if all are such.
+    Images without one have an empty text; None if all do.
     """
     declared = [assembly.columns[name].field for name, spec in assembly.recipe.variables.items() if spec.kind == "text"]
     field = next((name for name in (*declared, *FIELDS) if name in data.fields), None)
@@ -30,7 +30,7 @@ def captions(assembly: Assembly, data: Data) -> list[str] | None:
 
 
 class TextTower:
-    """The tower that reads texts, into the space of the tower that is the judge `open_clip:MODEL`.
+    """The text tower of the judge `open_clip:MODEL`, which embeds into the same space.
 
     Raises UserError if the model is not there.
     """

@@ -33,7 +33,7 @@ class Sweep:
 
     @classmethod
     def parse(cls, text: str) -> Sweep:
-        """`stages.image.sample.steps=6,9,18`. Raises UserError if it is none."""
+        """`stages.image.sample.steps=6,9,18`. Raises UserError if it is not a sweep."""
         path, node = assignment(text, "--sweep")
         values = node.plain()
         if isinstance(values, str):
@@ -74,7 +74,7 @@ class Rows:
         count: int | None = None,
         split: str | None = None,
     ) -> list[Row]:
-        """One row for each seed; what the recipe gives stands in its label."""
+        """One row for each seed; its label names what the recipe gives."""
         recipe = (loaded or self.loaded).override(changes) if changes else loaded or self.loaded
         told = [f"{name} {'...' if isinstance(v, Tensor) else v}" for name, v in recipe.recipe.sample.given.items()]
         label += f", given {', '.join(told)}" * bool(told)
@@ -101,7 +101,7 @@ def measured_variable(assembly: Assembly, of: str | None) -> str:
 
 
 def link_rows(make: Rows, assembly: Assembly) -> Group:
-    """Every subset of the stages above the measured one, replaced by the data's own values.
+    """Every subset of the stages upstream of the measured one, replaced by ground truth.
 
     Subsets that run the same stages on the same values are one row.
     """
@@ -134,7 +134,7 @@ def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
 
 
 def baseline_rows(make: Rows, recipe: str) -> list[Row]:
-    """The same variable by another recipe, given the same values as far as they change something of it."""
+    """The same variable by another recipe, given the same values where they affect it."""
     other = load_recipe(recipe, allow_code=make.loaded.allow_code)
     chain = Assembly(other).chain()
     if make.of not in (makes := chain.generated()):
@@ -181,7 +181,7 @@ def evaluate(
     groups += [sweep_rows(make, Sweep.parse(text), oracle) for text in sweeps]
     study = Study(folder, asked.judges, asked.reference, asked.held_out)
     for judge in asked.judges:
-        study.judge(judge)  # a judge that is not there should not wait for the samples
+        study.judge(judge)  # a missing judge should fail before sampling
     state = processes()
     draw_all([row for group in groups for rows in group.rows for row in rows])
     state.wait_for_everyone()
@@ -198,11 +198,11 @@ def evaluate(
 
 
 def draw_all(rows: Sequence[Row]) -> None:
-    """Sample what is missing of all rows; several processes share them out.
+    """Sample what is missing of all rows; several processes divide them.
 
     Raises UserError for any of them before the first is sampled.
     """
-    # The longest of the rows that share their samples; a row's home is known when it is planned and its weights found.
+    # The longest of the rows that share samples; a row's folder is known once it is planned and its weights found.
     own = {row.store.folder: row for row in sorted(rows, key=lambda row: row.count)}
     less = f"evaluate samples {BATCH} at a time; --set sample.precision=bf16 needs less"
     for row in share(list(own.values())):

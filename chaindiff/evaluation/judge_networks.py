@@ -1,4 +1,4 @@
-"""Small classifiers of 32x32 images whose pooled features judge samples; kin to no encoder of a chain."""
+"""Small classifiers of 32x32 images whose pooled features judge samples; unrelated to any encoder of a chain."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ TRUNKS = {"conv": ConvTrunk, "vit": VitTrunk}
 
 
 class Judge(nn.Module):
-    """A trunk, and a linear head for each thing to be told: {name: classes}."""
+    """A trunk, and a linear head for each attribute to predict: {name: classes}."""
 
     def __init__(self, kind: str, heads: Mapping[str, int]):
         super().__init__()

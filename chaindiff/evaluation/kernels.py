@@ -87,9 +87,9 @@ def _comparable(a: Vectors, b: Vectors) -> None:
 def _mmd(
     a: Vectors, b: Vectors, kernel: Kernel, weights: Sequence[Num[Tensor, "sets _"]] | None = None, own: bool = False
 ) -> Float64[Tensor, " sets"]:
-    """Squared MMD (Gretton et al. 2012), for several weightings of both sets' rows at once; without any, all weigh one.
+    """Squared MMD (Gretton et al. 2012), for several weightings of both sets' rows at once; by default all are 1.
 
-    Unbiased (equation 3), or biased (equation 5) with a row's `own` pair, that with itself.
+    Unbiased (equation 3), or, including each row's `own` pair with itself, biased (equation 5).
     """
     weights_a, weights_b = weights or [torch.ones(1, len(rows)) for rows in (a, b)]
     value = -2 * _mean(a, b, kernel, weights_a, weights_b)

@@ -47,8 +47,8 @@ def memorisation(
 ) -> Memorisation:
     """Compare distances to the nearest training row, in the space of the rows: pixels, or an extractor's features.
 
-    `held_out` must be data that training never saw and of which the training set holds no near copies; what it holds
-    of them raises the threshold's distance and hides copying. Raises UserError for an empty training set.
+    `held_out` must be data that training never saw and of which the training set holds no near copies: those would
+    lower the threshold and hide copying. Raises UserError for an empty training set.
     """
     near, neighbours = (found[:, 0].cpu() for found in nearest(samples, train))
     floor = nearest(held_out, train)[0][:, 0].cpu()

@@ -78,7 +78,7 @@ def _inside(
 
 
 def _squared(a: Float64[Tensor, "n d"], b: Float64[Tensor, "m d"]) -> Float64[Tensor, "n m"]:
-    """Squared distances |a|^2 + |b|^2 - 2 ab, where equal rows are at distance 0 exactly."""
+    """Squared distances |a|^2 + |b|^2 - 2 ab, where equal rows have distance 0."""
     norms = a.square().sum(1)[:, None] + b.square().sum(1)
     squared = torch.addmm(norms, a, b.T, alpha=-2)
     return squared.masked_fill_(squared <= SAME * norms, 0.0)

@@ -1,4 +1,4 @@
-"""The data's own values of a chain's variables: what a stage is replaced by to see what it costs."""
+"""Ground-truth values of a chain's variables, which replace a stage to measure what it costs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def split_of(assembly: Assembly, split: str | None) -> Data:
 
 
 class DataValues:
-    """Values of variables for every image of a data set, without augmentation; computed once and kept in `folder`."""
+    """Values of variables for every image of a data set, without augmentation; computed once and cached in `folder`."""
 
     def __init__(self, assembly: Assembly, data: Data, folder: Path):
         self.assembly, self.data, self.folder = assembly, data, folder
@@ -48,10 +48,10 @@ class DataValues:
         self._vectors = cache(self._read_vectors)
 
     def of(self, name: str, rows: Sequence[int]) -> Tensor:
-        """A variable's values for some rows; what encoders make is kept, but for images."""
+        """A variable's values for some rows; encoders' outputs are cached, except images."""
         variable = self.assembly.variables[name]
         if variable.kind == "text":
-            raise UserError(f"a text is no value to sample from; ask for what encodes '{name}'")
+            raise UserError(f"a text cannot be sampled from; ask for an encoding of '{name}'")
         if variable.kind == "image" or name not in self.assembly.encoders:
             return self._compute(name, rows)
         key = digest([variable.identity, self.assembly.encoders[name].digest, self.data.digest, len(self.data)])
@@ -83,12 +83,12 @@ class DataValues:
 
 
 def oracle(values: DataValues, names: Iterable[str], count: int, seed: int) -> dict[str, Tensor]:
-    """The same `count` images' values of several variables; which images, `oracle_rows` says."""
+    """The same `count` images' values of several variables; `oracle_rows` chooses the images."""
     rows = oracle_rows(len(values.data), count, seed).tolist()
     return {name: values.of(name, rows) for name in names}
 
 
 def oracle_rows(total: int, count: int, seed: int) -> Int64[Tensor, " count"]:
-    """The image, of `total`, that each sample is made for: whole passes over the data, each in an order of its own."""
+    """The image, of `total`, that each sample is made for: whole passes over the data, each in its own order."""
     passes = [generator(seed, "oracle", number).permutation(total) for number in range(-(-count // total))]
     return torch.from_numpy(np.concatenate(passes)[:count])

@@ -34,7 +34,7 @@ class Figure(BaseModel):
 
     @classmethod
     def of(cls, metric: str, value: Any, **about) -> Figure:
-        """From a number, or from an `Interval` with its ends, whose module this one does without: it imports torch."""
+        """From a number, or from an `Interval` with its ends, whose module imports torch, and is not imported."""
         if hasattr(value, "low"):
             return cls(metric=metric, value=value.value, low=value.low, high=value.high, **about)
         return cls(metric=metric, value=value, **about)

@@ -1,6 +1,6 @@
 """Rows of a comparison: a chain under some settings, some of its variables taken from the data, and what it samples.
 
-Samples are kept on disk in chunks, so that an interrupted evaluation goes on and memory holds one chunk.
+Samples are stored on disk in chunks, so that an interrupted evaluation resumes and memory holds one chunk.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PASSES = 3  # of training, for one image: forward, and backward at twice its cos
 class Row:
     """`count` samples of `of` and all that is sampled on the way, with the variables in `oracle` from the data.
 
-    All are given what the recipe's `sample.given` says; of several values, one sample after the other takes the next.
-    `folder` is where an evaluation keeps its rows; a row finds its samples by all that they depend on.
+    All are conditioned on the recipe's `sample.given`; several values are assigned to the samples in turn.
+    `folder` is where an evaluation stores its rows; a row's samples are keyed by all that they depend on.
     Raises UserError for requests that the chain cannot answer.
     """
 
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the recipe gives, as a person said it."""
+        """What the recipe gives, as the user wrote it."""
         return self.loaded.recipe.sample.given
 
     @cached_property
@@ -78,7 +78,7 @@ class Row:
             raise UserError(f"no stage samples '{self.of}', which is measured: it follows from what is given")
         if needless := [name for name in whole.unused if name in self.given]:
             hint = f"leave it out: --set sample.given.{needless[0]}=null"
-            raise UserError(f"the given '{needless[0]}' changes nothing of '{self.of}'", hint=hint)
+            raise UserError(f"the given '{needless[0]}' has no effect on '{self.of}'", hint=hint)
         return skeleton.plan([self.of], [name for name in given if name not in whole.unused])
 
     @property
@@ -93,7 +93,7 @@ class Row:
 
     @cached_property
     def key(self) -> str:
-        """Fingerprint of all that the samples depend on but their number."""
+        """Fingerprint of all that the samples depend on except their number."""
         weights = {name: self.assembly.stages[name].weights() for name in self.plan.running}
         depends = depends_on(self.assembly, self.plan, weights, self.values)
         for irrelevant in ("count", "want", "batch"):
@@ -165,7 +165,7 @@ class Row:
         return total / 1e15
 
     def about(self) -> dict[str, Any]:
-        """What stands beside this row's figures."""
+        """The details reported beside this row's figures."""
         return {
             "row": self.label,
             "recipe": self.assembly.recipe.name,
@@ -185,7 +185,7 @@ class Row:
 def trained_images(kept: Mapping[str, str]) -> int | None:
     """The images behind a stage's weights, by the file's metadata: what was seen, not what the recipe asked for.
 
-    None for imported weights, and for those that began as another network's: what that has seen is not told.
+    None for imported weights, and for those that began as another network's: what that has seen is unknown.
     """
     images = int(kept.get("images", 0))
     begun = json.loads(kept.get("stage", "{}")).get("init")

@@ -1,4 +1,4 @@
-"""Measuring rows: features of every row and of the data by every judge, kept on disk, and the figures made of them."""
+"""Measuring rows: features of every row and of the data by every judge, cached on disk, and figures from them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import to_uint8
 
 PATCHES = "patches"  # stands for a judge where a metric needs none
-MOST = 2048  # images of each set, of whose patches pyramids are compared in memory
-SHARD = 4 * CHUNK  # features of a file: what an interruption can cost
+MOST = 2048  # images of each set whose patches are compared in memory
+SHARD = 4 * CHUNK  # features per file: the most that an interruption can lose
 EACH = {"patches": 16, "directions": 256}  # an eighth of the published counts: small images have few patches
 
 
@@ -57,7 +57,7 @@ class DataImages:
     data: Data
     of: str
     split: str | None
-    folder: Path  # where values are kept
+    folder: Path  # where values are cached
 
     @cached_property
     def key(self) -> str:
@@ -79,7 +79,7 @@ class DataImages:
 
 @dataclass
 class Study:
-    """Rows that are compared: the same image variable, data, judges. Everything measured lies under `folder`."""
+    """Rows that are compared: the same image variable, data, judges. Everything measured is stored under `folder`."""
 
     folder: Path
     judges: Sequence[str]
@@ -95,7 +95,7 @@ class Study:
         return self._extractors[name]
 
     def features(self, images: Row | DataImages, judge: str, title: str = "") -> Stored:
-        """Features of a row's or the data's images, computed once and kept on disk."""
+        """Features of a row's or the data's images, computed once and cached on disk."""
         items, maker = f"{images.of} {images.key}", self.judge(judge)
         return self._kept(maker, items, images.count, images.images, f"{judge} {title}".strip())
 
@@ -184,7 +184,7 @@ class Study:
         return self._told({"swd": fmean(levels.values())}, row, against, PATCHES)
 
     def _told(self, values: Mapping[str, Any], row: Row, against: DataImages, judge: str) -> list[Figure]:
-        """Values with all that they depend on."""
+        """Values with their provenance."""
         split = against.split or row.assembly.recipe.data.split or "all"
         about: dict[str, Any] = {"reference": against.data.description, "split": split, "encoder": judge}
         if judge != PATCHES:

@@ -27,7 +27,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A row's figures, those of every seed, and what stands beside them."""
+    """A row's figures for every seed, and the details beside them."""
 
     label: str
     about: Sequence[Mapping[str, Any]]  # one for each seed

@@ -1,4 +1,4 @@
-"""From a recipe to objects: variables, stages, encoders and sources, and the chain of them."""
+"""A recipe's objects: variables, stages, encoders and sources, and the chain of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Assembly:
         raise UserError("no image variable of this recipe comes from its data: each has an encoder")
 
     def chain(self, needed: Iterable[str] = ()) -> Chain:
-        """The chain. Until a stage is used it lies on the meta device, where a plan needs no weights, data or memory.
+        """The chain. Until a stage is used it stays on the meta device, where a plan needs no weights, data or memory.
 
         Raises UserError for a `needed` stage without weights, and as `weights` does when another is first used.
         """
@@ -106,19 +106,19 @@ class Assembly:
         return chain
 
     def read(self, given: Mapping[str, Any]) -> Mapping[str, Value]:
-        """What a person gives, as values."""
+        """What a user gives, as values."""
         from chaindiff.recipe.given import read_given
 
         return read_given(self, given)
 
     @cached_property
     def request(self) -> ChainPlan:
-        """The plan of what the recipe itself asks to sample."""
+        """The plan of the recipe's own request."""
         asked = self.recipe.sample
         with self.located():
             return self.chain().plan(asked.want or None, tuple(asked.given))
 
 
 def default_out(loaded: Loaded) -> Path:
-    """The directory of a run that was named, else that of the recipe's name."""
+    """The directory of the run that was named, else the one with the recipe's name."""
     return loaded.path.parent if loaded.path.name == LOCK else Path("runs") / loaded.recipe.name

@@ -1,4 +1,4 @@
-"""Encoders of a recipe: where what was fitted for one lies, and the encoder itself when it is needed."""
+"""Encoders of a recipe: where their fitted statistics are, and the encoders themselves on first use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LazyMap:
 
 
 class RecipeEncoder:
-    """What encodes one variable of a recipe, with what was fitted for it."""
+    """The encoder of one variable of a recipe, with its fitted statistics."""
 
     def __init__(self, assembly: Assembly, name: str):
         self.assembly, self.name = assembly, name
@@ -68,7 +68,7 @@ class RecipeEncoder:
 
     @property
     def digest(self) -> str:
-        """What the statistics are, and where a file holds the vectors, what it holds."""
+        """A digest of the statistics and, if a file holds the vectors, of its content."""
         fitted = tensorfile.metadata(self.path).get("digest", "") if self.path.exists() else ""
         variables = self.assembly.recipe.variables
         if not isinstance(variables[self.name].encoder, FileSpec):

@@ -1,4 +1,4 @@
-"""How a request is executed: compiled or not, in which precision; and the fingerprint of all that samples depend on."""
+"""How a request is executed: compiled or not, in which precision; and the fingerprint of what samples depend on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prepare(chain: Chain, execution: str, precision: str) -> None:
 
 
 def chosen_execution(assembly: Assembly, found: ChainPlan, before: str | None = None) -> str:
-    """Eager or compiled: what the recipe says, and under `auto` what the run decided `before`, or what pays."""
+    """Eager or compiled: as the recipe says; under `auto`, as the run decided `before`, else whichever is faster."""
     asked = assembly.recipe.sample
     if asked.exact:
         return "eager"
@@ -46,7 +46,7 @@ def chosen_execution(assembly: Assembly, found: ChainPlan, before: str | None = 
 def depends_on(
     assembly: Assembly, found: ChainPlan, weights: Mapping[str, Path], values: Mapping[str, Value]
 ) -> dict[str, Any]:
-    """All that samples depend on, but for the way of execution, as plain data."""
+    """Everything that samples depend on except how they are executed, as plain data."""
     recipe = assembly.recipe
     decoded = [step.producer.name for step in found.plan.steps if step.producer.kind == "decoder"]
     decoders = {n: spec.model_dump() for n in decoded if (spec := recipe.variables[n].decoder) is not None}
@@ -83,7 +83,7 @@ def lock_of(
         execution = chosen_execution(assembly, found, decided)
         samples = digest({**depends, "execution": execution})
         if samples == before.get("samples"):
-            break  # else it is another request: how it is executed is decided anew
+            break  # else it is another request: how it is executed is decided again
     return {
         "samples": samples,
         "execution": execution,

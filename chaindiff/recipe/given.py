@@ -1,4 +1,4 @@
-"""What a person gives on the command line, as tensors: class names, numbers, images, embeddings in files."""
+"""Values given on the command line, as tensors: class names, numbers, images, embeddings in files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def read_given(assembly: Assembly, given: Mapping[str, Any], count: int | None =
     """Values of given variables, [1, *shape] or [rows, *shape].
 
     A label is a class's name or number, a text is itself, and of both there may be a list. An image is a file or
-    folder. Anything that an encoder makes of images (clusters too) can be given as an image, which is then encoded;
-    or as numbers in a .safetensors or .npy file.
-    Raises UserError for unknown variables, classes and files, and with a `count` unless there is one row or so many.
+    folder. Anything that an encoder computes from images (clusters too) can be given as an image, which is then
+    encoded; or as numbers in a .safetensors or .npy file.
+    Raises UserError for unknown variables, classes and files, and with a `count` unless there are one row or `count`.
     """
     values: dict[str, Value] = {}
     for name, value in given.items():
@@ -39,7 +39,7 @@ def read_given(assembly: Assembly, given: Mapping[str, Any], count: int | None =
 
 
 def check_given(assembly: Assembly, given: Mapping[str, Any]) -> None:
-    """What can be told before the encoders are fitted: raises UserError for unknown variables, classes and files."""
+    """The checks that need no fitted encoders: raises UserError for unknown variables, classes and files."""
     for name, value in given.items():
         variable = _variable(assembly, name)
         # Of a text, any words will do.
@@ -55,12 +55,12 @@ def _check_rows(name: str, rows: Sized, count: int) -> None:
 
 
 def _texts(assembly: Assembly, name: str, value: Any) -> list[str]:
-    """A text enters the chain by its encodings, one of which some stage must be given."""
+    """A text enters the chain through its encodings; some stage must be conditioned on one."""
     specs, texts = assembly.recipe.variables, value if isinstance(value, list) else [value]
     used = {variable.name for stage in assembly.recipe.stages for variable, _ in assembly.stages[stage].links}
     encodings = [n for n, spec in specs.items() if n in used and spec.reads == name]
     if not encodings:
-        raise UserError(f"--given {name}: no stage is given an encoding of this text")
+        raise UserError(f"--given {name}: no stage is conditioned on an encoding of this text")
     return [str(text) for text in texts]
 
 
@@ -71,7 +71,7 @@ def _variable(assembly: Assembly, name: str) -> Variable:
 
 
 def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Path:
-    """A class as a tensor, or the path of what is to be read."""
+    """A class as a tensor, or the path of a file to read."""
     where = f"--given {variable.name}"
     if isinstance(value, Tensor):
         return value
@@ -111,7 +111,7 @@ def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
     tensor = _numbers(path, variable, where)
     if not bool(tensor.isfinite().all()):
         raise UserError(f"{path} holds numbers that are not finite (NaN or infinity)", where)
-    if variable.kind == "label" and tensor.ndim == 1:  # as samples are kept
+    if variable.kind == "label" and tensor.ndim == 1:  # as samples are saved
         return torch.tensor([_class(assembly, variable, int(number), where) for number in tensor])
     tensor = tensor[None] if tuple(tensor.shape) == variable.shape else tensor
     if tuple(tensor.shape[1:]) != variable.shape:
@@ -133,7 +133,7 @@ def _class(assembly: Assembly, variable: Variable, value: Any, where: str) -> in
     numbers = [str(number) for number in range(len(names))]
     if str(value) in numbers:
         return numbers.index(str(value))
-    raise UserError(f"'{value}' is no class of {variable.name}{did_you_mean(str(value), names)}", where)
+    raise UserError(f"'{value}' is not a class of {variable.name}{did_you_mean(str(value), names)}", where)
 
 
 def _encode(assembly: Assembly, variable: Variable, path: Path, where: str) -> Tensor:
@@ -142,7 +142,7 @@ def _encode(assembly: Assembly, variable: Variable, path: Path, where: str) -> T
         return _images(path, variable)
     source = assembly.recipe.variables[variable.name].reads
     if source is None:
-        raise UserError(f"{path} is an image, but no encoder makes {variable} of images", where)
+        raise UserError(f"{path} is an image, but no encoder computes {variable} from images", where)
     value = _encode(assembly, assembly.variables[source], path, where)
     with torch.no_grad():
         return assembly.encoders[variable.name].build()(value)
@@ -161,7 +161,7 @@ def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False)).float()
         tensors = load_file(path)
-    except Exception as error:  # the readers raise many kinds for files that are something else or cut short
+    except Exception as error:  # the readers raise many kinds of errors for other or truncated files
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} is not a complete .safetensors or .npy file of numbers: {reason}", where) from error
     if variable.name in tensors:

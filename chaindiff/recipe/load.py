@@ -28,9 +28,9 @@ def load(
 ) -> Chain:
     """The chain of a recipe (a path or a bare name), of a run's directory, or of a folder that `save` wrote.
 
-    Weights are read when a stage is first used: a plan needs none. `changes` ("FIELD=VALUE") and keyword overrides
-    are those of the command line's `--set`, and `allow_code` is its `--allow-code`. `objects` are stages and encoders
-    of one's own that a saved chain had. Raises UserError for mistakes in the recipe.
+    Weights are read when a stage is first used: a plan needs none. `changes` ("FIELD=VALUE") and keyword overrides are
+    those of the command line's `--set`, and `allow_code` is its `--allow-code`. `objects` are a saved chain's custom
+    stages and encoders. Raises UserError for mistakes in the recipe.
     """
     if (Path(source) / CHAIN).is_file():
         return load_chain(Path(source), objects)

@@ -1,4 +1,4 @@
-"""Sampling to disk: what is missing of a request is made; and what it leaves in a run's directory."""
+"""Sampling to disk: makes the missing samples of a request, and names their files in a run's directory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ GRID = 64  # samples shown in a grid
 def draw(chain: Chain, store: Shards, mine: Sequence[range] | None = None, **asked: Any) -> Iterator[tuple[int, int]]:
     """Sample what is missing in a store, or this process's share of it; yields (samples done, samples in all).
 
-    The request, of `asked` as `Chain.sample` takes it, is planned once; a batch is the same whoever makes it. Images
-    are rounded to 8 bits, as image files are (EDM's practice). `seconds` is what a sample took, of its batch.
+    The request, with `asked` as for `Chain.sample`, is planned once; a batch does not depend on the process that makes
+    it. Images are rounded to 8 bits, as image files are (EDM's practice). `seconds` is each sample's share of its
+    batch's time.
     """
     request = chain.request(len(store), **asked)
 
@@ -43,7 +44,7 @@ def draw(chain: Chain, store: Shards, mine: Sequence[range] | None = None, **ask
 class Samples(Shards):
     """The folder `samples/` of a run, for `count` samples in batches of `batch`.
 
-    Images are 000000.png and on; other variables are one safetensors file a batch, named after its first sample.
+    Images are 000000.png and so on; other variables are one safetensors file a batch, named after its first sample.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Samples(Shards):
         return not self.missing() and all(map(_intact, self.grids))
 
     def clear(self) -> None:
-        """Delete all. Raises UserError if that fails: what stayed would pass for samples of the new settings."""
+        """Delete all samples. Raises UserError if that fails: leftovers would pass for samples of the new settings."""
         try:
             shutil.rmtree(self.folder)
         except FileNotFoundError:
@@ -98,7 +99,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    except Exception as error:  # PIL raises many kinds for files that are cut short or something else
+    except Exception as error:  # PIL raises many kinds of errors for truncated or other files
         raise UserError(
             f"not a readable image: {error}", str(path), "delete it, and the same command makes it again"
         ) from error

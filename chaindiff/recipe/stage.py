@@ -30,7 +30,7 @@ from chaindiff.training.begin import begin_from, other_preconditioning
 if TYPE_CHECKING:
     from chaindiff.recipe.assembly import Assembly
 
-# What changes how a run is observed, not what it learns, is no part of a stage's identity.
+# What changes how a run is observed, not what it learns, is not part of a stage's identity.
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
 TRAINED = {"kind", "settings", "network", "precondition", "noise", "joint", "augment", "init"}
 NOT_TRAINED = {"variable"}
@@ -52,12 +52,12 @@ class RecipeStage:
 
     @property
     def variables(self) -> list[Variable]:
-        """All that the stage has to do with: what it generates, then what it is given."""
+        """The variables that the stage is trained on: those it generates, then those it is conditioned on."""
         return [*self.generates, *(variable for variable, _ in self.links)]
 
     @property
     def identity(self) -> str:
-        """Equal for stages that are trained alike on the same data, in whatever recipe they stand."""
+        """Equal for stages that are trained alike on the same data, in any recipe."""
         identities = [variable.identity for variable in self.generates]
         return digest(
             {
@@ -73,7 +73,7 @@ class RecipeStage:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """What the stage's weights file says of itself."""
+        """The metadata of the stage's weights file."""
         encoders = self.assembly.encoders
         fitted = {v.name: encoders[v.name].digest for v in self.variables if v.name in encoders}
         return {
@@ -88,7 +88,7 @@ class RecipeStage:
     # ------------------------------------------------------------ objects
 
     def build(self, network: Any = None) -> Any:
-        """The stage (ours, or code of somebody's) with its initial weights, a function of its training seed.
+        """The stage (built-in or custom code) with its initial weights, a function of its training seed.
 
         `network` takes the place of the recipe's.
         """
@@ -117,7 +117,7 @@ class RecipeStage:
             return self.build(network)
 
     def outline(self) -> Outline:
-        """The stage to plan with; its network, where it is ours, is counted when costs are asked."""
+        """The stage for planning; a built-in network is counted when costs are asked for."""
         network: Any = self.spec.network
         return Outline(
             self.on_meta() if self.spec.network is None else None,
@@ -129,7 +129,7 @@ class RecipeStage:
         )
 
     def load(self, path: Path) -> Any:
-        """The stage with these weights. Raises UserError if their names or shapes are others."""
+        """The stage with these weights. Raises UserError if their names or shapes differ."""
         stage = self.on_meta()
         assert isinstance(stage, nn.Module)
         stage.to_empty(device="cpu")
@@ -179,7 +179,7 @@ class RecipeStage:
                     f"stage '{self.name}': the weights in {path} were not trained on this '{variable.name}'",
                     where(f"variables.{variable.name}"),
                     "its kind, shape, encoder or scaling differs; give the variable that the weights were trained on, "
-                    "or train the stage anew",
+                    "or train the stage again",
                 )
         return path
 
@@ -193,9 +193,9 @@ class RecipeStage:
         return state.images < state.total or written != str(state.images)
 
     def check_begin(self, fresh: bool = False) -> None:
-        """Whether the stage, if it is yet to be trained, can begin from its `init`, of which only the header is read.
+        """Check that the stage, if yet to be trained, can start from its `init`, of which only the header is read.
 
-        Raises UserError for a file that is not there, is no safetensors file or does not fit the stage.
+        Raises UserError for a file that is not there, is not a safetensors file or does not fit the stage.
         """
         if self.spec.init is not None and not self.unfinished and (fresh or self.find_weights() is None):
             stage = self.on_meta()
@@ -229,7 +229,7 @@ def trained_on(path: Path, kept: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def identity_of(path: Path) -> str | None:
-    """The identity of the stage in a file of another run; a damaged one is nobody's, and no error of this run."""
+    """The identity of the stage in a file of another run; None for a damaged one, which is not this run's error."""
     try:
         return tensorfile.metadata(path).get("identity")
     except UserError:

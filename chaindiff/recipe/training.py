@@ -35,7 +35,7 @@ PREVIEWS = 16
 def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: int = 0) -> Path:
     """Train a stage to the images of its recipe, or `more` beyond `start`; returns its weights file.
 
-    An unfinished run goes on where it was. Raises UserError for data, weights or settings that do not fit.
+    An unfinished run resumes where it stopped. Raises UserError for data, weights or settings that do not fit.
     """
     part = assembly.stages[name]
     spec, folder, stage = part.spec, part.folder, part.build()
@@ -83,7 +83,7 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
 
 
 def preview(stage: nn.Module, batches: Batches, path: Path) -> None:
-    """A grid of samples of the averaged weights, given the data's own values."""
+    """A grid of samples with the averaged weights and ground-truth conditioning."""
     if not isinstance(stage, Diffusion) or stage.target.kind != "image":
         return
     name = stage.target.name
@@ -99,7 +99,7 @@ def preview(stage: nn.Module, batches: Batches, path: Path) -> None:
 
 
 def prepare(assembly: Assembly, name: str) -> Batches:
-    """The training batches of a stage: encoders fitted, expensive ones cached; processes share out the work."""
+    """The training batches of a stage: encoders fitted, expensive ones cached; processes divide the work."""
     spec, recipe, state = assembly.recipe.stages[name], assembly.recipe, processes()
     wanted = assembly.stages[name].variables
     encoders: dict[str, Encoder] = {}
@@ -160,7 +160,7 @@ def embed(assembly: Assembly, encoder: Embedding, name: str) -> Features:
         raise UserError(
             f"stage '{name}' augments its images without end, so the embedding '{encoder.name}' cannot be cached",
             assembly.loaded.where(f"stages.{name}.augment"),
-            "set augment.variants, say to 8: so many augmented versions of every image are embedded once",
+            "set augment.variants, say to 8: that many augmented versions of every image are embedded once",
         )
     cache = EmbeddingCache(cache_folder(), encoder, data, augment, root.shape[-1])
     shown(f"embed {encoder.name}", cache.build(EMBEDDING_BATCH, share(cache.missing())))

@@ -34,9 +34,9 @@ class Features(Protocol):
 class Batches:
     """Sample numbers -> the values of some variables, and the augmentation labels under "augment_labels".
 
-    `root` is the image variable that the data holds, if any is wanted. What `encoders` make comes of it, and of what
-    else they `read` of the data, or of features of theirs in `caches`. Everything else is a column of the data: of its
-    own name, unless `fields` says another.
+    `root` is the image variable that the data holds, if any is wanted. `encoders` compute their variables from it, from
+    whatever else they `read` of the data, or from their cached features in `caches`. Everything else is a column of the
+    data, under its own name unless `fields` has another.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Batches:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Compute what these encoders make of every row, and keep it in memory: no augmentation may change it."""
+        """Compute these encoders' outputs for every row and hold them in memory: augmentation must not change them."""
         for name in names:
             with Bar(f"encode {name}", len(self.data)) as bar:
                 parts: list[Tensor] = []
@@ -120,7 +120,7 @@ class Batches:
 
 
 def pictures(variable: Variable) -> bool:
-    """Whether a variable is what image data holds; images of other channels are columns of numbers."""
+    """Whether a variable is an RGB image, as image data holds them; other images are columns of numbers."""
     return variable.kind == "image" and variable.shape[0] == 3
 
 
@@ -129,11 +129,11 @@ def _column(data: Data, variable: Variable, field: str) -> Tensor:
     if variable.kind == "label":
         values = torch.tensor(data.categories(field)[1])
         if (most := int(values.max())) >= variable.shape[0]:
-            message = f"label '{variable.name}' has {variable.shape[0]} classes, but its data counts up to {most}"
+            message = f"label '{variable.name}' has {variable.shape[0]} classes, but the data has labels up to {most}"
             raise UserError(message, hint=f"set its shape to [{most + 1}] or more: classes count from 0")
         return values
     if pictures(variable) or variable.kind == "text":
-        raise UserError(f"'{variable.name}' is no image that the data is about, and no encoder makes it")
+        raise UserError(f"'{variable.name}' is not the data's own image, and no encoder makes it")
     values = data.column(field)
     if tuple(values.shape[1:]) != variable.shape:
         shape = list(values.shape[1:])
@@ -141,5 +141,5 @@ def _column(data: Data, variable: Variable, field: str) -> Tensor:
             f"'{field}' of the data has shape {shape}, but variable '{variable.name}' {list(variable.shape)}"
         )
     if variable.kind == "image" and not bool((values.abs() <= 1).all()):
-        raise UserError(f"'{field}' of the data holds numbers beyond [-1, 1], where images lie")
+        raise UserError(f"'{field}' of the data holds numbers outside [-1, 1], the range of images")
     return values

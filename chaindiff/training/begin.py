@@ -1,6 +1,6 @@
-"""Begin a stage from another network's weights: what both know is carried over, what conditions on more begins at zero.
+"""Initialise a stage from another network's weights: shared parts are copied, new conditioning starts at zero.
 
-So the stage starts as the network was (VCDM, section 4; GLIDE, section 2.4, for input channels).
+The stage then starts as the same function (VCDM, section 4; GLIDE, section 2.4, for input channels).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ READABLE = "give the weights of a stage, or what `chaindiff import SNAPSHOT.pkl`
 
 @dataclass(frozen=True)
 class Begun:
-    """What did not simply pass from the file to the stage: `new` began at zero, `left` found no use."""
+    """What was not simply copied from the file to the stage: `new` starts at zero, `left` was not used."""
 
     new: tuple[str, ...]
     left: tuple[str, ...]
@@ -44,7 +44,7 @@ class Begun:
 def begin_from(stage: Diffusion, path: Path) -> Begun:
     """Initial weights from a file of another stage or of an imported network; on the meta device only their shapes.
 
-    Raises UserError as `begin` does, and if the file is not there or is no safetensors file.
+    Raises UserError as `begin` does, and if the file is missing or not a safetensors file.
     """
     if not path.is_file():
         raise UserError(f"there is no weights file {path}", hint="correct the path, or leave `init` out")
@@ -57,14 +57,14 @@ def begin_from(stage: Diffusion, path: Path) -> Begun:
 
 
 def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, str], where: str) -> Begun:
-    """Initial weights from tensors by name, so that the stage's output is at first the network's, whatever is given
-    that the network did not know.
+    """Initial weights from tensors by name, so that the stage's output is at first the network's, whatever its new
+    conditioning.
 
-    - Label projection: columns of variables that both know are carried over, those of others begin at zero.
-    - Augmentation projection: its label is zero unless an image was augmented, so that it may differ: common columns
-      are carried over, others begin at zero, and a stage without augmentation leaves it out.
-    - Input channels of given images, and what stands for absent variables, begin at zero.
-    - Of a network that also learned variances (iDDPM), what predicts them is left out.
+    - Label projection: columns of shared variables are copied, those of others start at zero.
+    - Augmentation projection: its label is zero unless an image was augmented, so that it may differ: shared columns
+      are copied, others start at zero, and a stage without augmentation leaves it out.
+    - Input channels of given images, and null values of absent variables, start at zero.
+    - Of a network that also learned variances (iDDPM), the output channels for them are left out.
 
     `kept` is the metadata of the file. Raises UserError listing all that is missing, unexpected or of another shape,
     and if the network was trained with another preconditioning.
@@ -102,16 +102,15 @@ def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, st
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError(
-            f"{where} cannot begin this stage: {'; '.join(problems[:SHOWN])}{more}",
-            hint="the stage needs the network's settings and preconditioning, and the label that the network was told; "
-            "it may be given more",
+            f"{where} cannot initialise this stage: {'; '.join(problems[:SHOWN])}{more}",
+            hint="the stage needs the network's settings, preconditioning and label; it may be conditioned on more",
         )
     stage.load_state_dict(own)
     return Begun(tuple(new), tuple(left))
 
 
 def other_preconditioning(stage: Diffusion, kept: Mapping[str, str]) -> list[str]:
-    """What the file says of its preconditioning, against the stage's; files of bare tensors say nothing."""
+    """What the file says of its preconditioning, against the stage's; files of bare tensors name none."""
     said = _fields(kept, "precondition") or _fields(kept, "stage").get("precondition")
     if said is None:
         return []
@@ -119,7 +118,7 @@ def other_preconditioning(stage: Diffusion, kept: Mapping[str, str]) -> list[str
         spread = float(kept.get("sigma_data", stage.target.sigma_data))
         trained = preconditioning(TypeAdapter(Precondition).validate_python(said), spread)
     except ValueError:
-        return [f"it was trained with a preconditioning that is not known here: {said!s:.80}"]
+        return [f"it was trained with an unknown preconditioning: {said!s:.80}"]
     return [] if trained == stage.precondition else [f"it was trained with {trained}, not {stage.precondition}"]
 
 
@@ -133,7 +132,7 @@ def _fields(kept: Mapping[str, str], name: str) -> dict[str, Any]:
 
 
 def _widens(stage: Diffusion, name: str, value: Tensor, given: Tensor) -> bool:
-    """Whether two projections differ only in how much they are told."""
+    """Whether two projections differ only in the width of their input."""
     if given.ndim != value.ndim or (given.shape[0], *given.shape[2:]) != (value.shape[0], *value.shape[2:]):
         return False
     added = value.shape[1] - given.shape[1]
@@ -149,11 +148,11 @@ def _learns_variances(stage: Diffusion, name: str, value: Tensor, given: Tensor)
 
 
 def columns(links: Iterable[Link]) -> dict[str, range]:
-    """Where in the label each given variable stands, and what is told about it, in the order of the links."""
+    """The columns of the label for each given variable and for its link features, in the order of the links."""
     found, at = {}, 0
     for link in links:
         value = link.variable.shape[0] if link.variable.kind in ("vector", "label") else 0
-        told = f"what is told about {link.variable.name}"
+        told = f"the link features of {link.variable.name}"
         for name, width in ((link.variable.name, value), (told, link.label_width - value)):
             if width:
                 found[name] = range(at, at + width)
@@ -177,11 +176,11 @@ def _label(
         else:
             parts = ", ".join(f"{name} {len(place)}" for name, place in ours.items())
             which = f"{' and '.join(alike)} all fit" if alike else "none fits"
-            return value, [], [f"it is told a label of {width} entries; of this stage's ({parts}) {which}"]
+            return value, [], [f"it has a label of {width} entries; of this stage's ({parts}) {which}"]
     else:
         pairs = [(place, ours[name]) for name, place in theirs.items() if name in ours]
         wrong = [
-            f"it is told {len(place)} entries of {name}, this stage {len(ours.get(name, ()))}"
+            f"it has {len(place)} entries of {name}, this stage {len(ours.get(name, ()))}"
             for name, place in theirs.items()
             if len(ours.get(name, ())) != len(place)
         ]
@@ -203,7 +202,7 @@ def _label(
 
 
 def _trained_columns(stage: Diffusion, kept: Mapping[str, str], width: int) -> dict[str, range] | None:
-    """The columns of a stage's file, which names what the stage was given; None where that cannot be told."""
+    """The columns of a stage's file, which names what the stage was conditioned on; None where that is unknown."""
     identities = {name: entry["identity"] for name, entry in _fields(kept, "variables").items()}
     ours = {link.variable.name: link.variable for link in stage.conditioner}
     links = []

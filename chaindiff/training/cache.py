@@ -1,4 +1,4 @@
-"""Embeddings of augmented training images, computed once and kept on disk."""
+"""Embeddings of augmented training images, computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from chaindiff.io.errors import UserError
 from chaindiff.io.shards import Shards
 from chaindiff.specs.stage import AugmentSpec
 
-SHARD = 4096  # rows of a file: what an interruption can cost
+SHARD = 4096  # rows per file: the most that an interruption can lose
 
 
 class EmbeddingCache(Shards):
     """`features` (before they are reduced and scaled) of `spec.variants` augmented variants of every image.
 
-    Variant v of image i is the features of `apply(image, draw(spec, (spec.seed, name of i, v)))`, so that whoever
-    draws with the same key sees the image that the embedding belongs to; it is row i * variants + v. Where the
-    augmentation does nothing, there is one variant, which stands for all.
+    Variant v of image i is the features of `apply(image, draw(spec, (spec.seed, name of i, v)))`, so that drawing with
+    the same key reproduces the image that the embedding belongs to; it is row i * variants + v. Where the augmentation
+    does nothing, there is one variant, which stands for all.
     """
 
     def __init__(self, folder: Path, encoder: Encoder, data: Data, spec: AugmentSpec, size: int):
         if augment.active(spec) and not spec.variants:
-            raise ValueError("without variants every training step has images of its own: nothing to cache")
+            raise ValueError("without variants every training step has new images: nothing to cache")
         self.encoder, self.data, self.spec, self.side = encoder, data, spec, size
         self.variants = spec.variants if augment.active(spec) else 1
         drawn = {**spec.model_dump(), "version": augment.VERSION} if augment.active(spec) else None

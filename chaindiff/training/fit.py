@@ -1,4 +1,4 @@
-"""Fit what an encoder needs to know of the training data: its reducer and standardisation."""
+"""Fit an encoder's reducer and standardisation to the training data."""
 
 from __future__ import annotations
 

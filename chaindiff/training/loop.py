@@ -1,8 +1,8 @@
 """The training loop of one stage: a generator that yields progress; logging, previews and bars live outside.
 
-Everything random is a pure function of (seed, image number), so a run that was killed and started again ends with the
-weights of one that was not (bit for bit in eager float32 on a CPU). Several processes share out every batch and end
-with the weights of one, to rounding; but a network's dropout draws for a whole micro-batch, keyed by its first image.
+Everything random is a pure function of (seed, image number), so a run that was killed and restarted ends with the same
+weights as one that was not (bit for bit in eager float32 on a CPU). Several processes split every batch and end with
+the same weights as one, up to rounding; but a network's dropout is drawn per micro-batch, keyed by its first image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMPILE_PAYS = 50_000  # images; a cold compilation takes as long as some thousa
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training run is. `loss` is the mean since the last report, or None."""
+    """The progress of a training run. `loss` is the mean since the last report, or None."""
 
     images: int
     total: int
@@ -101,11 +101,11 @@ def train(
 ) -> Iterator[Progress]:
     """Train until `total` images have been seen, continuing from the last checkpoint in `folder` if there is one.
 
-    `begin` counts the images behind the stage's present weights, where they are not new.
+    `begin`: training images that the stage's present weights have already seen.
 
     Writes checkpoints (`states`), metrics.jsonl, snapshots of power-function averages and, at the end,
     weights.safetensors (the first average, with its configuration).
-    Raises UserError if the batch cannot be shared out, the state belongs to another stage, or the loss is not finite.
+    Raises UserError if the batch cannot be divided, the state belongs to another stage, or the loss is not finite.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     ranks, rank = accelerator.num_processes, accelerator.process_index
@@ -125,11 +125,11 @@ def train(
         if state.metadata.get("identity") != metadata["identity"]:
             raise UserError(
                 f"{state.path} is the state of another stage or of other training settings",
-                hint=f"choose another --out, or delete {folder} to begin afresh",
+                hint=f"choose another --out, or delete {folder} to start again",
             )
         states.restore(state.tensors, stage, emas, optimizer, str(state.path))
         images = state.images
-    begun, damaged = state is not None, state is not None and state.path.name == states.OLDER
+    begun, damaged = state is not None, state is not None and state.path.name == states.PREVIOUS
     del state  # its tensors
     name = str(stage.name)
     model, optimizer = accelerator.prepare(prepare(stage, spec, total - images), optimizer)
@@ -188,7 +188,7 @@ def train(
             began, last = time.perf_counter(), images
             if metrics:
                 metrics.write(images, loss=mean, lr=rate, images_per_second=speed)
-        if snaps and accelerator.is_main_process:  # before the state, so that going on from it lacks none
+        if snaps and accelerator.is_main_process:  # before the state, so that none is missing on resuming
             snapshots.write(folder, emas.values(), images, metadata)
         if saves:
             save_state()

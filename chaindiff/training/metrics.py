@@ -33,8 +33,8 @@ class Metrics:
             seen = [_images(line) for line in lines]
             kept = [line for line, at in zip(lines, seen, strict=True) if at is not None and at <= images]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
-            if odd := seen[:-1].count(None):  # whoever is killed leaves half a last line
-                say(f"{self.path}: {odd} lines that are no figures are left out")
+            if odd := seen[:-1].count(None):  # a killed process leaves half a line at the end
+                say(f"{self.path}: {odd} unreadable lines left out")
         self._event(images, file_version="brain.Event:2")
         self._event(images + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was after
 

@@ -1,4 +1,4 @@
-"""Training of objects: a stage or a chain made in Python, on any data set; and a recipe's chain by its own settings."""
+"""Training in Python: a stage or a chain on any data set, or a recipe's chain with its own settings."""
 
 from __future__ import annotations
 
@@ -43,19 +43,17 @@ def train(
     """Train a stage, or every stage of a chain that learns (or the `only` one); afterwards it has averaged weights.
 
     `data`: a map-style dataset of items {name: value}, columns {name: [rows, ...]}, or a function that gives a batch
-    for a list of sample numbers. A chain's encoders make what the data does not hold, once for every item where nothing
-    augments the images. A chain of a recipe trains on the recipe's data if `data` is left out.
-    `augment` is that of a recipe's stage; without it, images are taken as they are.
-    `settings` are those of a recipe's `train`, such as images (seen in all), batch, optimizer, ema, precision. With a
-    `folder`, the state, figures and weights of every stage are kept in it, and the same call goes on from there.
+    for a list of sample numbers. A chain's encoders compute what the data does not hold, once per item unless images
+    are augmented. A chain of a recipe trains on the recipe's data if `data` is left out. `augment` is that of a
+    recipe's stage; by default images are not augmented. `settings` are those of a recipe's `train`, such as images
+    (seen in all), batch, optimizer, ema, precision. With a `folder`, the state, figures and weights of every stage are
+    saved in it, and the same call resumes from there.
     Raises UserError for data and settings that do not fit.
     """
     if isinstance(what, Chain) and what.origin is not None and data is None:
         for option, value in (("folder", folder), ("augment", augment), ("progress", progress)):
             if value is not None:
-                raise UserError(
-                    f"train: a recipe's own training takes no {option}", hint="hand in data, or leave it out"
-                )
+                raise UserError(f"train: a recipe's own training takes no {option}", hint="pass data, or leave it out")
         learning = [name for name, stage in what.stages.outlines.items() if learns(stage)]
         what.origin.train(what, [only] if only else learning, settings)
         return what
@@ -70,13 +68,13 @@ def train(
     how = config(AugmentSpec, {"flip": False} if augment is None else augment, "augment")
     for name, stage in stages.items():
         if not learns(stage):
-            raise UserError(f"stage '{name}' has nothing to train: it is no torch.nn.Module with parameters")
+            raise UserError(f"stage '{name}' has nothing to train: it is not a torch.nn.Module with parameters")
         batches: Any = data if callable(data) else batches_of(what, stage, data, how, spec.seed)
         place = None if folder is None else Path(folder) / "stages" / name
         _train_stage(stage, batches, spec, place, progress)
         if isinstance(what, Chain):
             what.stages.loaded[name] = stage
-            what.weights.pop(name, None)  # they are no file's
+            what.weights.pop(name, None)  # they come from no file now
     return what
 
 
@@ -108,14 +106,14 @@ def _train_stage(
 
 
 def batches_of(what: Stage | Chain, stage: Stage, data: Any, augment: AugmentSpec, seed: int) -> Batches:
-    """Batches of all that a stage has to do with, of what the data holds and of what encoders make of that."""
+    """Batches of a stage's variables, from the data and from encoders applied to it."""
     items: Data = data if isinstance(data, Items | ImageData) else Items(data, *_image_of(data, stage, what))
     variables = dict(what.variables) if isinstance(what, Chain) else {}
     variables |= {v.name: v for v in saving.trained_variables(stage)}
     known = what.encoders if isinstance(what, Chain) else {}
     wanted, encoders = saving.trained_variables(stage), dict[str, Encoder]()
     queue = [variable.name for variable in wanted]
-    while queue:  # what the data does not hold itself, an encoder makes
+    while queue:  # an encoder computes what the data does not hold
         name = queue.pop()
         if name not in _held(items) and name in known and name not in encoders:
             encoders[name] = known[name]
@@ -129,7 +127,7 @@ def batches_of(what: Stage | Chain, stage: Stage, data: Any, augment: AugmentSpe
 
 
 def _image_of(data: Any, stage: Stage, what: Stage | Chain) -> tuple[str, ...]:
-    """The entry that is the image, where some variable's name says it."""
+    """The entry that holds the image, if an image variable has its name."""
     entries = data if isinstance(data, Mapping) else data[0] if len(data) else {}
     variables = [*stage.generates.values(), *(what.variables.values() if isinstance(what, Chain) else ())]
     return tuple(v.name for v in variables if pictures(v) and v.name in entries)[:1]

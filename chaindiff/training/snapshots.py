@@ -16,7 +16,7 @@ from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import remove_leftovers
 
-TOLERANCE = 0.1  # relative L2 error of a profile beyond which an average is not what it says it is
+TOLERANCE = 0.1  # relative L2 error of a profile beyond which a reconstruction is refused
 
 
 def write(folder: Path, averages: Iterable[Average[Any]], images: int, metadata: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def write(folder: Path, averages: Iterable[Average[Any]], images: int, metadata:
 
 
 def _half(tensor: Tensor) -> Tensor:
-    """float16, whose 11 bits disturb an average less than bfloat16's 8; what its range does not hold stays."""
+    """float16, whose 11 bits disturb an average less than bfloat16's 8; tensors beyond its range stay as they are."""
     half = tensor.half()
     return half if tensor.dtype == torch.float32 and bool(half.isfinite().all()) else tensor
 
@@ -64,13 +64,13 @@ class Snapshot:
         """Raises UserError if the file is broken, or not a snapshot."""
         kept = tensorfile.metadata(path)
         if "sigma_rel" not in kept or "profile_error" in kept:
-            raise UserError(f"{path} is no snapshot of a power-function average")
+            raise UserError(f"{path} is not a snapshot of a power-function average")
         return cls(path, int(kept["images"]), float(kept["sigma_rel"]), kept)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What was written: of how many snapshots, and the relative L2 error of the profile."""
+    """What was written: from how many snapshots, and the relative L2 error of the profile."""
 
     path: Path
     sigma_rel: float
@@ -105,20 +105,20 @@ def reconstruct(files: Sequence[Path], sigma_rel: float, at_images: int | None =
     """
     if not 0 < sigma_rel < UNIFORM:
         raise UserError(
-            f"std {sigma_rel:g} is no width of a power-function average",
-            hint=f"it is above 0 and below {UNIFORM:.4f}, that of the plain average of all weights so far",
+            f"std {sigma_rel:g} is not a width of a power-function average",
+            hint=f"it must be above 0 and below {UNIFORM:.4f}, that of the plain average of all weights so far",
         )
     found = sorted((Snapshot.read(path) for path in files), key=lambda s: (s.images, s.sigma_rel))
     for other in found[1:]:
         if other.metadata.get("identity") != found[0].metadata.get("identity"):
             raise UserError(
                 f"{other.path} and {found[0].path} are snapshots of different networks",
-                hint="all must come of one training of one stage",
+                hint="all must come from one training run of one stage",
             )
     last = found[-1].images
     at_images = last if at_images is None else at_images
     if not 0 < at_images <= last:
-        raise UserError(f"the snapshots end at {last} images, and none tells of {at_images}")
+        raise UserError(f"the snapshots end at {last} images, before {at_images}")
     end = min(s.images for s in found if s.images >= at_images)
     found = [s for s in found if s.images <= end]
     weights, error = _solve(found, sigma_rel, at_images)

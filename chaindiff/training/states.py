@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: all that it needs to go on. The last two are kept, in case the newer is damaged."""
+"""Checkpoints of a training run: all that it needs to resume. The last two are kept in case the newer is damaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.progress import say
 
-NEWER, OLDER = "state.safetensors", "state.before.safetensors"
+NEWEST, PREVIOUS = "state.safetensors", "state.previous.safetensors"
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class State:
 
 
 def last(folder: Path) -> State | None:
-    """The last checkpoint of a stage's folder that is whole, or None; says so if a newer one is damaged.
+    """The newest intact checkpoint in a stage's folder, or None; says so if a newer one is damaged.
 
-    Raises UserError if there are some, but none is whole.
+    Raises UserError if there are checkpoints but none is intact.
     """
     damage: UserError | None = None
-    for path in (folder / NEWER, folder / OLDER):
+    for path in (folder / NEWEST, folder / PREVIOUS):
         if not path.exists():
             continue
         try:
@@ -46,10 +46,10 @@ def last(folder: Path) -> State | None:
             damage = damage or error
             continue
         if damage is not None:
-            _note(f"{damage.message}; training goes on from the checkpoint before it, after {found.images} images")
+            _note(f"{damage.message}; training resumes from the previous checkpoint, at {found.images} images")
         return found
     if damage is not None:
-        hint = f"you may delete {NEWER} and {OLDER} in {folder}, to train that stage anew"
+        hint = f"you may delete {NEWEST} and {PREVIOUS} in {folder}, to train that stage again"
         raise UserError(damage.message, hint=hint)
     return None
 
@@ -65,30 +65,32 @@ def _read(path: Path) -> State:
         images, total = int(kept["images"]), int(kept.get("total", 0))
         batch = int(json.loads(kept["stage"])["train"]["batch"]) if "stage" in kept else 1
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a training state: its metadata does not say after how many images") from error
+        raise UserError(
+            f"{path} is not a training state: its metadata does not say how many images were seen"
+        ) from error
     if images < 1 or total < 0 or (total and images >= total + batch):
-        raise UserError(f"{path} is a training state of an impossible number of images: {images} of {total}")
+        raise UserError(f"{path} is a training state with an impossible number of images: {images} of {total}")
     steps = [value for name, value in tensors.items() if name.startswith("optimizer.") and name.endswith(".step")]
     if not steps:
-        raise UserError(f"{path} is a training state without its optimizer's")
+        raise UserError(f"{path} is a training state without an optimizer")
     if not all(step.numel() == 1 and 1 <= float(step) <= images / batch for step in steps):
-        raise UserError(f"{path} is a training state whose optimizer has made an impossible number of steps")
+        raise UserError(f"{path} is a training state with an impossible number of optimizer steps")
     return State(path, tensors, kept, images, total)
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], damaged: bool = False) -> None:
-    """The newest checkpoint; the one before it is kept, unless that is `damaged`: then an older one stays."""
-    tensorfile.save(folder / NEWER, tensors, metadata, None if damaged else folder / OLDER)
+    """Write the newest checkpoint and keep the one before, unless that is `damaged`: then an older one stays."""
+    tensorfile.save(folder / NEWEST, tensors, metadata, None if damaged else folder / PREVIOUS)
 
 
 def discard(folder: Path) -> None:
     """Delete all checkpoints."""
-    for name in (OLDER, NEWER):  # in this order, so that none that is older passes for the last
+    for name in (PREVIOUS, NEWEST):  # in this order, so that the previous one never passes for the newest
         (folder / name).unlink(missing_ok=True)
 
 
 def state_tensors(stage: nn.Module, emas: Mapping[str, Average], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a run needs to go on, as flat named tensors."""
+    """All that a run needs to resume, as flat named tensors."""
     tensors = {f"model.{k}": v for k, v in stage.state_dict().items()}
     for name, ema in emas.items():
         tensors |= {f"{name}.{k}": v for k, v in ema.model.state_dict().items()}
@@ -104,7 +106,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     where: str,
 ) -> None:
-    """Puts a checkpoint's tensors where they belong. Raises UserError for those of another stage or optimizer."""
+    """Load a checkpoint's tensors. Raises UserError if they are of another stage or optimizer."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -118,7 +120,9 @@ def restore(
         index, _, name = key.partition(".")
         like = parameters.get(int(index)) if index.isdecimal() else None
         if like is None or value.shape not in (like.shape, torch.Size()):
-            raise UserError(f"{where} does not fit this stage: optimizer.{key:.80}", hint="delete it to train anew")
+            raise UserError(
+                f"{where} does not fit this stage: optimizer.{key:.80}", hint="delete it to train the stage again"
+            )
         # Moments in the parameter's memory format are many times faster.
         state.setdefault(int(index), {})[name] = (
             torch.empty_like(like).copy_(value) if value.shape == like.shape else value

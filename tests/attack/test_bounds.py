@@ -65,7 +65,7 @@ def test_metadata_in_many_folders_is_bounded_in_all(tmp_path) -> None:
     picture(tmp_path / "0.png")
     for number in range(4):
         (tmp_path / f"{number}").mkdir()
-        row = '{"file_name": "../0.png", "x%d": [%s1]}' % (number, "1," * 300_000)
+        row = f'{{"file_name": "../0.png", "x{number}": [{"1," * 300_000}1]}}'
         (tmp_path / f"{number}" / "metadata.jsonl").write_text(row)
     with pytest.raises(UserError, match=r"3/metadata\.jsonl: refused: 1,200,0\d\d values up to here"):
         open_data(DataSpec(path=str(tmp_path)))

@@ -195,7 +195,7 @@ def same(folder: Path, expected: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "missing"])
 def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(tmp_path, capsys, undisturbed, damage) -> None:
     trained(tmp_path, steps=5)  # states of 16 and 32 images
-    newest, older = tmp_path / "state.safetensors", tmp_path / "state.before.safetensors"
+    newest, older = tmp_path / "state.safetensors", tmp_path / "state.previous.safetensors"
     content, before = newest.read_bytes(), older.read_bytes()
     assert [tensorfile.metadata(path)["images"] for path in (older, newest)] == ["16", "32"]
     if damage == "flipped":
@@ -209,7 +209,7 @@ def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(tmp_path, capsys, u
     said = " ".join(capsys.readouterr().out.split())
     if damage != "missing":
         assert "state.safetensors is not a complete safetensors file: " in said
-        assert "training goes on from the checkpoint before it, after 16 images" in said
+        assert "training resumes from the previous checkpoint, at 16 images" in said
     assert newest.read_bytes() == content and older.read_bytes() == before
     same(trained(tmp_path), undisturbed)
 
@@ -221,21 +221,21 @@ def test_where_no_checkpoint_is_whole_the_way_out_is_said(tmp_path) -> None:
     with pytest.raises(UserError) as error:
         trained(tmp_path)
     assert "state.safetensors is not a complete safetensors file" in error.value.message
-    assert "you may delete state.safetensors and state.before.safetensors" in str(error.value)
+    assert "you may delete state.safetensors and state.previous.safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"drop": "optimizer."}, "is a training state without its optimizer's"),
-        ({"images": "-8"}, "of an impossible number of images: -8 of 64"),
-        ({"images": "72"}, "of an impossible number of images: 72 of 64"),
-        ({"images": "9" * 5000}, "does not say after how many images"),
-        ({"images": "many"}, "does not say after how many images"),
-        ({"stage": "[" * 100_000}, "does not say after how many images"),
-        ({"step": 9.0}, "whose optimizer has made an impossible number of steps"),
-        ({"step": float("nan")}, "whose optimizer has made an impossible number of steps"),
-        ({"step": -1.0}, "whose optimizer has made an impossible number of steps"),
+        ({"drop": "optimizer."}, "is a training state without an optimizer"),
+        ({"images": "-8"}, "with an impossible number of images: -8 of 64"),
+        ({"images": "72"}, "with an impossible number of images: 72 of 64"),
+        ({"images": "9" * 5000}, "does not say how many images were seen"),
+        ({"images": "many"}, "does not say how many images were seen"),
+        ({"stage": "[" * 100_000}, "does not say how many images were seen"),
+        ({"step": 9.0}, "with an impossible number of optimizer steps"),
+        ({"step": float("nan")}, "with an impossible number of optimizer steps"),
+        ({"step": -1.0}, "with an impossible number of optimizer steps"),
         ({"rename": "optimizer.77.exp_avg"}, "does not fit this stage: optimizer.77.exp_avg"),
         ({"rename": "optimizer.x.exp_avg"}, "does not fit this stage: optimizer.x.exp_avg"),
     ],
@@ -243,7 +243,7 @@ def test_where_no_checkpoint_is_whole_the_way_out_is_said(tmp_path) -> None:
 )
 def test_an_impossible_state_is_refused(tmp_path, change, message) -> None:
     trained(tmp_path, steps=5)
-    (tmp_path / "state.before.safetensors").unlink()
+    (tmp_path / "state.previous.safetensors").unlink()
     path = tmp_path / "state.safetensors"
     tensors, kept = tensorfile.load(path)
     if "drop" in change:
@@ -270,7 +270,7 @@ def test_damaged_metrics_do_not_keep_training_from_going_on(tmp_path, capsys, un
     path.write_bytes("\n".join([*path.read_text().splitlines(), *odd]).encode() + b'\n\xff\xfe\0\n{"images": 3')
     same(trained(tmp_path), undisturbed)
     assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == list(range(8, 65, 8))
-    assert "metrics.jsonl: 10 lines that are no figures are left out" in " ".join(capsys.readouterr().out.split())
+    assert "metrics.jsonl: 10 unreadable lines left out" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
