@@ -17,17 +17,17 @@ from chaindiff.io.errors import UserError
 
 UNWRITABLE = "free some space or choose another folder with --out; the last complete file is untouched"
 OURS = re.compile(r"\..+\.[0-9a-f]{16}\.chaindiff")
-EARLIER = re.compile(r"\.tmp\w{6}")  # of safetensors' own writer, which earlier versions took; it holds no lock
-OLD = 3600  # seconds without a write after which nobody is writing a file any more
+EARLIER = re.compile(r"\.tmp\w{6}")  # of safetensors' own writer, which earlier versions used; it takes no lock
+OLD = 3600  # seconds without a write after which such a file counts as abandoned
 
 
 @contextmanager
 def whole(path: Path, before: Path | None = None, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A new file under a temporary name beside `path`, renamed and on the disk at the end; makes the folder.
+    """A new file with a temporary name beside `path`; flushed to the disk and renamed at the end. Makes the folder.
 
-    What stood there is kept under the name `before`, if one is given. Without `sync` a power failure may damage the
-    file: for what is looked into before it counts, and easily made again. Raises UserError if the file cannot be
-    written (a full disk, no permission); what stood there before is left as it was.
+    An existing file is kept under the name `before`, if that is given. Without `sync` a power failure may damage the
+    new one: for files that are verified when they are read and easily made again. Raises UserError if it cannot be
+    written (a full disk, no permission); the existing file is then left as it was.
     """
     try:
         new = [folder for folder in path.parents if not folder.exists()]
@@ -54,10 +54,10 @@ def whole(path: Path, before: Path | None = None, sync: bool = True) -> Iterator
 
 
 def _temporary(path: Path) -> IO[bytes]:
-    """A file that nobody else has, locked for as long as it is open: its lock ends with the process."""
+    """A new file, locked while it is open: the lock ends with the process, which tells leftovers from live files."""
     while True:
         file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.chaindiff"), "x+b")  # noqa: SIM115
-        with suppress(OSError):  # a file system without locks, where nothing is taken for a leftover either
+        with suppress(OSError):  # a file system without locks, where nothing counts as a leftover either
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # else it was removed before it was locked
             return file
@@ -65,17 +65,17 @@ def _temporary(path: Path) -> IO[bytes]:
 
 
 def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # not every file system can
+    with suppress(OSError):  # not every file system can, and not every folder may be read
+        handle = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 @cache
 def remove_leftovers(folder: Path) -> None:
-    """Delete, once per process, what writers that were killed have left in a folder; never a living one's file."""
+    """Delete, once per process, temporary files that killed writers left in a folder; never a live writer's."""
     for path in folder.glob(".*"):
         ours, earlier = OURS.fullmatch(path.name), EARLIER.fullmatch(path.name)
         if not ours and not earlier:
@@ -84,11 +84,16 @@ def remove_leftovers(folder: Path) -> None:
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                old = os.fstat(handle).st_mtime < time.time() - OLD
-                if path.is_file() and (ours or (old and b'"identity":' in os.read(handle, 1 << 16))):
+                if path.is_file() and (ours or _abandoned(handle)):
                     path.unlink()
             finally:
                 os.close(handle)
+
+
+def _abandoned(handle: int) -> bool:
+    """Whether an open file is the beginning of a safetensors file of ours that nobody is writing."""
+    old, start = os.fstat(handle).st_mtime < time.time() - OLD, os.read(handle, 1 << 16)
+    return old and start[8:].startswith(b'{"__metadata__":') and b'"identity":' in start
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes | str, sync: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Files of a stage: weights with their configuration, and the whole state of a training run. Atomic, never pickled.
 
-They are safetensors files, written here: the same tensors and metadata are the same bytes, which the format's own
-writer does not promise, and a checksum of all bytes stands in the metadata.
+They are safetensors files, written here so that the same tensors and metadata always give the same bytes (the format's
+own writer orders its metadata at random), with a checksum of the whole file in the metadata.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 CHECKSUM = "crc32"
-SUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # nowhere else in a header: in a text its quotes are escaped
-NONE = "00000000"  # in its own place while a checksum is computed
+SUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # nowhere else in a header: within a text its quotes are escaped
+NONE = "00000000"  # stands in for the checksum while it is computed
 HEADER_BYTES = 16 << 20  # the header of a hundred thousand tensors
 PIECE = 1 << 24  # bytes read at once
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], before: Path | None = None) -> None:
     """Write a safetensors file as `files.whole` does, one tensor in memory at a time; raises what that raises,
-    and UserError for numbers that no safetensors file holds.
+    and UserError for a dtype that is not supported.
     """
     plain = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted({**plain, CHECKSUM: NONE}.items()))}
@@ -72,7 +72,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any],
 def _opened(path: Path) -> Iterator[Any]:
     try:
         if path.exists() and not path.is_file():
-            raise SafetensorError("it is not a file")
+            raise SafetensorError("it is not a regular file")
         with path.open("rb") as start:
             if HEADER_BYTES < int.from_bytes(start.read(8), "little") < path.stat().st_size:
                 raise SafetensorError(f"its header is longer than {HEADER_BYTES >> 20} MiB")
@@ -81,7 +81,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise UserError(f"there is no weights file {path}") from error
     except (SafetensorError, OSError) as error:
-        hint = "copy or download it again; what a run has written itself you may delete, to train that stage anew"
+        hint = "copy or download it again; what a run has written itself you may delete, to train that stage again"
         raise UserError(f"{path} is not a complete safetensors file: {error}", hint=hint) from error
 
 
@@ -92,18 +92,18 @@ def _metadata(file: Any) -> dict[str, str]:
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, mapped into memory, and metadata of a safetensors file.
 
-    Raises UserError if it is missing, cut short, something else, or not what was written.
+    Raises UserError if it is missing, truncated, damaged or something else.
     """
     with _opened(path) as file:
         status = path.stat()
         if not _intact(path, status.st_size, status.st_mtime_ns):
-            raise SafetensorError("its checksum is another, so its content is not what was written")
+            raise SafetensorError("its checksum does not match its content")
         return {k: file.get_tensor(k) for k in file.keys()}, _metadata(file)  # noqa: SIM118
 
 
 @cache
 def _intact(path: Path, size: int, changed: int) -> bool:
-    """Whether a file has the checksum that it names; looked at once in a process. Others' files name none."""
+    """Whether a file matches the checksum in its metadata, if it has one; computed once per process."""
     with path.open("rb") as file:
         first = file.read(int.from_bytes(file.read(8), "little"))
         said = SUM.search(first)
