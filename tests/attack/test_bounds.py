@@ -22,6 +22,7 @@ from PIL import Image
 import chaindiff as cd
 from chaindiff import cli
 from chaindiff.data import open_data
+from chaindiff.evaluation.features import _reading
 from chaindiff.interop.pickles import read_pickle
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
@@ -93,6 +94,16 @@ def test_a_header_of_weights_is_bounded(tmp_path) -> None:
     for read in (tensorfile.metadata, tensorfile.shapes, tensorfile.load):
         with within(1, 2), pytest.raises(UserError, match="its header is longer than 16 MiB"):
             read(tmp_path / "x.safetensors")
+
+
+def test_weights_in_a_zip_are_bounded_by_what_they_expand_to(tmp_path) -> None:
+    path, packed = tmp_path / "x.pth", tmp_path / "packed.pth"
+    torch.save({"a": torch.zeros(8 << 20)}, path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in stored.namelist():
+            file.writestr(name, stored.read(name))
+    with within(1, 10), pytest.raises(UserError, match="they would expand to 32 MiB"), _reading("dinov2", packed):
+        pytest.fail("they are read")
 
 
 def bomb(path: Path, side: int) -> Path:
