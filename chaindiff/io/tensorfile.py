@@ -35,7 +35,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 CHECKSUM = "crc32"
-SUM = re.compile(rb'"crc32":"([0-9a-f]{8})"')  # nowhere else in a header: within a text its quotes are escaped
+SUM = re.compile(rb'"crc32":"([^"]*)"')  # nowhere else in a header: within a text its quotes are escaped
 NONE = "00000000"  # stands in for the checksum while it is computed
 HEADER_BYTES = 16 << 20  # the header of a hundred thousand tensors
 PIECE = 1 << 24  # bytes read at once
@@ -109,10 +109,10 @@ def _intact(path: Path, size: int, changed: int) -> bool:
         said = SUM.search(first)
         if said is None:
             return True
-        checksum = zlib.crc32(first.replace(said[0], said[0].replace(said[1], NONE.encode())))
+        checksum = zlib.crc32(first.replace(said[0], f'"{CHECKSUM}":"{NONE}"'.encode()))
         while piece := file.read(PIECE):
             checksum = zlib.crc32(piece, checksum)
-    return checksum == int(said[1], 16)
+    return said[1] == f"{checksum:08x}".encode()
 
 
 def shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
