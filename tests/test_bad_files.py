@@ -162,7 +162,7 @@ def test_a_damaged_state_is_named_with_what_to_do(refused, finished, tmp_path, c
     for name in ("state", "state.previous"):
         (out / f"stages/image/{name}.safetensors").write_bytes(content)
     message = refused("train", "--stage", "image", out=out)
-    assert "state.safetensors is not a complete safetensors file: " in message and "you may delete" in message
+    assert "state.safetensors is not a complete safetensors file: " in message and "delete it to retrain" in message
 
 
 # ---------------------------------------------------------------- what is given
@@ -192,7 +192,7 @@ def numpy_file(path: Path, array: np.ndarray) -> Path:
         ("x.gif", b"GIF89a", "x.gif: not a readable image: "),
         ("x.zip", b"PK", "x.zip: the data is neither a folder nor a readable zip"),
         ("x.txt", b"hello", "x.txt is not a complete .safetensors or .npy file of numbers: "),
-        ("folder", None, "folder: no images here"),
+        ("folder", None, "folder: there are no images"),
     ],
     ids=range(13),
 )
@@ -392,7 +392,7 @@ def no_memory(*arguments, **options):
 def test_a_full_memory_in_training_says_where_and_what_helps(refused, monkeypatch):
     monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.denoise", no_memory)
     assert refused("train", "--stage", "small") == (
-        "error: the memory is full (1152921504606846976 bytes more were asked for)\n"
+        "error: the memory is full (another 1152921504606846976 bytes were requested)\n"
         "  while training stage 'small'\n"
         "  raise stages.small.train.accumulate, now 1: the same training in smaller parts\n"
         "  or lower stages.small.train.batch, now 4\n"
@@ -420,7 +420,7 @@ def test_a_full_memory_in_sampling_says_where_and_what_helps(
 ):
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
     monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.denoise", no_memory)
-    asked = "(1152921504606846976 bytes more were asked for)"
+    asked = "(another 1152921504606846976 bytes were requested)"
     message = f"error: the memory is full {asked}\n  while sampling stage 'image', {expected}"
     assert refused(command, *options, out=out) == message
 
@@ -452,7 +452,7 @@ def test_a_failed_write_is_an_error_for_people(tmp_path):
     from chaindiff.io.files import write_whole
 
     (tmp_path / "file").write_text("old")
-    with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file lies where its folder should be"):
+    with pytest.raises(UserError, match=r"cannot write .*/file/sub: a file is where its folder should be"):
         write_whole(tmp_path / "file" / "sub", "new")
     with pytest.raises(UserError, match=r"cannot write .*: Is a directory"):
         write_whole(tmp_path, "new")

@@ -224,7 +224,7 @@ def test_missing_and_broken_statistics(tmp_path, model, cache):
     with pytest.raises(UserError, match="not a complete file of fitted statistics"):
         encoder(model, k=3, fitted=path)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match="the statistics are not those that were written"):
+    with pytest.raises(UserError, match="the statistics are damaged: their digest does not match"):
         encoder(model, k=3, fitted=path)
 
 

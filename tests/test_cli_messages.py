@@ -140,7 +140,7 @@ def test_a_full_gpu_is_one_message_and_status_2(command, work):
     with pytest.raises(torch.OutOfMemoryError) as error, noted("lower the batch"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8")
     work.error = error.value
-    expected = "error: the GPU's memory is full (20.00 GiB more were asked for)\n  lower the batch\n"
+    expected = "error: the GPU's memory is full (another 20.00 GiB were requested)\n  lower the batch\n"
     assert command("run", RECIPE) == (2, "", expected)
     with pytest.raises(torch.OutOfMemoryError):
         cli.main(["run", RECIPE, "--debug"])
@@ -175,7 +175,7 @@ def test_an_interrupt_is_one_line_and_status_130(command, work):
             ["compare", "nowhere", "else"],
             "error: there is no run 'nowhere'\n  a run is a directory with recipe.lock.yaml",
         ),
-        (["schema", "--out", "/dev/null/schema.json"], "error: cannot write /dev/null/schema.json: a file lies where"),
+        (["schema", "--out", "/dev/null/schema.json"], "error: cannot write /dev/null/schema.json: a file is where"),
     ],
 )
 def test_mistakes_on_the_command_line(command, work, arguments, expected):

@@ -99,7 +99,7 @@ def test_categories_mean_the_same_in_every_split(tmp_path, files):
         ({"where": {"style": "flatt"}}, "no image has style 'flatt'; did you mean 'flat'?"),
         ({"split": "validation"}, "no image has split 'validation'; known: test, train"),
         ({"split": "test", "where": {"style": "round"}}, "no image has split 'test'"),
-        ({"where": {"style": "round", "tags": "red"}}, "no image is left by {'style': 'round', 'tags': 'red'}"),
+        ({"where": {"style": "round", "tags": "red"}}, "no image matches {'style': 'round', 'tags': 'red'}"),
     ],
 )
 def test_filter_mistakes(tmp_path, files, options, message):

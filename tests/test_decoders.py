@@ -181,12 +181,12 @@ MISTAKES = [
     (changed("resize, of: latent", "resize, of: latnet"), "r.yaml:4: variables.image.decoder.of: there is no variable 'latnet'; did you mean 'latent'?"),
     (changed("resize, of: latent", "resise, of: latent"), "r.yaml:4: variables.image.decoder.kind: 'resise' is not one of resize"),
     (changed("resize, of: latent", "resize, of: latent, fliter: box"), "r.yaml:4: variables.image.decoder: unknown field 'fliter'; did you mean 'filter'?"),
-    (changed("[3, 8, 8]", "[3, 64, 64]"), "r.yaml:4: variables.image.decoder.of: a decoder makes images larger, but 'latent' is 64 pixels wide"),
-    (changed("[3, 8, 8]", "[4, 8, 8]"), "r.yaml:4: variables.image.decoder.of: 'latent' has 4 channels, but this variable 3"),
-    (changed("stages:\n", "  tag: {kind: label, shape: [9], decoder: {kind: resize, of: latent}}\nstages:\n"), "r.yaml:6: variables.tag.decoder.of: resize makes an image of an image, not a label of an image"),
-    (changed("encoder: {kind: resize, of: image}", "encoder: {kind: resize, of: image}, decoder: {kind: resize, of: image}"), "r.yaml:4: variables.image.decoder: decoders read each other in a circle: image -> latent -> image"),
-    (changed("    network", "    given: [image]\n    network"), "r.yaml:8: stages.latent.given: stages and decoders are given each other in a circle: image -> latent -> image"),
-    (changed("  latent:\n", "  image:\n"), "r.yaml:4: variables.image.decoder: stage 'image' generates 'image' already; a variable has a stage or a decoder"),
+    (changed("[3, 8, 8]", "[3, 64, 64]"), "r.yaml:4: variables.image.decoder.of: a decoder only enlarges images, but 'latent' is 64 pixels wide"),
+    (changed("[3, 8, 8]", "[4, 8, 8]"), "r.yaml:4: variables.image.decoder.of: 'latent' has 4 channels, but this variable has 3"),
+    (changed("stages:\n", "  tag: {kind: label, shape: [9], decoder: {kind: resize, of: latent}}\nstages:\n"), "r.yaml:6: variables.tag.decoder.of: resize maps an image to an image, not an image to a label"),
+    (changed("encoder: {kind: resize, of: image}", "encoder: {kind: resize, of: image}, decoder: {kind: resize, of: image}"), "r.yaml:4: variables.image.decoder: decoders form a cycle: image -> latent -> image"),
+    (changed("    network", "    given: [image]\n    network"), "r.yaml:8: stages.latent.given: stages and decoders form a cycle: image -> latent -> image"),
+    (changed("  latent:\n", "  image:\n"), "r.yaml:4: variables.image.decoder: stage 'image' already generates 'image'; a variable has a stage or a decoder, not both"),
 ]  # fmt: skip
 
 
@@ -199,4 +199,4 @@ def test_mistakes_are_explained_with_their_place(recipe, text, expected) -> None
 def test_encoder_and_decoder_of_one_pair_are_no_circle_but_two_encoders_are(recipe) -> None:
     assert load_recipe(recipe).recipe.variables["image"].decoder is not None
     write(recipe.parent, changed("decoder:", "encoder:"))
-    assert "encoders read each other in a circle: image -> latent -> image" in message("r.yaml")
+    assert "encoders form a cycle: image -> latent -> image" in message("r.yaml")

@@ -339,7 +339,7 @@ def test_how_often_snapshots_are_written_is_no_part_of_what_is_trained() -> None
         (["kind=powr"], "unknown kind 'powr'; did you mean 'power'?"),
         (["kind=power", "half_life=3"], "unknown field 'half_life'"),
         (["snapshot_every=3"], "unknown field 'snapshot_every'"),
-        (["kind=power", "tracks=[0.05, 0.05]"], "train.ema.tracks: an average is kept once, not twice"),
+        (["kind=power", "tracks=[0.05, 0.05]"], "train.ema.tracks: the same EMA is tracked twice"),
         (["kind=power", "tracks=[0.3]"], "should be below 0.2886751, not 0.3"),
         (["kind=power", "tracks=[]"], "expected at least 1 item"),
     ],

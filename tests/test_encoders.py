@@ -201,7 +201,7 @@ def test_shapes_that_do_not_fit(tiny):
         ("clip_emojis", None, "did you mean 'clip_emoji'?"),
         ("ViT-B-32", None, "needs weights\n  set pretrained to a tag (known: openai, "),
         ("ViT-B-32", "opnai", "'opnai' is neither a weights file nor a tag of 'ViT-B-32'; did you mean 'openai'?"),
-        ("clip_emoji", "openai", "brings its own weights; `pretrained: openai` has no use"),
+        ("clip_emoji", "openai", "has its own weights; `pretrained: openai` is not used"),
         ("some/where", None, "there is no open_clip_config.json in"),
     ],
 )
@@ -222,7 +222,7 @@ def test_no_network(monkeypatch):
 
     monkeypatch.setattr("open_clip.download_pretrained", download)
     message = refusal(lambda: build_encoder("clip", specs("ViT-B-32", shape=512, pretrained="openai")))
-    assert "the weights 'openai' of 'ViT-B-32' are not here and cannot be fetched: no connection\n" in message
+    assert "the weights 'openai' of 'ViT-B-32' are not here and cannot be downloaded: no connection\n" in message
     assert "set pretrained to the file" in message and "clip_emoji (embedded)" in message
 
 

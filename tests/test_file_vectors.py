@@ -133,7 +133,7 @@ def test_files_of_something_else(here) -> None:
     Path("b.npy").write_bytes(b"\x80\x04]\x94.")
     assert "b.npy is not a complete file of numbers: " in refusal("b.npy")
     np.save("c.npy", np.array([["a"]]))
-    assert "c.npy is not a complete file of numbers: it holds <U1" in refusal("c.npy")
+    assert "c.npy is not a complete file of numbers: its dtype is <U1" in refusal("c.npy")
     save_file({"features": numbers()}, "n.safetensors", {"names": "[1]"})
     assert "`names` in the metadata of n.safetensors is not a JSON list of file names" in refusal("n.safetensors")
 
@@ -144,7 +144,7 @@ def test_numbers_that_do_not_fit(here) -> None:
     text = refusal("clip.safetensors", shape=5)
     assert "variable 'clip' has shape [5], but the vectors in clip.safetensors have 6 numbers\n  set shape: [6]" in text
     text = refusal("clip.safetensors", NAMES[:7])
-    assert "clip.safetensors has 9 rows, but the data has 7 images\n  rows stand in the order" in text
+    assert "clip.safetensors has 9 rows, but the data has 7 images\n  rows follow the order" in text
     save_file({"clop": numbers(), "other": numbers(1)}, "two.safetensors")
     assert "holds no tensor 'features' or 'clip'; did you mean 'clop'?" in refusal("two.safetensors")
     broken = numbers()
@@ -156,7 +156,7 @@ def test_numbers_that_do_not_fit(here) -> None:
 def test_names_that_do_not_fit(here) -> None:
     save_file({"features": numbers()}, "n.safetensors", {"names": json.dumps([*NAMES[:6], "x", "y", "z"])})
     text = refusal("n.safetensors")
-    assert "n.safetensors has no row for the image '6.png' and 2 more\n  its `names` are such as '0.png'" in text
+    assert "n.safetensors has no row for the image '6.png' and 2 more\n  its `names` look like '0.png'" in text
     assert "no row for the image 'a.png'\n" in refusal("n.safetensors", [*NAMES[:6], "a.png"])
     save_file({"features": numbers()}, "n.safetensors", {"names": json.dumps(NAMES[:8])})
     assert "n.safetensors has 9 rows, but its metadata has 8 `names`" in refusal("n.safetensors")
@@ -262,9 +262,9 @@ MISTAKES = [
     ("path: clip.safetensors", "path: clip.npz", "r.yaml:5: variables.clip.encoder.path: expected a .safetensors or .npy file, not 'clip.npz'"),
     ("path: clip.safetensors", "pth: clip.npy", "r.yaml:5: variables.clip.encoder: unknown field 'pth'; did you mean 'path'?"),
     ("path: clip.safetensors", "of: image, path: a.npy", "r.yaml:5: variables.clip.encoder: unknown field 'of'"),
-    ("path: clip.safetensors", "path: a.npy, reduce: {kind: pca, k: 3}", "variables.clip.encoder.reduce.k: 3 components do not make a vector of shape [6]"),
-    ("{kind: vector, shape: [6]", "{kind: image, shape: [3, 8, 8]", "r.yaml:5: variables.clip.encoder.kind: a file holds vectors, or what becomes clusters, not an image"),
-    ("{kind: vector, shape: [6]", "{kind: label, shape: [6]", "variables.clip.encoder.reduce: an embedding becomes a label as the nearest of its clusters"),
+    ("path: clip.safetensors", "path: a.npy, reduce: {kind: pca, k: 3}", "variables.clip.encoder.reduce.k: 3 components do not fit a vector of shape [6]"),
+    ("{kind: vector, shape: [6]", "{kind: image, shape: [3, 8, 8]", "r.yaml:5: variables.clip.encoder.kind: a file provides vectors, or labels by clustering them, not an image"),
+    ("{kind: vector, shape: [6]", "{kind: label, shape: [6]", "variables.clip.encoder.reduce: a label is the nearest cluster of an embedding"),
 ]  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_arguments_of_preconditioners_are_refused_by_name() -> None:
         published("EDMPrecond", {"img_resolution": 16, "img_channels": 3, "sigma_max": 80})
     with pytest.raises(UserError, match=r"iDDPMPrecond: C_1=0.1 is not supported, only 0.001"):
         published("iDDPMPrecond", {"img_resolution": 16, "img_channels": 3, "C_1": 0.1})
-    with pytest.raises(UserError, match=r"EDMPrecond: the argument 'img_channels' is not there"):
+    with pytest.raises(UserError, match=r"EDMPrecond: the argument 'img_channels' is missing"):
         published("EDMPrecond", {"img_resolution": 16})
 
 
@@ -305,9 +305,12 @@ def test_what_is_no_snapshot_of_an_image_network(tmp_path, capsys) -> None:
     nested = module("EDMPrecond", {**kwargs, "channel_mult": [[1], 2]}, state)
     for ema, message in [
         (prior, "VCDM's auxiliary network is not: train it with the card clip_prior"),
-        (None, "no snapshot of EDM or VCDM with an object 'ema': it holds augment_pipe, dataset_kwargs, ema, loss_fn"),
+        (
+            None,
+            "not a snapshot of EDM or VCDM with an object 'ema': it holds augment_pipe, dataset_kwargs, ema, loss_fn",
+        ),
         (odd, "it refers to 'torch.nn.modules.linear.Identity'"),
-        (nested, "the argument 'channel_mult' is neither a number, a text nor a list"),
+        (nested, "the argument 'channel_mult' is not a number, a text or a list"),
     ]:
         path.write_bytes(snapshot(ema))
         status, _, error = command(capsys, "import", path, "--out", tmp_path / "x.safetensors")

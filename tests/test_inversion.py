@@ -89,7 +89,7 @@ def test_dependent_variables_are_inverted_along_every_path(solver: str, offset: 
 def test_noise_on_the_way_up_is_refused() -> None:
     path = together({"x": [1.0, 0.0]}).reversed()
     for settings in ({"churn": Churn(1)}, {"solver": "ddim", "eta": 0.5}):
-        with pytest.raises(ValueError, match="upwards is followed deterministically"):
+        with pytest.raises(ValueError, match="inversion is deterministic"):
             solve(Gaussians(x=1.0), {"x": torch.ones(1)}, path, noise=lambda v, n: torch.ones(1), **settings)
 
 

@@ -112,11 +112,11 @@ def test_the_image_is_the_roots_entry_or_that_called_image() -> None:
     ("image", "expected"),
     [
         (torch.rand(3, 8, 8) * 255, "items, item 0: 'image' holds numbers from "),
-        (torch.full((3, 8, 8), torch.nan), "holds numbers from nan to nan; images lie in [-1, 1], or are uint8"),
-        (torch.zeros(4, 8, 8), "item 0: 'image' is no image: of shape [4, 8, 8]\n  expected a tensor [3, h, w]"),
-        (torch.zeros(8, 8), "is no image: of shape [8, 8]"),
-        (np.zeros((8, 8, 3), np.float32), "is no image: of shape [8, 8, 3]"),
-        ("photo.png", "is no image: of type str"),
+        (torch.full((3, 8, 8), torch.nan), "holds numbers from nan to nan; images should be in [-1, 1] or uint8"),
+        (torch.zeros(4, 8, 8), "item 0: 'image' is not an image: of shape [4, 8, 8]\n  expected a tensor [3, h, w]"),
+        (torch.zeros(8, 8), "is not an image: of shape [8, 8]"),
+        (np.zeros((8, 8, 3), np.float32), "is not an image: of shape [8, 8, 3]"),
+        ("photo.png", "is not an image: of type str"),
     ],
 )
 def test_what_is_no_image(image, expected) -> None:
@@ -146,22 +146,22 @@ def test_columns_of_numbers() -> None:
 def test_mistakes_in_items() -> None:
     data = Items([{"image": FLOATS[0], "label": 1.5, "v": [1.0, 2.0]}, {"image": FLOATS[0], "label": -1, "v": [1.0]}])
     assert "items, item 0 has no 'lable'; did you mean 'label'?" in refusal(lambda: data.field("lable"))
-    assert "item 0: 'label' is no label: 1.5\n  expected a text, or a whole" in refusal(
+    assert "item 0: 'label' is not a label: 1.5\n  expected a text, or a whole" in refusal(
         lambda: data.categories("label")
     )
     assert "item 1: 'v' has shape [1], but that of the first item [2]" in refusal(lambda: data.column("v"))
     assert "'v' is not made of numbers" in refusal(lambda: Items({"v": ["a", "b"]}).column("v"))
     assert "item 1: 'v' is not finite" in refusal(lambda: Items({"v": [1.0, np.inf]}).column("v"))
-    assert "is no label: -2" in refusal(lambda: Items({"n": [-2]}).categories("n"))
+    assert "is not a label: -2" in refusal(lambda: Items({"n": [-2]}).categories("n"))
     assert "item 0 has no 'image'; did you mean 'imag'?" in refusal(lambda: Items({"imag": FLOATS}).pixels([0], 8))
 
 
 def test_mistakes_in_datasets() -> None:
     text = refusal(lambda: Items([(FLOATS[0], 3)]))
     assert "items, item 0 is of type tuple\n  expected a mapping of names to values, such as {'image'" in text
-    assert "columns of one length are expected, not {'a': 2, 'b': 1}" in refusal(lambda: Items({"a": [1, 2], "b": [1]}))
+    assert "expected columns of equal length, not {'a': 2, 'b': 1}" in refusal(lambda: Items({"a": [1, 2], "b": [1]}))
     assert "there are no items" in refusal(lambda: Items([])) and "there are no items" in refusal(lambda: Items({}))
-    assert "items: generator is no map-style dataset" in refusal(lambda: Items(x for x in ()))
+    assert "items: generator is not a map-style dataset" in refusal(lambda: Items(x for x in ()))
 
 
 def test_the_fingerprint_follows_what_is_told() -> None:
@@ -208,7 +208,7 @@ def test_mistakes_in_batches(tmp_path) -> None:
     (tmp_path / "0.png").write_bytes(png(BYTES[0]))
     files = open_data(DataSpec(path=str(tmp_path)))
     text = refusal(lambda: Batches(files, None, [Variable.vector("v", 4)], {}, {}, {}, STILL, 0))
-    assert "the images come without numbers, so the data holds no 'v'" in text
+    assert "image files carry no numbers, so the data has no 'v'" in text
 
 
 def test_augmentation_is_drawn_by_the_items_names() -> None:

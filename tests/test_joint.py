@@ -261,12 +261,12 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
     [
         ("stages.both.generates=[image16]", "a joint network generates one image and one or more vectors, not 'ima"),
         ("stages.both.generates=[clip, image16, image]", "not 'clip' (vector), 'image16' (image), 'image' (image)"),
-        ("stages.both.joint.pure=0.9", "stages.both.joint.pure: 0.9 and exact, 0.2, should be no more than 1 together"),
+        ("stages.both.joint.pure=0.9", "stages.both.joint.pure: 0.9 and exact, 0.2, should sum to at most 1"),
         ("stages.both.network.vector.heads=7", "both.network.vector.width: should be even and a multiple of heads (7)"),
-        ("stages.both.network.image.attention=[5]", "stages.both.network.image.attention: 5 is none of this network's"),
-        ("stages.both.init=x.safetensors", "begins one network from another's weights; a joint network is made of"),
-        ("stages.both.precondition.kind=vp", "a network of kind vp does not know level 0"),
-        ("variables.clip.sigma_data=0.4", "what is generated together needs one sigma_data, not 0.4 and 0.5"),
+        ("stages.both.network.image.attention=[5]", "stages.both.network.image.attention: 5 is not one of this"),
+        ("stages.both.init=x.safetensors", "initialises one network with another's weights; a joint network"),
+        ("stages.both.precondition.kind=vp", "a network of kind vp does not accept level 0"),
+        ("variables.clip.sigma_data=0.4", "variables that are generated together must share one sigma_data, not 0.4"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained(change: str, expected: str) -> None:

@@ -143,15 +143,15 @@ def test_shapes_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("clusters.shape=[7]", "clusters.encoder.reduce.k: 64 clusters do not make a label of 7 classes"),
+        ("clusters.shape=[7]", "clusters.encoder.reduce.k: 64 clusters do not fit a label of 7 classes"),
         (
             "clusters.encoder.reduce=null",
-            "encoder.reduce: an embedding becomes a label as the nearest of its clusters: {kind: kmeans, k: 64}",
+            "encoder.reduce: a label is the nearest cluster of an embedding: use {kind: kmeans, k: 64}",
         ),
-        ("clusters.encoder.reduce.kind=pca", "clusters.encoder.reduce: an embedding becomes a label"),
+        ("clusters.encoder.reduce.kind=pca", "clusters.encoder.reduce: a label is the nearest cluster"),
         ("clusters.encoder.reduce.kind=kmean", "unknown kind 'kmean'; did you mean 'kmeans'?"),
         ("clusters.encoder.scaling=raw", "clusters.encoder.scaling: is never used"),
-        ("clusters.of=group", "clusters.of: is never used: this variable comes of its encoder"),
+        ("clusters.of=group", "clusters.of: is never used: this variable is computed by its encoder"),
     ],
 )
 def test_what_does_not_fit_is_explained(change: str, message: str) -> None:

@@ -112,12 +112,12 @@ def test_what_sampling_does_not_look_at_need_not_be_made():
         ("stages.image16.sample.links.clp.keep=4", "the stage is not given 'clp'; did you mean 'clip'?"),
         ("stages.image16.given.0.keep=[1]", "counts the entries of a vector, but 'group' is a label"),
         ("stages.image16.given.1.keep=[200]", "200 is more than the 128 entries of 'clip'"),
-        ("stages.image16.given.1.keep=[0]", "0 alone never gives anything; leave the link out"),
+        ("stages.image16.given.1.keep=[0]", "with 0 alone the value is never given; leave the link out"),
         (
             "stages.image.sample.links.image16.absent=true",
             "the value is never absent in training: the link has no",
         ),
-        ("stages.image.sample.links.image16.keep=4", "it should be in the link's `keep`, which this link has not"),
+        ("stages.image.sample.links.image16.keep=4", "it should be in the link's `keep`, which this link does not set"),
     ],
 )
 def test_mistakes_are_explained(change, expected):

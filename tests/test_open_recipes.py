@@ -201,8 +201,8 @@ def refused(*changes: str, text: str | None = None, of=lambda a: a.stages["colou
 def test_code_is_refused_before_it_is_imported(here, chaindiff, command):
     status, out, err = chaindiff(command, "r.yaml")
     assert (status, out) == (2, "") and not (here / "imported").exists()
-    first = "'my_code:Colour' is code, which runs only where you allow it"
-    second = "'my_code:MLP' is code, which runs only where you allow it"
+    first = "'my_code:Colour' is code, which runs only if you allow it"
+    second = "'my_code:MLP' is code, which runs only if you allow it"
     assert err.splitlines() == [
         "error: 2 mistakes",
         f"  r.yaml:8: variables.colour.encoder.kind: {first}",
@@ -226,11 +226,11 @@ def test_python_says_so_too(here):
     [
         (
             PLAIN.replace("{path: emoji64, split: test, where: {style: google}}", "{kind: 'my_code:Squares'}"),
-            "r.yaml:2: data.kind: 'my_code:Squares' is code, which runs only where you allow it",
+            "r.yaml:2: data.kind: 'my_code:Squares' is code, which runs only if you allow it",
         ),
         (OWN_STAGE, "r.yaml:11: stages.colour.kind: 'my_code:Own' is code"),
         (RECIPE.replace("name: open", "name: open\nallow_code: true"), "r.yaml:2: unknown field 'allow_code'"),
-        (RECIPE + "lock: {allow_code: true}\n", "'my_code:MLP' is code, which runs only where you allow it"),
+        (RECIPE + "lock: {allow_code: true}\n", "'my_code:MLP' is code, which runs only if you allow it"),
     ],
 )
 def test_nothing_that_is_read_gives_permission(here, chaindiff, text, expected):
@@ -258,7 +258,7 @@ def test_a_lock_needs_permission_again(here):
     write_lock(here / "run", loaded.recipe, {"allow_code": True})
     again = load_recipe("run")
     assert again.recipe == loaded.recipe and not again.allow_code
-    with pytest.raises(UserError, match="is code, which runs only where you allow it"):
+    with pytest.raises(UserError, match="is code, which runs only if you allow it"):
         Assembly(again)
     assert loaded.override({"sample": {"count": 2}}).allow_code
 
@@ -289,7 +289,7 @@ def test_the_current_directory_is_not_searched(here, way):
     assert done.returncode == 1 and not (here / "imported").exists()
     assert done.stderr.endswith(
         "UserError: there is no module 'near_code'\n"
-        "  the current directory is not searched: install the package, or say PYTHONPATH=FOLDER before the command\n"
+        "  the current directory is not searched: install the package, or set PYTHONPATH=FOLDER before the command\n"
     )
     done = python(".")
     assert (done.returncode, done.stdout) == (0, "Net\n") and (here / "imported").exists()
@@ -320,13 +320,13 @@ def test_nor_is_what_the_interpreter_adds_of_it(here, monkeypatch, entry):
         ("no_such_module:Net", "there is no module 'no_such_module'\n  the current directory is not searched"),
         ("os.no_such.thing:Net", "there is no module 'os.no_such'"),
         ("my_code:MPL", "there is no 'MPL' in 'my_code'; did you mean 'MLP'?"),
-        ("my_code:WIDTH", "'my_code:WIDTH' is no class, but 3"),
+        ("my_code:WIDTH", "'my_code:WIDTH' is not a class, but 3"),
         ("bad_code:Net", "'bad_code' could not be imported: ZeroDivisionError: division by zero\n  --debug shows"),
         ("ill_code:Net", "'ill_code' could not be imported: SyntaxError: "),
-        ("my_code:Bright", "'my_code:Bright' cannot be called as a recipe calls it: too many positional arguments"),
-        ("my_code:broken", "'my_code:broken' cannot be called as a recipe calls it: too many positional arguments"),
-        ("builtins:dict", "'builtins:dict' could not be made: TypeError: "),
-        ("types:SimpleNamespace", "'types:SimpleNamespace' could not be made: TypeError: "),
+        ("my_code:Bright", "'my_code:Bright' cannot be called by a recipe: too many positional arguments"),
+        ("my_code:broken", "'my_code:broken' cannot be called by a recipe: too many positional arguments"),
+        ("builtins:dict", "'builtins:dict' could not be created: TypeError: "),
+        ("types:SimpleNamespace", "'types:SimpleNamespace' could not be created: TypeError: "),
     ],
 )
 def test_what_cannot_be_had(here, kind, expected):
@@ -342,8 +342,8 @@ def test_what_cannot_be_had(here, kind, expected):
         ("{width: 16, dpeth: 2}", "takes no setting 'dpeth'; did you mean 'depth'?"),
         ("{width: 16, interface: 2}", "takes no setting 'interface'; known: width, depth"),
         ("{}", "needs the setting 'width'\n  add settings: {width: ...}"),
-        ("{width: -1}", "could not be made: ValueError: a negative width\n  --debug shows the traceback"),
-        ("{width: many}", "could not be made: TypeError: "),
+        ("{width: -1}", "could not be created: ValueError: a negative width\n  --debug shows the traceback"),
+        ("{width: many}", "could not be created: TypeError: "),
     ],
 )
 def test_settings_that_do_not_fit(here, settings, expected):
@@ -357,11 +357,11 @@ def test_settings_that_do_not_fit(here, settings, expected):
         (RECIPE.replace("my_code:MLP", "my_code.MLP"), "r.yaml:12: stages.colour.network.kind: unknown kind 'my_code.MLP'"),
         (
             RECIPE.replace("my_code:MLP", "'my code:MLP'"),
-            "r.yaml:12: stages.colour.network.kind: expected code of your own, as my_package.module:Name, not 'my code:MLP'",
+            "r.yaml:12: stages.colour.network.kind: expected user-defined code, such as my_package.module:Name, not 'my code:MLP'",
         ),
         (
             OWN_STAGE.replace("my_code:Own", "difusion"),
-            "r.yaml:11: stages.colour.kind: expected 'diffusion' or code of your own, as my_package.module:Name, "
+            "r.yaml:11: stages.colour.kind: expected 'diffusion' or user-defined code, such as my_package.module:Name, "
             "not 'difusion'",
         ),
         (RECIPE.replace("settings: {width", "setings: {width"), "network: unknown field 'setings'; did you mean 'settings'?"),
@@ -369,11 +369,11 @@ def test_settings_that_do_not_fit(here, settings, expected):
         (RECIPE.replace("of: image}", "of: imgae}"), "encoder.of: there is no variable 'imgae'; did you mean 'image'?"),
         (
             RECIPE.replace("    sample: {steps: 2}\n  image", "    settings: {a: 1}\n  image"),
-            "r.yaml:15: stages.colour.settings: are for code: for a stage whose kind is MODULE:NAME",
+            "r.yaml:15: stages.colour.settings: are for user-defined stages, whose kind is MODULE:NAME",
         ),
         (
             OWN_STAGE.replace("    settings:", "    sample: {steps: 9}\n    settings:"),
-            "r.yaml:12: stages.colour.sample: is for diffusion stages; what the code of this stage is to know stands in",
+            "r.yaml:12: stages.colour.sample: is for diffusion stages; arguments of this stage's code go into",
         ),
         (
             OWN_STAGE.replace("    settings:", "    network: {kind: prior}\n    settings:"),
@@ -385,7 +385,7 @@ def test_settings_that_do_not_fit(here, settings, expected):
         ),
         (
             RECIPE.replace("kind: vector\n    shape: [3]", "kind: label\n    shape: [3]\n    source: empirical"),
-            "r.yaml:8: variables.colour.source: how often the encoder's own code makes which class is not known",
+            "r.yaml:8: variables.colour.source: the class frequencies of a user-defined encoder are not known",
         ),
     ],
 )  # fmt: skip
@@ -421,7 +421,7 @@ def test_a_network_is_told_its_interface(here):
     assert interface.variables == {"image": (3, 8, 8)} and settings == {"a": [1, {"b": 2}]}
     assert (interface.label_dim, interface.image_channels, interface.context, interface.augment_dim) == (3, 0, None, 0)
     found = refused("stages.colour.network={kind: 'told_code:empty'}")
-    assert found.endswith("'told_code:empty' makes an object of type dict, not Module")
+    assert found.endswith("'told_code:empty' returns an object of type dict, not Module")
 
 
 def test_a_recipe_with_code_runs_from_training_to_samples(here, chaindiff):
@@ -443,12 +443,12 @@ def test_an_encoder_that_makes_something_else(here):
         a.encoders["colour"].build()(torch.zeros(2, 3, 8, 8))
 
     text = RECIPE.replace('"my_code:Colour"', '"my_code:Flat"')
-    expected = "'my_code:Flat' makes [2, 192] of 2 values of 'image'; expected [2, 3]"
+    expected = "'my_code:Flat' returns [2, 192] for 2 values of 'image'; expected [2, 3]"
     assert refused(text=text, of=encode) == f"variables.colour.encoder: {expected}"
     changed = "variables.colour.encoder.settings={shout: true}"
-    assert "variables.colour.encoder: 'my_code:Flat' could not be made: SystemExit: 3" in refused(changed, of=encode)
+    assert "variables.colour.encoder: 'my_code:Flat' could not be created: SystemExit: 3" in refused(changed, of=encode)
     text = RECIPE.replace('"my_code:Colour"', '"my_code:broken"')
-    expected = "r.yaml:8: variables.colour.encoder: 'my_code:broken' makes an object of type int, not Callable"
+    expected = "r.yaml:8: variables.colour.encoder: 'my_code:broken' returns an object of type int, not Callable"
     assert refused(text=text, of=encode) == expected
 
 

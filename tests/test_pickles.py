@@ -158,7 +158,7 @@ def programs(command: str) -> dict[str, tuple[bytes, str]]:
             "'torch.storage._load_from_bytes'",
         ),
         "a storage in a zip": (loads_bytes(zipped(system)), "a storage in a zip archive"),
-        "a zip for a snapshot": (zipped(system), "does not begin as one"),
+        "a zip for a snapshot": (zipped(system), "does not start like one"),
         "BUILD with __setstate__": (
             b"\x80\x02ctorch.nn.modules.container\nModuleDict\n)\x81}"
             + text("__setstate__")
@@ -289,7 +289,7 @@ def test_modules_that_hold_themselves_or_share_tensors(tmp_path) -> None:
     with pytest.raises(UserError, match="its tensors share memory: 2000 bytes of them in a file of 1000"):
         state_dict(many, 1000)
     bare = Object("Layer", (), {"_parameters": {"p": [1.0]}})
-    with pytest.raises(UserError, match="'p' is no tensor"):
+    with pytest.raises(UserError, match="'p' is not a tensor"):
         state_dict(bare, 1000)
 
 
@@ -299,14 +299,14 @@ def test_modules_that_hold_themselves_or_share_tensors(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a whole pickle: cannot mmap an empty file"),
-        (b"these are no weights", "does not begin as one"),
-        (b"\x89PNG\r\n\x1a\n", "does not begin as one"),
-        (b"\x80", "is not a whole pickle"),
-        (b"\x80\x04.", "is not a whole pickle"),
-        (b"\x80\x04N", "is not a whole pickle: pickle exhausted before seeing STOP"),
-        (b"\x80\x04h\x07.", "is not a whole pickle"),
-        (b"\x80\x04\xff.", "is not a whole pickle"),
+        (b"", "is not a complete pickle: cannot mmap an empty file"),
+        (b"these are no weights", "does not start like one"),
+        (b"\x89PNG\r\n\x1a\n", "does not start like one"),
+        (b"\x80", "is not a complete pickle"),
+        (b"\x80\x04.", "is not a complete pickle"),
+        (b"\x80\x04N", "is not a complete pickle: pickle exhausted before seeing STOP"),
+        (b"\x80\x04h\x07.", "is not a complete pickle"),
+        (b"\x80\x04\xff.", "is not a complete pickle"),
     ],
 )
 def test_files_that_are_no_pickle(tmp_path, content, message) -> None:

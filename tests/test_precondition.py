@@ -333,10 +333,10 @@ PLACE = "    train: {images: 1000}\n    sample"
         ("noise: {std: 0}", "r.yaml:23: stages.image.noise.std: should be above 0, not 0"),
         (
             "precondition: {kind: vp}\n    noise: {kind: lognormal}",
-            "r.yaml:24: stages.image.noise: a network of kind vp knows the noise levels of vp with the same numbers alone; "
-            "leave `noise` out, or say precondition: {kind: edm}, which takes noise of kind lognormal",
+            "r.yaml:24: stages.image.noise: a network of kind vp needs training noise of kind vp with the same numbers; "
+            "leave `noise` out, or use precondition: {kind: edm}, which takes noise of kind lognormal",
         ),
-        ("precondition: {kind: ve}\n    noise: {kind: ve, sigma_max: 50}", "a network of kind ve knows the noise levels of ve"),
+        ("precondition: {kind: ve}\n    noise: {kind: ve, sigma_max: 50}", "a network of kind ve needs training noise of kind ve"),
         ("precondition: {kind: ve, sigma_min: 200}", "stages.image.precondition.sigma_min: 200 should be below sigma_max, 100"),
         ("noise: {kind: uniform_time, min: 0.5, max: 0.2}", "stages.image.noise.min: 0.5 should be below max, 0.2"),
     ],

@@ -141,7 +141,7 @@ def test_unknown_names(here, monkeypatch):
     monkeypatch.setattr(load_module, "SHIPPED", FIXTURES)
     assert message("vcdm_emogi") == (
         "there is no recipe 'vcdm_emogi'; did you mean 'vcdm_emoji'?\n"
-        "  `chaindiff list` shows all; a path such as recipes/NAME.yaml is found too"
+        "  `chaindiff list` shows all; a path such as recipes/NAME.yaml works too"
     )
     assert message("x" * 5000).startswith("there is no recipe 'xxx")
     write(here, changed("given: [clip]", "use: ddpmpp_smal"))
@@ -188,7 +188,7 @@ def test_cards_in_a_circle_are_refused(here):
     write(here, "use: b\n", "stages/a.yaml")
     write(here, "use: a\n", "stages/b.yaml")
     write(here, changed("given: [clip]", "use: a"))
-    assert message("r.yaml") == "stages/b.yaml:1: cards use each other in a circle: a -> b -> a"
+    assert message("r.yaml") == "stages/b.yaml:1: cards use each other in a cycle: a -> b -> a"
 
 
 def test_set_parses_its_value_as_yaml():
@@ -328,7 +328,7 @@ STANDS = "`*` stands for the names of stages, variables or given values: stages.
         ("sample.*=9", f"sample.*: {STANDS}"),
         ("*=9", f"*: {STANDS}"),
         ("stages.image.given.*.noise=1", f"stages.image.given.*: {STANDS}"),
-        ("sample.given.*=1", "sample.given.*: `*` matches nothing, since there is no entry"),
+        ("sample.given.*=1", "sample.given.*: `*` matches nothing, since there are no entries"),
     ],
 )
 def test_stars_that_mean_nothing(text, expected):

@@ -1,4 +1,4 @@
-"""Shipped weights, found by what they are and not by what they are called; `tools/ship.py` puts them here."""
+"""Shipped weights, found by identity rather than by name; `tools/ship.py` puts them here."""
 
 from __future__ import annotations
 

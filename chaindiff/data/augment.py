@@ -1,4 +1,4 @@
-"""Augmentation that the network is told of: EDM's geometric set and colour jitter, drawn as a pure function of keys.
+"""Augmentation with labels for the network: EDM's geometric set and colour jitter, a pure function of keys.
 
 Karras et al. 2022 (arXiv 2206.00364), appendix F.2 and table 6; each transformation is applied with the same
 probability and described by entries of a label that is zero for the identity:
@@ -6,7 +6,7 @@ probability and described by entries of a label that is zero for the identity:
     x-flip (1), y-flip (1), scale (1), rotation (2), anisotropic scale (2), translation (2)
     with colour: brightness (1), contrast (1), saturation (1), hue (2)
 
-As published, an x-flip does not wait for the probability: half of all images are flipped.
+As published, the x-flip ignores the probability: half of all images are flipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHIFT = 0.125  # standard deviation of the translation, as a share of the image'
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.5, 1.0
 SHRINKS = 0.85  # below this scale in some direction, apply() averages over each pixel's area
 
-VERSION = 1  # rises when the same key gives another augmentation, so that cached embeddings are made anew
+VERSION = 1  # raised when a key gives another augmentation, so that cached embeddings are recomputed
 GEOMETRIC, COLOUR = 9, 5  # entries of the label
 UNIFORMS, NORMALS = 14, 7  # random numbers of a draw; the same count for every spec, so that options do not interact
 
@@ -49,7 +49,7 @@ class Draw:
 
 
 def augment_dim(spec: AugmentSpec) -> int:
-    """Width of the label; 0 if there is none, which leaves flips (if any) untold."""
+    """Width of the label; 0 if there is none, in which case flips are not labelled."""
     if spec.probability == 0:
         return 0
     return GEOMETRIC + (COLOUR if spec.colour > 0 else 0)
@@ -98,8 +98,8 @@ def draw(spec: AugmentSpec, keys: Sequence[tuple[Key, ...]]) -> Draw:
 def apply(images: Float[Tensor, "n 3 h w"], draw: Draw) -> Float[Tensor, "n 3 h w"]:
     """The images, in [-1, 1], augmented; the edges are reflected. Colours may leave [-1, 1].
 
-    Flips alone are exact. Other maps interpolate with a cubic kernel at the pixels' centres (exact for quarter turns
-    and shifts by whole pixels); those that shrink the image in some direction, so that pixels would be stepped over,
+    Flips alone are lossless. Other maps interpolate with a cubic kernel at the pixels' centres (lossless for quarter
+    turns and shifts by whole pixels); those that shrink the image in some direction, so that pixels would be skipped,
     average 2 x 2 linearly interpolated points for each pixel.
     """
     linear = draw.matrix[:, :2, :2]
@@ -122,7 +122,7 @@ def apply(images: Float[Tensor, "n 3 h w"], draw: Draw) -> Float[Tensor, "n 3 h 
 
 
 def _warp(images: Float[Tensor, "n 3 h w"], matrix: Float[Tensor, "n 3 3"], points: int) -> Float[Tensor, "n 3 h w"]:
-    """Each output pixel looks up `points` squared places of the input and takes their mean."""
+    """Each output pixel is the mean of `points` squared samples of the input."""
     height, width = images.shape[2:]
     inverse = torch.linalg.inv(matrix.double())
     # From the output's grid_sample coordinates (-1 to 1 over each side) to the input's; lengths are in pixels between.

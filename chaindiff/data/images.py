@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
     from chaindiff.data.items import Items
 
-MEMORY_BYTES = 1 << 30  # a set that takes less than this at one size stays in memory once decoded
-HEADERS = 1000  # images looked at to find the resolution
+MEMORY_BYTES = 1 << 30  # a set smaller than this at one size stays in memory once decoded
+HEADERS = 1000  # images inspected to find the resolution
 
 
 def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> ImageData | Items:
     """The images that a recipe names, in order of their file names, filtered by `where` and `split`.
 
-    In Python a path will do, with `split` and `where` beside it. Data of one's own are what the code makes; items of a
-    plain data set have their picture under the name `image`.
-    Raises UserError if there is no such data, if it has no images, or if its metadata is wrong.
+    In Python a path is enough, with `split` and `where` beside it. User-defined data are what the code returns; items
+    of a plain data set hold their picture under the name `image`.
+    Raises UserError if the data is missing, has no images, or has invalid metadata.
     """
     if isinstance(spec, str):
         spec = DataSpec(path=spec, **fields)
@@ -49,7 +49,7 @@ def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> Imag
     source = open_source(spec.path)
     rows = read_metadata(source, source.names())
     if not rows:
-        raise UserError("no images here", str(source.path), "expected .png, .jpg, .webp, ... at any depth")
+        raise UserError("there are no images", str(source.path), "expected .png, .jpg, .webp, ... at any depth")
     rows = keep(rows, spec.where, str(source.path))
     kept = keep(rows, {} if spec.split is None else {"split": spec.split}, str(source.path))
     name = "/".join(filter(None, [posixpath.splitext(source.path.name)[0], spec.split]))
@@ -60,7 +60,7 @@ class ImageData:
     """Images with fields. Row i is the image `names[i]`; the names are sorted.
 
     Images are cropped at the centre to squares and resized with antialiasing (box for whole-number factors, bicubic
-    otherwise, as PIL does it); transparency is laid on white.
+    otherwise, as PIL does it); transparency is composited on white.
     """
 
     def __init__(self, source: Source, rows: dict[str, Row], siblings: Sequence[Row], name: str):
@@ -80,13 +80,13 @@ class ImageData:
 
     @cached_property
     def resolution(self) -> int:
-        """Side of the images as stored, after the crop: the smallest, of 1,000 images at most, spread over the set."""
+        """Side of the images as stored, after the crop: the smallest of at most 1,000 images, spread over the set."""
         some = np.unique(np.linspace(0, len(self) - 1, HEADERS).round().astype(int))
         return min(min(self._open(index).size) for index in some.tolist())
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over names, sizes and checksums (zip) or times of change (folder)."""
+        """sha256 over names, sizes and checksums (zip) or modification times (folder)."""
         stamps = [[name, *self._source.stamp(name)] for name in self.names]
         return fingerprint(stamps)
 
@@ -119,9 +119,9 @@ class ImageData:
         return ordered, [position[values(row, name)[0]] for row in self._rows]
 
     def column(self, name: str) -> torch.Tensor:
-        """Numbers of every image: files of images hold none."""
-        hint = "an encoder makes them of images or texts, or {kind: file} reads them from a file"
-        raise UserError(f"the images come without numbers, so the data holds no '{name}'", str(self._source.path), hint)
+        """Numbers of every image: image files have none."""
+        hint = "an encoder computes them from images or texts, or {kind: file} reads them from a file"
+        raise UserError(f"image files carry no numbers, so the data has no '{name}'", str(self._source.path), hint)
 
     def _check(self, name: str) -> None:
         if name not in self.fields:
@@ -156,14 +156,14 @@ class ImageData:
         return self.images(indices, size).float() / 127.5 - 1
 
     def _open(self, index: int) -> Image.Image:
-        """The image with its pixels still to be decoded."""
+        """The image, its pixels not yet decoded."""
         name = self.names[index]
         content = self._source.read(name)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused below
                 image = Image.open(io.BytesIO(content))
-        except Exception as error:  # PIL's readers raise what their format's parser raises
+        except Exception as error:  # PIL's readers raise whatever the format's parser raises
             raise self._unreadable(name, error) from error
         limit = Image.MAX_IMAGE_PIXELS
         if limit and image.width * image.height > limit:
@@ -192,15 +192,14 @@ class ImageData:
 def square(image: Image.Image, size: int) -> Image.Image:
     """Any image as RGB of size x size: upright, on white, cropped at the centre, resized with antialiasing.
 
-    Of several frames it is the first. Raises ValueError for pixels that have no black and white: which are not of 8
-    or 16 bits.
+    Of several frames the first is used. Raises ValueError for pixels without a known range: other than 8 or 16 bits.
     """
     if image.format in ("JPEG", "MPO", "TIFF", "WEBP"):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise ValueError(f"its pixels go from {pixels.min()} to {pixels.max()}: expected 8 or 16 bits")
+            raise ValueError(f"its pixels range from {pixels.min()} to {pixels.max()}: expected 8 or 16 bits")
         image = Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers: expected 8 or 16 bits")

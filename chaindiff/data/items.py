@@ -1,4 +1,4 @@
-"""Any map-style dataset as data: what training and evaluation ask of images, asked of its items."""
+"""Any map-style dataset as data, with the interface that training and evaluation use for images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chaindiff.data.images import ImageData, square
 from chaindiff.encoders.resize import resize
 from chaindiff.io.errors import UserError, did_you_mean
 
-LOOKED_AT = 16  # items that the fingerprint and the resolution look at, spread over the set
+LOOKED_AT = 16  # items inspected for the fingerprint and the resolution, spread over the set
 ROUNDING = 1e-3  # how far a float image may leave [-1, 1]
 
 
@@ -26,9 +26,9 @@ class Items:
     """Items of a dataset (len, getitem -> mapping of names to values), or columns {name: [rows, ...]}, as data.
 
     A value is an image (a tensor [c, h, w], uint8 or float in [-1, 1]; a PIL image; an array [h, w, c] of uint8), a
-    label (int or text), a text, or numbers of one shape in every item. `image` says which of them is the image that the
-    chain is about, else it is the one called "image". An item's `name`, if it has one, is what an augmentation is drawn
-    by; else that is the number of its row. An item must be the same whenever it is asked for.
+    label (int or text), a text, or numbers of one shape in every item. `image` names the entry that holds the chain's
+    image, by default "image". An item's `name`, if it has one, is the key by which its augmentation is drawn; otherwise
+    that is its row number. An item must be the same at every access.
     """
 
     def __init__(self, dataset: Any, image: str = "image", name: str = "items"):
@@ -36,11 +36,11 @@ class Items:
         self._columns: dict[str, Sequence[Any]] = dict(dataset) if isinstance(dataset, Mapping) else {}
         self._seen: dict[str, list[Any]] = {}
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            message = f"{name}: {type(dataset).__name__} is no map-style dataset: it needs len(...) and [row]"
-            raise UserError(message, hint="an iterable one can be made a list of its items first")
+            message = f"{name}: {type(dataset).__name__} is not a map-style dataset: it needs len(...) and [row]"
+            raise UserError(message, hint="turn an iterable dataset into a list of its items first")
         lengths = {column: len(values) for column, values in self._columns.items()}
         if len(set(lengths.values())) > 1:
-            raise UserError(f"{name}: columns of one length are expected, not {lengths}")
+            raise UserError(f"{name}: expected columns of equal length, not {lengths}")
         self._rows = next(iter(lengths.values()), 0) if isinstance(dataset, Mapping) else len(dataset)
         if not self._rows:
             raise UserError(f"{name}: there are no items")
@@ -52,7 +52,7 @@ class Items:
 
     @property
     def fields(self) -> list[str]:
-        """What the items hold beside the image and a name."""
+        """What the items hold besides the image and a name."""
         return [entry for entry in self._entries if entry not in (self.image, "name")]
 
     @cached_property
@@ -66,15 +66,15 @@ class Items:
 
     @cached_property
     def resolution(self) -> int:
-        """Side of the images, after a crop to squares: the smallest, of a few looked at."""
+        """Side of the images, after a crop to squares: the smallest of a few items."""
         return min(self._picture(row, None).shape[-1] for row in self._some)
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of the class, the name, the length, columns of numbers as a whole, and of other items a few.
+        """A fingerprint of the class, the name, the length, whole columns of numbers, and a few of other items.
 
-        Embeddings that are kept on disk are found again by it: two sets of one class that differ in other items alone
-        need another `name`.
+        It keys the cache of embeddings: two sets of one class that differ only in items not inspected need different
+        names.
         """
         about = [type(self._dataset).__name__, self._name, len(self), self._entries]
         hashed = hashlib.sha256(json.dumps(about).encode())
@@ -92,12 +92,12 @@ class Items:
         return ["" if value is None else str(_plain(value)) for value in self._all(name)]
 
     def categories(self, name: str) -> tuple[list[str], list[int]]:
-        """Class names and the class of every item: whole numbers stay what they are, texts count in sorted order."""
+        """Class names and the class of every item: integers are used unchanged, texts are numbered in sorted order."""
         values = [_plain(value) for value in self._all(name)]
         for row, value in enumerate(values):
             if not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
                 got = f"{value}" if isinstance(value, int | float) else f"of type {type(value).__name__}"
-                message = f"{self._at(row)}: '{name}' is no label: {got}"
+                message = f"{self._at(row)}: '{name}' is not a label: {got}"
                 raise UserError(message, hint="expected a text, or a whole number from 0")
         if all(isinstance(value, int) for value in values):
             return [str(number) for number in range(max(values) + 1)], [int(value) for value in values]
@@ -106,7 +106,7 @@ class Items:
         return ordered, [place[str(value)] for value in values]
 
     def column(self, name: str) -> Float[Tensor, "rows *shape"]:
-        """Numbers of every item. Raises UserError if they differ in shape, or are no finite numbers."""
+        """Numbers of every item. Raises UserError if they differ in shape or are not finite."""
         values = self._all(name)
         if not isinstance(values, Tensor | np.ndarray):
             try:
@@ -130,7 +130,7 @@ class Items:
         return ((self.pixels(indices, size) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def pixels(self, indices: Sequence[int] | np.ndarray, size: int) -> Float[Tensor, "n 3 size size"]:
-        """Images in [-1, 1]: floats of this size are left as they are, others resized with antialiasing."""
+        """Images in [-1, 1]: floats of this size are left unchanged, others are resized with antialiasing."""
         pictures = [self._picture(int(row), size) for row in indices]
         return torch.stack(pictures) if pictures else torch.empty(0, 3, size, size)
 
@@ -142,20 +142,20 @@ class Items:
         if isinstance(value, Image.Image):
             try:
                 array = np.asarray(square(value, size or min(value.size)))
-            except Exception as error:  # PIL reads a file when its pixels are asked for
+            except Exception as error:  # PIL reads a file when its pixels are accessed
                 raise UserError(f"{self._at(row)}: '{self.image}' is not a readable image: {error}") from error
             return torch.from_numpy(array.transpose(2, 0, 1).copy()).float() / 127.5 - 1
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[0] not in (1, 3):
             got = f"of shape {list(value.shape)}" if hasattr(value, "shape") else f"of type {type(value).__name__}"
             hint = "expected a tensor [3, h, w] (or grey, [1, h, w]), an array [h, w, 3] of uint8, or a PIL image"
-            raise UserError(f"{self._at(row)}: '{self.image}' is no image: {got}", hint=hint)
+            raise UserError(f"{self._at(row)}: '{self.image}' is not an image: {got}", hint=hint)
         if value.dtype == torch.uint8:
             image = value.float() / 127.5 - 1
         else:
             image = value.float()
             low, high = image.amin().item(), image.amax().item()
-            if not -1 - ROUNDING <= low <= high <= 1 + ROUNDING:  # NaN is not
-                numbers = f"holds numbers from {low:g} to {high:g}; images lie in [-1, 1], or are uint8"
+            if not -1 - ROUNDING <= low <= high <= 1 + ROUNDING:  # false for NaN
+                numbers = f"holds numbers from {low:g} to {high:g}; images should be in [-1, 1] or uint8"
                 raise UserError(f"{self._at(row)}: '{self.image}' {numbers}")
         side = min(image.shape[1:])
         top, left = ((length - side) // 2 for length in image.shape[1:])
@@ -188,7 +188,7 @@ class Items:
         return item[entry]
 
     def _all(self, entry: str) -> Any:
-        """An entry of every item; asked of the dataset once."""
+        """An entry of every item, read from the dataset once."""
         if entry in self._columns:
             return self._columns[entry]
         if entry not in self._seen:
@@ -202,7 +202,7 @@ def _plain(value: Any) -> Any:
 
 
 def _bytes(value: Any) -> bytes:
-    """What a fingerprint takes of a value: numbers and plain data as they are, else its type."""
+    """What a fingerprint includes of a value: numbers and plain data themselves, else the type."""
     if isinstance(value, Tensor):
         value = (value.float() if value.is_floating_point() else value).cpu().numpy()
     elif isinstance(value, Image.Image):

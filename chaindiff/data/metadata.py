@@ -1,4 +1,4 @@
-"""What is known of each image: metadata.jsonl (Hugging Face imagefolder) and dataset.json (EDM), and filters on it."""
+"""Metadata of images: metadata.jsonl (Hugging Face imagefolder) and dataset.json (EDM), and filters on it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LABELS = "{'labels': [[file, class], ...]}"
 
 
 def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
-    """Each image's fields by its name; images that no metadata names have none.
+    """Each image's fields by its name; images without metadata have none.
 
-    Raises UserError for metadata that does not parse, or that names an image which is not there.
+    Raises UserError for metadata that does not parse, or that names a missing image.
     """
     rows: dict[str, Row] = {name: {} for name in names if posixpath.basename(name) not in METADATA}
     values, most = 0, VALUES + IMAGE_VALUES * len(rows)
@@ -39,7 +39,7 @@ def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
                 if image not in rows:  # perhaps it was written on Windows
                     image = posixpath.normpath(image.replace("\\", "/"))
                 if image not in rows:
-                    raise UserError(f"the metadata names '{image}', which is not there{_like(image, rows)}", where)
+                    raise UserError(f"the metadata names '{image}', which does not exist{_like(image, rows)}", where)
                 if rows[image].keys() & row.keys():
                     raise UserError(f"a second row for '{image}'", where, "keep one row for each image")
                 rows[image] |= row
@@ -49,7 +49,7 @@ def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
 def _read_lines(place: str, name: str, text: str) -> Iterable[tuple[str, str, Row]]:
     """metadata.jsonl: one JSON object a line, with `file_name` relative to the metadata's folder."""
     number, last = 1, 0
-    # Not splitlines(): captions may hold the line separators of Unicode, which end no line of JSON.
+    # Not splitlines(): captions may hold the line separators of Unicode, which do not end a line of JSON.
     for found in re.finditer(r"[^\n]+", text):
         number, last = number + text.count("\n", last, found.start()), found.start()
         if not (line := found[0]).strip():
@@ -83,7 +83,7 @@ def _text(source: Source, name: str, most: int) -> str:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits too
+    except (ValueError, RecursionError) as error:  # ValueError: also for numbers of thousands of digits
         raise UserError(f"not valid JSON: {error}", where) from error
 
 
@@ -103,7 +103,7 @@ def fields(rows: Iterable[Row]) -> list[str]:
 
 
 def keep(rows: Mapping[str, Row], where: Mapping[str, str | list[str]], place: str) -> dict[str, Row]:
-    """The images whose fields have the values asked for, all of the fields and one of each field's values.
+    """The images that match every field of `where` by one of its values.
 
     Raises UserError for a field or value that no image has, or if no image is left.
     """
@@ -119,12 +119,12 @@ def keep(rows: Mapping[str, Row], where: Mapping[str, str | list[str]], place: s
                 raise UserError(f"no image has {field} '{value}'{_like(value, sorted(present))}", place)
         kept = {name: row for name, row in kept.items() if not set(wanted).isdisjoint(values(row, field))}
     if not kept:
-        raise UserError(f"no image is left by {dict(where)}", place, "loosen data.where or data.split")
+        raise UserError(f"no image matches {dict(where)}", place, "loosen data.where or data.split")
     return kept
 
 
 def _like(name: str, names: Iterable[str]) -> str:
-    """did_you_mean, but of thousands of names it lists a few."""
+    """did_you_mean, but listing only a few of thousands of names."""
     names = list(names)
     if not names:
         return ": there is no metadata.jsonl or dataset.json"

@@ -1,7 +1,7 @@
-"""Where the files of a data set lie: a folder or a zip, with limits on what is read.
+"""Where the files of a data set are: a folder or a zip, with limits on what is read.
 
 A source has `names()` of its files (POSIX, relative), and for each its bytes (`read`, no more than `most`), a `stamp`
-that changes when it does, and `where` it is, for messages.
+that changes with it, and its location for messages (`where`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ ASSETS = Path(__file__).parents[1] / "assets"
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 METADATA = {"dataset.json", "metadata.jsonl"}
 
-# A zip declares how large a file is once unpacked, and zipfile reads no further than that; beyond these sizes it is
-# refused unread, and so is what is packed more densely than images or text ever are: a few kilobytes cannot fill the
-# memory.
+# A zip declares the unpacked size of a file, and zipfile reads no further. Larger files are refused unread, and so are
+# those compressed more densely than images or text ever are: a few kilobytes cannot fill the memory.
 IMAGE_BYTES = 256 << 20
 SMALL_BYTES = 16 << 20
 DENSEST = 200  # bytes for one byte of a zip, beyond SMALL_BYTES
@@ -85,7 +84,7 @@ class Folder:
             raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """Size and time of change."""
+        """Size and modification time."""
         status = self._status(name)
         return status.st_size, status.st_mtime_ns
 
@@ -111,11 +110,11 @@ class Zip:
         return {**self.__dict__, "_open": None}
 
     def _members(self) -> zipfile.ZipFile:
-        # A process made by fork would share the file's position with its parent, so it opens the zip anew.
+        # A forked process would share the file's position with its parent, so it reopens the zip.
         if self._open is None or self._open[0] != os.getpid():
             try:
                 self._open = os.getpid(), zipfile.ZipFile(self.path)
-            except Exception as error:  # a broken directory of the zip may raise nearly anything
+            except Exception as error:  # a damaged zip directory may raise nearly anything
                 raise UserError(f"the zip cannot be opened: {error}", str(self.path), _AGAIN) from error
         return self._open[1]
 
@@ -145,13 +144,13 @@ class Zip:
         _refuse_size(member.file_size, most or IMAGE_BYTES, self.where(name), " once unpacked")
         if member.file_size > max(SMALL_BYTES, DENSEST * member.compress_size):
             size = f"{member.file_size / 2**20:.0f} MiB out of {member.compress_size / 2**20:.2f} MiB"
-            raise UserError(f"refused: it unpacks to {size}, as no image or text does", self.where(name))
+            raise UserError(f"refused: it unpacks to {size}, more than any image or text would", self.where(name))
         try:
             return self._members().read(member)
         except NotImplementedError as error:
             hint = "build the zip again, stored or deflated"
             raise UserError(f"cannot be read from the zip: {error}", self.where(name), hint) from error
-        except Exception as error:  # cut short, a wrong checksum, a broken stream: each raises its own
+        except Exception as error:  # truncated, a wrong checksum, a damaged stream: each raises its own type
             raise UserError(f"cannot be read from the zip: {error}", self.where(name), _AGAIN) from error
 
     def stamp(self, name: str) -> tuple[int, int]:
@@ -172,7 +171,7 @@ def _refuse_size(size: int, limit: int, where: str, how: str = "") -> None:
 
 
 def _wanted(names: Iterable[str]) -> list[str]:
-    """Images and metadata in order of their names, without hidden files and what macOS adds to a zip."""
+    """Images and metadata in order of their names, without hidden files and those that macOS adds to a zip."""
 
     def wanted(name: str) -> bool:
         path = PurePosixPath(name)

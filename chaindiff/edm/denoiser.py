@@ -1,4 +1,4 @@
-"""The one signature that everything which denoises shares, and the words it uses."""
+"""The signature that all denoisers share, and its types."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Levels = Mapping[str, float | Tensor]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says: the expected clean value of every moving variable.
+    """A denoiser's output: the expected clean value of every moving variable.
 
-    `variance`: what a network that learns variances says of them, as it says it (Nichol & Dhariwal 2021, eq. 15: where
+    `variance`: the raw output of a network that learns variances (Nichol & Dhariwal 2021, eq. 15: where
     the log-variance of a step lies between its two bounds).
     """
 
@@ -28,10 +28,10 @@ class Prediction:
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditions are bound beforehand.
+    """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditioning is bound beforehand.
 
-    Guidance, thresholding and known values wrap one denoiser in another. None of them switches gradients off: that is
-    the solver's business, so a wrapper may differentiate through what it wraps.
+    Guidance, thresholding and known values wrap one denoiser in another. None of them disables gradients: that is
+    left to the solver, so a wrapper may differentiate through what it wraps.
     """
 
     def __call__(self, x: State, sigma: Levels) -> Prediction: ...
@@ -42,5 +42,5 @@ class Denoiser(Protocol):
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """A level with one entry a sample, shaped so that it multiplies [batch, *shape]."""
+    """A level with one entry per sample, reshaped to broadcast against [batch, *shape]."""
     return value.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)

@@ -1,11 +1,11 @@
-"""Running averages of weights: EDM's, by half-life in images, and EDM2's, by a power function of training time.
+"""Exponential moving averages (EMA) of weights: EDM's, by half-life in images, and EDM2's power-function EMA.
 
-EDM2's can have other lengths after the fact (EDM2, section 3). A profile
+EDM2's can be given other lengths after training (EDM2, section 3). A profile
 
     p_gamma(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)
 
-weighs the weights at every time tau in [0, t] (eq. 1). It is named by sigma_rel, its standard deviation as a share of t
-(section 3.1). Times are in images.
+weights the parameters at every time tau in [0, t] (eq. 1). It is named by sigma_rel, its standard deviation as a share
+of t (section 3.1). Times are in images.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Numbers = float | Float64[np.ndarray, "..."]
 
 
 class Average(Generic[Module]):
-    """Keeps `model` as the running average of another module's parameters; buffers are copied."""
+    """Maintains `model` as the running average of another module's parameters; buffers are copied."""
 
     def __init__(self, source: Module):
         self.model = copy.deepcopy(source).eval().requires_grad_(False)
 
     def keep(self, batch: int, images: float) -> float:
-        """Share of the old average that one step of `batch` images keeps; `images` counts that step."""
+        """Weight of the old average in a step of `batch` images; `images` includes that step."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Ema(Average[Module]):
 class PowerEma(Average[Module]):
     """EDM2's average: a power function of training time, `sigma_rel` being its width as a share of that time.
 
-    Over weights that stay the same for the length of a step, it is exactly the integral of the profile (EDM2, eq. 2).
+    For weights that are constant within a step, it equals the integral of the profile (EDM2, eq. 2).
     """
 
     def __init__(self, source: Module, sigma_rel: float):
@@ -88,17 +88,17 @@ def inner(gamma_a: Numbers, end_a: Numbers, gamma_b: Numbers, end_b: Numbers) ->
     """The integral of the product of two profiles, in closed form (EDM2, appendix C)."""
     first = end_a <= end_b
     early, late = np.where(first, end_a, end_b), np.where(first, end_b, end_a)
-    exponent = np.where(first, gamma_b, gamma_a)  # of the profile that goes on after the other has ended
+    exponent = np.where(first, gamma_b, gamma_a)  # of the profile that ends later
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (early / late) ** exponent / late
 
 
 def coefficients(
     gammas: Float64[np.ndarray, " n"], ends: Float64[np.ndarray, " n"], gamma: float, end: float
 ) -> tuple[Float64[np.ndarray, " n"], float]:
-    """The combination of snapshots' profiles nearest to another one, and the relative error in the L2 norm.
+    """The combination of snapshots' profiles that is nearest to a given one, and the relative error in the L2 norm.
 
-    Least squares as in EDM2, appendix C, with one constraint more: the coefficients sum to 1. Without it they miss 1 by
-    some percent where snapshots are few, which EDM2's networks, indifferent to the scale of their weights, forgive.
+    Least squares as in EDM2, appendix C, with one more constraint: the coefficients sum to 1. Without it they miss 1 by
+    some percent where snapshots are few, which does not matter to EDM2's networks, invariant to the scale of weights.
     """
     count = len(gammas)
     gram = inner(gammas[:, None], ends[:, None], gammas, ends)

@@ -1,6 +1,6 @@
 """Noise levels while sampling: grids of steps, and paths on which several variables' levels go down together.
 
-All of this is float64 on the host: nothing in the sampling loop waits for the device.
+All of this is float64 on the host: the sampling loop never waits for the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Float64
 
 from chaindiff.edm.schedules import VP, Linear, Schedule, iddpm_levels
 
-Grid = Sequence[float] | np.ndarray  # levels of one variable, largest first
+Grid = Sequence[float] | np.ndarray  # levels of one variable, in descending order
 
 
 # ---------------------------------------------------------------- grids: steps + 1 levels, largest first, then 0
@@ -77,8 +77,8 @@ def grid(
 class Path:
     """How the noise levels of several variables go down together: each variable's times at every grid point.
 
-    `times[v]` has steps + 1 entries and never rises, or, on a reversed path, none ever falls. A variable rests where
-    two entries are equal. Because a path is its grid, every kink is a grid point.
+    `times[v]` has steps + 1 entries and never rises, or, on a reversed path, none ever falls. A variable is held
+    where two entries are equal. Every kink of a path is a grid point.
     """
 
     times: Mapping[str, Float64[np.ndarray, " steps1"]]
@@ -116,7 +116,7 @@ class Path:
         return [v for v, times in self.times.items() if times[step + 1] != times[step]]
 
     def reversed(self) -> Path:
-        """The same levels the other way round, for inversion."""
+        """The same levels in reverse, for inversion."""
         return Path({v: times[::-1] for v, times in self.times.items()}, self.schedules)
 
 

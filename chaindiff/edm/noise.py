@@ -1,4 +1,4 @@
-"""Noise levels of training: distributions of sigma, each a function of a batch's draws alone."""
+"""Noise levels of training: distributions of sigma, each a function of only a batch's draws."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def some_known(
     """Levels of variables that are learned together, with some of them at 0 or at the largest level.
 
     With probability `exact` a subset of the variables (not all; each subset equally likely) is known exactly, so that
-    the network learns the others given these; with probability `pure` a subset is nothing but noise, so that it learns
-    the others without.
+    the network learns the others conditioned on it; with probability `pure` a subset is pure noise, so that it learns
+    the others without it.
     """
     if len(levels) < 2:
         return dict(levels)

@@ -1,7 +1,7 @@
 """Preconditioning: how a network F becomes a denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM eq. 7).
 
 Every published parametrisation is one choice of the four coefficients, with a loss weight lambda(sigma): what the
-network is asked to predict (noise, velocity, clean value) is a choice of c_skip and c_out.
+network predicts (noise, velocity, clean value) is a choice of c_skip and c_out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from chaindiff.edm.schedules import VP as VPSchedule
 from chaindiff.edm.schedules import Cosine, Flow, iddpm_levels
 
-# c_noise = ln(sigma) / 4 grows without bound as sigma -> 0; below this level a denoiser is told this one.
+# c_noise = ln(sigma) / 4 grows without bound as sigma -> 0; lower levels are clamped to this one.
 SMALLEST_SIGMA = 1e-5
-TIMES = 1000  # parametrisations that tell the network a time count it in thousandths, as their published networks do
+TIMES = 1000  # networks conditioned on a time receive it in thousandths, as the published ones do
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Coefficients:
 
 @runtime_checkable
 class Preconditioning(Protocol):
-    """Coefficients and loss weight of every level; the levels that the denoiser knows."""
+    """Coefficients and loss weight of every level, and the levels that the denoiser accepts."""
 
     kind: ClassVar[str]  # its name in a recipe
     label_span: ClassVar[float]  # the order of magnitude of c_noise
@@ -54,7 +54,7 @@ def noise_label(sigma: Tensor) -> Tensor:
 
 
 class AnyLevel:
-    """Preconditionings that know every level."""
+    """Preconditionings that accept every level."""
 
     label_span: ClassVar[float] = 1
 
@@ -67,7 +67,7 @@ class AnyLevel:
         return math.inf
 
     def round(self, sigma: float) -> float:
-        """The nearest level that the denoiser knows, on the host."""
+        """The nearest level that the denoiser accepts, on the host."""
         return sigma
 
 
@@ -133,7 +133,8 @@ class Direct(AnyLevel):
 class V(AnyLevel):
     """The network sees a clean + b noise with a^2 + b^2 = 1 and predicts v = a noise - b clean (Salimans & Ho 2022).
 
-    The level is told as the time of the cosine schedule; the loss is that of v, "SNR + 1" in terms of the clean value.
+    The network is conditioned on the time of the cosine schedule; the loss is that of v, "SNR + 1" in terms of the
+    clean value.
     """
 
     kind: ClassVar[str] = "v"
@@ -172,7 +173,7 @@ class Velocity(AnyLevel):
 
 @dataclass(frozen=True)
 class VP(PredictsNoise):
-    """The network predicts the noise of the variance-preserving process, and is told its time (EDM, table 1)."""
+    """The network predicts the noise of the variance-preserving process, given its time (EDM, table 1)."""
 
     beta_d: float = 19.9
     beta_min: float = 0.1
@@ -221,15 +222,15 @@ class VE:
 
 @lru_cache
 def _levels_on(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """iDDPM's levels where they are compared with others: copied to a device once."""
+    """iDDPM's levels on a device, copied once for comparisons."""
     return torch.tensor(iddpm_levels(count), device="cpu").to(device, dtype)
 
 
 @dataclass(frozen=True)
 class IDDPM(PredictsNoise):
-    """The network predicts the noise of a discrete process, and is told the number of the nearest level (EDM, table 1).
+    """The network predicts the noise of a discrete process, given the index of the nearest level (EDM, table 1).
 
-    A network that learns variances gives them in further channels, which are no part of the prediction.
+    A network that learns variances outputs them in extra channels, which are not part of the prediction.
     """
 
     levels: int = 1000

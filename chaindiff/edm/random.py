@@ -17,7 +17,7 @@ Key = int | str
 
 
 def digest(*key: Key) -> bytes:
-    """128 bits that depend on every part of the key and on where one part ends."""
+    """128 bits that depend on every part of the key and on the boundaries between parts."""
     return hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
 
 
@@ -27,7 +27,7 @@ def generator(*key: Key) -> np.random.Generator:
 
 
 def seed(*key: Key) -> int:
-    """A 63-bit seed that depends on the key alone, for generators that take no more."""
+    """A 63-bit seed that depends on the key alone, for generators that take at most that."""
     return int.from_bytes(digest(*key)[:8], "little") >> 1
 
 
@@ -37,7 +37,7 @@ def normal(shape: Iterable[int], *key: Key) -> Tensor:
 
 
 def normal_batch(shape: Iterable[int], samples: Iterable[int], seed: int, *key: Key) -> Tensor:
-    """Noise for several samples, [len(samples), *shape]; each row depends on its own sample number alone."""
+    """Noise for several samples, [len(samples), *shape]; each row depends only on its own sample number."""
     shape = tuple(shape)
     return torch.stack([normal(shape, seed, int(sample), *key) for sample in samples])
 
@@ -45,9 +45,9 @@ def normal_batch(shape: Iterable[int], samples: Iterable[int], seed: int, *key: 
 class Draws:
     """Randomness for a batch of samples, each a pure function of (seed, sample number, key, role).
 
-    `key` says whose draws they are: a stage's, and below it (`of`) those of one of its variables. In training, sample
+    `key` names their owner: a stage, and below it (`of`) one of its variables. In training, sample
     numbers count the images seen, so that a step's draws do not depend on ranks or micro-batches; in sampling they
-    are the samples' own. Noise is drawn in float64 and given as `dtype`.
+    are the samples' own. Noise is drawn in float64 and converted to `dtype`.
     """
 
     def __init__(self, samples: Iterable[int], seed: int, *key: Key, dtype: torch.dtype = torch.float32):

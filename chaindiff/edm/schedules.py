@@ -1,6 +1,6 @@
-"""Schedules: how a noise level and a scale run with time; x(t) = s(t) (clean + sigma(t) noise) (EDM, section 2).
+"""Schedules: noise level and scale as functions of time; x(t) = s(t) (clean + sigma(t) noise) (EDM, section 2).
 
-The sampling loop gives them floats (float64, on the host); those that training draws times from take tensors as well.
+The sampling loop passes them floats (float64, on the host); those that training draws times from accept tensors too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Number = TypeVar("Number", float, Tensor)
 
 
 def _math(x: float | Tensor) -> Any:
-    """The module whose sqrt, exp, ... suit a number: torch and math agree on their names."""
+    """The module whose sqrt, exp, ... fit a value: torch and math use the same names."""
     return torch if isinstance(x, Tensor) else math
 
 
@@ -45,7 +45,7 @@ class VarianceExploding:
 
 
 class VariancePreserving:
-    """Schedules whose noise takes from the data what it adds: s(t) = 1 / sqrt(1 + sigma(t)^2)."""
+    """Variance-preserving schedules: s(t) = 1 / sqrt(1 + sigma(t)^2)."""
 
     def sigma(self, t: float) -> float:
         raise NotImplementedError
@@ -141,7 +141,7 @@ class Cosine(VariancePreserving):
 
     def sigma(self, t: Number) -> Number:
         angle, lib = self._first + self._rate * t, _math(t)
-        # 1 + sigma^2 = 1 / s^2, with the difference of squares that keeps small levels exact
+        # 1 + sigma^2 = 1 / s^2, with the difference of squares, accurate for small levels
         return (lib.sin(self._rate * t) * lib.sin(angle + self._first)) ** 0.5 / lib.cos(angle)
 
     def dsigma(self, t: float) -> float:
@@ -150,7 +150,7 @@ class Cosine(VariancePreserving):
 
     def time(self, sigma: Number) -> Number:
         first, rise = math.tan(self._first), sigma**2 / math.cos(self._first) ** 2
-        tangent = (first**2 + rise) ** 0.5  # of the angle; its difference from the first angle is exact at level 0
+        tangent = (first**2 + rise) ** 0.5  # of the angle; its difference from the first angle is 0 at level 0
         return _math(sigma).atan2(rise, (tangent + first) * (1 + tangent * first)) / self._rate
 
 
@@ -177,7 +177,7 @@ class Flow:
 class LogSNR(VariancePreserving):
     """Linear log-SNR, variance preserving: t = ln(sigma / sigma_min) (Kingma et al. 2021).
 
-    Log-SNR has no end at level 0: below sigma_min, sigma goes on along its tangent and is 0 at t = -1.
+    Log-SNR diverges at level 0: below sigma_min, sigma continues along its tangent and is 0 at t = -1.
     """
 
     sigma_min: float = 0.002
@@ -194,7 +194,7 @@ class LogSNR(VariancePreserving):
 
 
 def schedule(kind: str, sigma_min: float, sigma_max: float) -> Schedule:
-    """The schedule of a name that a recipe may say, for sampling between two levels."""
+    """The schedule that a recipe names, for sampling between two levels."""
     return {
         "linear": Linear,
         "vp": lambda: VP.between(sigma_min, sigma_max),
@@ -211,7 +211,7 @@ IDDPM_CLIP, IDDPM_OFFSET = 0.001, 0.008  # C_1 and C_2 of EDM, table 1
 
 @lru_cache
 def iddpm_levels(count: int = 1000) -> Float64[np.ndarray, " count1"]:
-    """The discrete levels u_0 > u_1 > ... > u_count = 0 of iDDPM (EDM, table 1); not to be written to."""
+    """The discrete levels u_0 > u_1 > ... > u_count = 0 of iDDPM (EDM, table 1); read-only."""
     levels = np.zeros(count + 1)
     fraction = np.sin(np.pi / 2 * np.arange(count + 1) / count / (IDDPM_OFFSET + 1)) ** 2  # alpha bar
     for j in range(count, 0, -1):

@@ -1,12 +1,12 @@
 """Solvers of the probability-flow ODE and its stochastic relatives: tables of affine updates, and one loop.
 
-A state x holds for every variable the clean value plus sigma times unit noise; the scale s of a schedule is no part of
-it. Every solver on every path is then a table, made on the host in float64 before anything is sampled, whose rows say
+A state x holds for every variable the clean value plus sigma times unit noise; the scale s of a schedule is not part
+of it. Every solver on every path is then a table, computed on the host in float64 before sampling, whose rows read
 
     x' = a x + k x_kept + b D + c D_before + d noise
 
-for each variable that moves. `D` is the denoiser at the row's levels, `D_before` its value at the evaluation before,
-`x_kept` the state that the row before began with. The network evaluations of a sample are the rows that have levels.
+for each variable that moves. `D` is the denoiser at the row's levels, `D_before` its value at the previous evaluation,
+`x_kept` the state before the previous row. The network evaluations of a sample are the rows that have levels.
 
 The coefficients follow from the equation of s x (EDM, eq. 81 and algorithm 1),
 
@@ -14,10 +14,10 @@ The coefficients follow from the equation of s x (EDM, eq. 81 and algorithm 1),
 
 which for s = 1 and sigma = t is dx/dt = (x - D) / sigma.
 
-At level 0 the slope is not defined. A variable that lands there takes one Euler step from the level before, for itself
-alone. A variable that leaves 0, which happens in inversion, takes that step backwards: an Euler step with the slope at
-the level that it goes to, where the clean value stands for the noisy one. Landing undoes leaving up to the second order
-in the size of that step, so that inversion and then sampling return the data on one and the same path.
+At level 0 the slope is undefined. A variable that lands there takes a single Euler step from the previous
+level. A variable that leaves 0, which happens in inversion, takes that step backwards: an Euler step with the slope at
+the level that it goes to, where the clean value stands for the noisy one. Landing undoes leaving up to second order
+in the size of that step, so that inversion followed by sampling on the same path returns the data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from chaindiff.edm.denoiser import Denoiser, State
 from chaindiff.edm.levels import Path
 
-# noise(variable, number) -> unit noise of the variable's shape; the number is the step that uses it.
+# noise(variable, number) -> unit noise of the variable's shape; the number is that of the step that uses it.
 Noise = Callable[[str, int], Tensor]
 Times = dict[str, float]
 
@@ -73,10 +73,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Update:
-    """One row of a solver's table; variables without coefficients rest.
+    """One row of a solver's table; variables without coefficients do not change.
 
-    `sigma`: the levels at which the denoiser is evaluated first; None: it is not. `step`: the step of the path that it
-    belongs to, by whose number its noise is drawn. `ends`: the step is done, and the state lies at `level`.
+    `sigma`: the levels at which the denoiser is evaluated first; None: it is not. `step`: the index of its step on the
+    path, which keys its noise. `ends`: the step is complete, and the state is at `level`.
     """
 
     rows: Mapping[str, Row]
@@ -96,7 +96,7 @@ class Step(dict[str, Tensor]):
 
 def integrate(denoiser: Denoiser, x: State, table: Sequence[Update], noise: Noise | None = None) -> Iterator[Step]:
     """Follow a solver's table from the state `x`; yields after every step, without waiting for the device."""
-    kept = clean = before = x  # until there are such values, no coefficient takes them
+    kept = clean = before = x  # placeholders: the first rows have no coefficients for them
     for row in table:
         with torch.no_grad():
             if row.sigma is not None:
@@ -127,16 +127,16 @@ def updates(
     eta: float = 0.0,
     round: Callable[[float], float] = lambda sigma: sigma,
 ) -> list[Update]:
-    """The table of a solver on a path. `round` gives the level nearest to one that the denoiser knows, for churn.
+    """The table of a solver on a path. `round` gives the nearest level that the denoiser accepts, for churn.
 
     eta 0 is deterministic, eta 1 is ancestral sampling (ddim) and DPM-Solver++(2M) SDE (dpmpp_2m).
-    Raises ValueError for combinations without meaning.
+    Raises ValueError for meaningless combinations.
     """
     if solver not in SOLVERS:
         raise ValueError(f"no solver is called '{solver}'; known: {', '.join(SOLVERS)}")
     churn = churn or Churn()
     if (eta or churn.amount) and path.rising:
-        raise ValueError("a path upwards is followed deterministically: it takes neither churn nor eta")
+        raise ValueError("inversion is deterministic: it takes neither churn nor eta")
     if eta and churn.amount:
         raise ValueError("churn and eta both add noise to a step; choose one")
     if eta and solver in ("euler", "heun"):
@@ -146,7 +146,7 @@ def updates(
     moved: list[str] = []
     for number in range(path.steps):
         moves = path.moves(number)
-        if moves != moved:  # a kink of the path: predictions on its other side say nothing of this one
+        if moves != moved:  # a kink of the path: predictions before it do not apply after it
             history, moved = {}, moves
         rows: list[Update] = []
         if moves:
@@ -179,7 +179,7 @@ class _Span:
     moves: list[str]
     at: Times
     eta: float
-    history: dict[str, float]  # each variable's last step in ln sigma, while its past is of use
+    history: dict[str, float]  # each variable's last step in ln sigma, while it can be used
 
     @property
     def after(self) -> Times:
@@ -193,7 +193,7 @@ class _Span:
 
     @property
     def seen(self) -> Times:
-        """Where the denoiser looks: a variable that leaves level 0 is seen at the level that it goes to."""
+        """The levels of the evaluation: a variable that leaves level 0 is evaluated at the level that it goes to."""
         leaving = {v: self.after[v] for v in self.moves if self.sigma(v, self.at[v]) == 0}
         return {**self.at, **leaving}
 
@@ -231,7 +231,7 @@ def _heun(span: _Span) -> list[Update]:
 
 
 def _exponential(span: _Span, *, multistep: bool) -> list[Update]:
-    """Exact in ln sigma where D is constant, and as a multistep method where D is linear.
+    """Solves the ODE in ln sigma in closed form for constant D, and for linear D as a multistep method.
 
     With r = sigma' / sigma of a step, `keep` is the part of the new level that is old noise:
 
@@ -247,7 +247,7 @@ def _exponential(span: _Span, *, multistep: bool) -> list[Update]:
         else:
             ratio, h, past = target / sigma, math.log(sigma / target), 0.0
             if multistep:
-                if v in span.history and span.at[v] == span.path.time(span.number)[v]:  # a raised level has no past
+                if v in span.history and span.at[v] == span.path.time(span.number)[v]:  # not after churn
                     past = h / (2 * span.history[v])
                 span.history[v] = h
             keep = ratio**span.eta if multistep else math.sqrt(1 - span.eta**2 * (1 - ratio**2))
@@ -265,7 +265,7 @@ SOLVERS: dict[str, Callable[[_Span], list[Update]]] = {
 }
 
 
-# ---------------------------------------------------------------- in one go
+# ---------------------------------------------------------------- solving
 
 
 def solve(
@@ -280,7 +280,7 @@ def solve(
 ) -> Iterator[Step]:
     """`integrate` the table of a solver on a path; `x` holds each variable at the path's first level.
 
-    Raises ValueError for combinations without meaning, and where `churn` or `eta` adds noise but none is given.
+    Raises ValueError for meaningless combinations, and where `churn` or `eta` adds noise but none is given.
     """
     table = updates(path, solver, churn=churn, eta=eta)
     if noise is None and (eta or (churn is not None and churn.amount)):
@@ -289,7 +289,7 @@ def solve(
 
 
 def invert(denoiser: Denoiser, x: State, path: Path, *, solver: str = "heun") -> Iterator[Step]:
-    """From data up to noise, on the path that `solve` goes down; `x` holds values at the path's last level.
+    """From data up to noise, on the path of `solve` in reverse; `x` holds values at the path's last level.
 
     `solve` from the last state returns them, to the solver's accuracy.
     """

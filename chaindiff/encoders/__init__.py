@@ -1,4 +1,4 @@
-"""Encoders: deterministic maps from one variable of a chain to another, built from what a recipe says."""
+"""Encoders: deterministic maps from one variable of a chain to another, built from a recipe."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 
 
 def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | None = None) -> Encoder:
-    """The encoder that makes the variable `name`, with its statistics from the file `fitted` if it needs any.
+    """The encoder that computes the variable `name`, with its statistics from the file `fitted` if it needs any.
 
     Without a file, an encoder that needs statistics is not `fitted`: its features can be computed, its values cannot.
-    Raises UserError for a missing or foreign file, for weights that are not there, and for shapes that do not fit.
+    Raises UserError for a missing or mismatched file, for missing weights, and for shapes that do not fit.
     """
     spec = specs[name]
     encoder = spec.encoder
@@ -55,7 +55,7 @@ def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | N
 
 
 def build_decoder(name: str, specs: Mapping[str, VariableSpec]) -> Encoder:
-    """The map that makes the variable `name` in the generative direction."""
+    """The map that computes the variable `name` in the generative direction."""
     decoder = specs[name].decoder
     if decoder is None:
         raise UserError(f"variable '{name}' has no decoder", f"variables.{name}")

@@ -1,4 +1,4 @@
-"""What every encoder offers: values of a variable, and what says how its features come about."""
+"""The interface of encoders: values of a variable, and the identity of their features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from chaindiff.specs.recipe import VariableSpec
 class Encoder:
     """A deterministic map from the variable `of` to the variable `name`: value = scale(features(x)).
 
-    The features of expensive encoders are kept, under their `features_identity`; `scale` reduces and standardises them.
+    The features of expensive encoders are cached, under their `features_identity`; `scale` reduces and
+    standardises them.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Encoder:
 
 
 class OwnEncoder(Encoder):
-    """What `made` makes of a batch of values, computed whenever it is needed: nothing is cached, fitted or scaled."""
+    """A user-defined encoder, computed whenever it is needed: nothing is cached, fitted or scaled."""
 
     def __init__(self, name: str, spec: CodeEncoderSpec, variable: VariableSpec, made: Callable[[Any], Tensor]):
         self.name, self.of, self.spec = name, spec.of, spec
@@ -53,6 +54,6 @@ class OwnEncoder(Encoder):
         values = self.made(x)
         found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if found != (expected := [len(x), *self.shape]):
-            problem = f"'{self.spec.kind}' makes {found} of {len(x)} values of '{self.of}'; expected {expected}"
+            problem = f"'{self.spec.kind}' returns {found} for {len(x)} values of '{self.of}'; expected {expected}"
             raise UserError(problem, f"variables.{self.name}.encoder")
         return values

@@ -1,4 +1,4 @@
-"""Embeddings by the towers of an open_clip model, reduced and standardised as the recipe says."""
+"""Embeddings by the towers of an open_clip model, reduced and standardised as the recipe specifies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 256  # inputs embedded at once
 
 
 class OpenClip(Embedding):
-    """One tower of an open_clip model. The model loads when it is first used; its identity needs its files alone."""
+    """One tower of an open_clip model. The model loads on first use; its identity needs only its files."""
 
     spec: OpenClipSpec
     tower: str
@@ -48,7 +48,7 @@ class OpenClip(Embedding):
             model = self.files.create()
         except UserError:
             raise
-        except Exception as error:  # open_clip raises many kinds for files that do not fit a model
+        except Exception as error:  # open_clip raises many types for files that do not fit a model
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"open_clip cannot load '{self.spec.model}' from {self.files.weights}: {reason}",
@@ -59,7 +59,7 @@ class OpenClip(Embedding):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """The model's own, but for the resizing filter if the recipe names one."""
+        """The model's own, except for the resizing filter if the recipe names one."""
         named = {"interpolation": self.spec.interpolation} if self.spec.interpolation else {}
         return {**self.files.preprocessing, **named}
 
@@ -83,7 +83,7 @@ class OpenClipImage(OpenClip):
     tower = "image"
 
     def preprocess(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 side side"]:
-        """What the model's own transforms make of an image file, but for their rounding to whole levels."""
+        """The model's own transforms of an image file, without their rounding to 8 bits."""
         size = self.model.visual.image_size
         side = size if isinstance(size, int) else size[0]
         own = self.preprocessing

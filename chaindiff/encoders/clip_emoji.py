@@ -1,8 +1,8 @@
 """Load the embedded image-text model (or any folder laid out like it) by open_clip's own factory, offline.
 
 open_clip looks for the configuration, the weights and the tokenizer of `local-dir:FOLDER` inside FOLDER, but
-hands `hf_model_name` to transformers as it stands, where "." means the current directory. The one thing done
-here is to hand the factory the same `text_cfg` with the folder in its place, so that the folder can lie anywhere.
+passes `hf_model_name` to transformers unchanged, where "." means the current directory. This module only passes
+the factory the same `text_cfg` with the folder in its place, so that the folder can be anywhere.
 """
 
 from __future__ import annotations

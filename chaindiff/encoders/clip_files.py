@@ -15,7 +15,7 @@ from chaindiff.specs.recipe import OpenClipSpec
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
-# What open_clip does to images where a model says nothing of its own (the values of OpenAI's CLIP).
+# open_clip's preprocessing of images where a model does not specify its own (the values of OpenAI's CLIP).
 PREPROCESSING = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
@@ -46,13 +46,13 @@ class Files:
 def find(spec: OpenClipSpec, where: str) -> Files:
     """The files of the model that a recipe names.
 
-    Raises UserError for unknown names, folders without a model, and weights that are not on this machine and cannot
-    be fetched.
+    Raises UserError for unknown names, folders without a model, and weights that are neither on this machine nor can be
+    downloaded.
     """
     if (folder := model_folder(spec.model)) is not None:
         if spec.pretrained is not None:
             raise UserError(
-                f"the model folder '{spec.model}' brings its own weights; `pretrained: {spec.pretrained}` has no use",
+                f"the model folder '{spec.model}' has its own weights; `pretrained: {spec.pretrained}` is not used",
                 f"{where}.pretrained",
                 "remove `pretrained`",
             )
@@ -99,7 +99,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
         raise UserError(f"there is no open_clip model '{spec.model}'{tail}", f"{where}.model")
     if spec.pretrained is None:
         known = f"known: {', '.join(tags)}; " if tags else ""
-        hint = f"set pretrained to a tag ({known}fetched from the hub) or to a weights file"
+        hint = f"set pretrained to a tag ({known}downloaded from the hub) or to a weights file"
         raise UserError(f"the open_clip model '{spec.model}' needs weights", f"{where}.pretrained", hint)
     file = Path(spec.pretrained).expanduser()
     tag: dict[str, Any] = {}
@@ -109,7 +109,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
     elif not file.is_file():
         message = f"'{spec.pretrained}' is neither a weights file nor a tag of '{spec.model}'"
         raise UserError(message + did_you_mean(spec.pretrained, tags), f"{where}.pretrained")
-    # OpenAI's models were trained with a faster approximation of GELU: the tag knows, the model's name may not.
+    # OpenAI's models were trained with a faster approximation of GELU: the tag implies it, the model's name may not.
     quick = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
     return Files(
         {**config, "quick_gelu": quick},
@@ -125,12 +125,12 @@ def _fetch(spec: OpenClipSpec, tag: dict[str, Any], where: str) -> Path:
 
     try:
         return Path(download_pretrained(tag))
-    except Exception as error:  # the hub's client raises many kinds when there is no network
+    except Exception as error:  # the hub's client raises many types when there is no network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the weights '{spec.pretrained}' of '{spec.model}' are not here and cannot be fetched: {reason}",
+            f"the weights '{spec.pretrained}' of '{spec.model}' are not here and cannot be downloaded: {reason}",
             f"{where}.pretrained",
-            "fetch them where there is a network and set pretrained to the file, or use a model that is here: "
+            "download them where there is a network and set pretrained to the file, or use a local model: "
             "a folder with open_clip_config.json, or clip_emoji (embedded)",
         ) from error
 

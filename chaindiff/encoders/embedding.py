@@ -1,4 +1,4 @@
-"""What encoders of embeddings share: reduced and standardised as the recipe says, with statistics fitted once."""
+"""What encoders of embeddings share: reduction and standardisation, with statistics fitted once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Embedding(Encoder):
         self.statistics: Statistics | None = None
 
     def check_shape(self, width: int, whose: str) -> None:
-        """Raises UserError if the variable's shape is not what becomes of embeddings of `width` numbers."""
+        """Raises UserError if the variable's shape does not fit embeddings of `width` numbers."""
         made = f"{whose} {{}} numbers"
         if isinstance(self.spec.reduce, PcaSpec):
             width, made = self.spec.reduce.k, "the embedding reduced to {} numbers"
@@ -42,9 +42,9 @@ class Embedding(Encoder):
         return self.statistics is not None or (self.spec.reduce is None and self.spec.scaling == "raw")
 
     def scale(self, features: Float[Tensor, "n width"]) -> Float[Tensor, "n k"] | Int64[Tensor, " n"]:
-        """Reduced as the recipe says: principal components, the nearest centroid, or for a label its number.
+        """Reduced as the recipe specifies: principal components, the nearest centroid, or for a label its index.
 
-        Then every number has deviation `sigma_data` unless `raw`.
+        Every entry then has standard deviation `sigma_data` unless `raw`.
         """
         if self.statistics is None:
             if not self.fitted:

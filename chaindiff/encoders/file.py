@@ -1,4 +1,4 @@
-"""Embeddings that were computed elsewhere: rows of a file, one for every image of the data."""
+"""Precomputed embeddings: rows of a file, one for every image of the data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.recipe import FileSpec
 
-CHUNK = 4096  # rows looked at together
-HOW = "rows stand in the order of the data's images; or the metadata entry `names` of a .safetensors file says whose"
+CHUNK = 4096  # rows checked at once
+HOW = "rows follow the order of the data's images, or `names` in the metadata of a .safetensors file"
 
 
 class FileVectors(Embedding):
-    """The vectors of a file. It is opened when they are first used, and cannot encode an image."""
+    """The vectors of a file, which is opened on first use. New images cannot be encoded."""
 
     spec: FileSpec
     of = ""
@@ -39,7 +39,7 @@ class FileVectors(Embedding):
 
     @property
     def content(self) -> str:
-        """sha256 of the file; empty where it is not: weights that were trained on it are used without it."""
+        """sha256 of the file; empty if it is missing: weights that were trained on it work without it."""
         return file_digest(self.path) if self.path.is_file() else ""
 
     @cached_property
@@ -47,9 +47,9 @@ class FileVectors(Embedding):
         return {"kind": "file", "identity": self.spec.called, "content": self.content}
 
     def rows_of(self, names: Sequence[str]) -> FileFeatures:
-        """The vectors of these images. Raises UserError for a file that is missing, damaged, or has not all of them."""
+        """The vectors of these images. Raises UserError for a file that is missing, damaged or incomplete."""
         if not self.path.is_file():
-            hint = "write it (docs/how-to/own-encoder.md shows how), or set `path` to where it lies"
+            hint = "write it (docs/how-to/own-encoder.md shows how), or set `path` to its location"
             raise UserError(f"there is no file {self.path}", self.where, hint)
         try:
             numbers, known = self._numpy() if self.path.suffix == ".npy" else self._safetensors()
@@ -69,7 +69,7 @@ class FileVectors(Embedding):
         return features
 
     def _safetensors(self) -> tuple[Tensor, list[str] | None]:
-        with safe_open(self.path, "pt") as file:  # tensors of it stay mapped when it is closed
+        with safe_open(self.path, "pt") as file:  # its tensors stay mapped when it is closed
             held = list(file.keys())
             only = held[0] if len(held) == 1 else None
             named = next((name for name in ("features", self.name) if name in held), only)
@@ -90,7 +90,7 @@ class FileVectors(Embedding):
     def _numpy(self) -> tuple[Tensor, None]:
         array = np.load(self.path, mmap_mode="c", allow_pickle=False)  # "c": nothing is written to the file
         if array.dtype.kind not in "fiu":
-            raise ValueError(f"it holds {array.dtype}")
+            raise ValueError(f"its dtype is {array.dtype}")
         native = array.dtype in (np.float16, np.float32, np.float64)
         return torch.from_numpy(array if native else array.astype(np.float32)), None
 
@@ -106,7 +106,7 @@ class FileVectors(Embedding):
         place = {name: row for row, name in enumerate(known)}
         if missing := [name for name in names if name not in place]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            such = f"its `names` are such as '{known[0]}'" if known else "its `names` are empty"
+            such = f"its `names` look like '{known[0]}'" if known else "its `names` are empty"
             raise UserError(f"{self.path} has no row for the image '{missing[0]}'{more}", self.where, such)
         return torch.tensor([place[name] for name in names])
 

@@ -1,4 +1,4 @@
-"""K-means clusters by scikit-learn, of data that comes in chunks [rows, width], as often as asked."""
+"""K-means clusters by scikit-learn, of data that comes in chunks [rows, width] and can be iterated repeatedly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chaindiff.edm.random import generator
 from chaindiff.io.errors import UserError
 
 RESTARTS, ITERATIONS = 4, 300
-MOST = 2**26  # numbers that clusters are fitted to, 512 MiB in float64: a random part of the rows where there are more
+MOST = 2**26  # numbers that clusters are fitted to, 512 MiB in float64: a random subset of the rows if there are more
 
 Chunks = Callable[[], Iterable[Tensor]]
 
@@ -33,13 +33,13 @@ class Clusters:
 
 
 def nearest(rows: Float[Tensor, "n width"], centroids: Float[Tensor, "k width"]) -> Int64[Tensor, " n"]:
-    """The number of the centroid nearest to each row; of equally near ones the first. In float64."""
+    """The index of the centroid nearest to each row, the first one in a tie. In float64."""
     rows, centroids = rows.double(), centroids.double()
-    return (centroids.square().sum(1) - 2 * rows @ centroids.T).argmin(1)  # the row's own square is no matter
+    return (centroids.square().sum(1) - 2 * rows @ centroids.T).argmin(1)  # the row's own norm does not matter
 
 
 def cluster(chunks: Chunks, k: int, seed: int) -> Clusters:
-    """The clusters with the least inertia of some restarts, a function of the data and (k, seed) alone.
+    """The clusters of least inertia over several restarts, a function of the data and (k, seed) alone.
 
     Raises UserError for fewer distinct rows than clusters.
     """
@@ -55,12 +55,12 @@ def cluster(chunks: Chunks, k: int, seed: int) -> Clusters:
             hint="choose a smaller k",
         )
     state = int(draw.integers(2**32))
-    restarts: Any = RESTARTS  # annotated as a text in scikit-learn
+    restarts: Any = RESTARTS  # annotated as a string in scikit-learn
     fit = KMeans(k, n_init=restarts, max_iter=ITERATIONS, tol=0, random_state=state, copy_x=False)
-    with threadpool_limits(1):  # several threads would add up in whatever order they end
+    with threadpool_limits(1):  # several threads would sum in arbitrary order
         labels = fit.fit_predict(rows.astype(np.float64))
     order = np.argsort(-np.bincount(labels, minlength=k), kind="stable")
-    centroids = torch.from_numpy(fit.cluster_centers_[order]).float()  # as they are kept: counts are of these
+    centroids = torch.from_numpy(fit.cluster_centers_[order]).float()  # as they are stored: counts refer to these
     counts, inertia = torch.zeros(k, dtype=torch.int64), 0.0
     for chunk in chunks():
         found = nearest(chunk, centroids)
@@ -70,7 +70,7 @@ def cluster(chunks: Chunks, k: int, seed: int) -> Clusters:
 
 
 def _some(chunks: Chunks, sizes: list[int], draw: np.random.Generator) -> Float32[np.ndarray, "rows width"]:
-    """As many rows as memory should hold, in order, whatever the chunks."""
+    """As many rows as should fit into memory, in order, independent of the chunks."""
     total, width = sum(sizes), next(iter(chunks())).shape[1]
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[draw.choice(total, min(total, MOST // width), replace=False)] = True

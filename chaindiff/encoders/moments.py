@@ -12,9 +12,9 @@ from chaindiff.io.errors import UserError
 
 
 class Moments:
-    """Count, mean and scatter matrix of rows [n, width], in float64; memory does not grow with the rows.
+    """Count, mean and scatter matrix of rows [n, width], in float64; memory does not grow with their number.
 
-    Chunks merge exactly (Chan, Golub & LeVeque 1979, equations 1.5).
+    Chunks are merged by pairwise updates (Chan, Golub & LeVeque 1979, equations 1.5).
     """
 
     def __init__(self, width: int):
@@ -30,7 +30,7 @@ class Moments:
             moments = moments or cls(chunk.shape[1])
             moments.update(chunk)
         if moments is None:
-            raise UserError("no features to take moments of")
+            raise UserError("there are no features to take moments of")
         return moments
 
     @property
@@ -45,7 +45,7 @@ class Moments:
         return self.scatter / (self.count - 1)
 
     def update(self, chunk: Float[Tensor, "rows width"]) -> None:
-        """Take in more rows. Raises UserError if a number is not finite."""
+        """Add rows. Raises UserError if a number is not finite."""
         if len(chunk) == 0:
             return
         rows = chunk.detach().double().cpu()

@@ -1,4 +1,4 @@
-"""Images to smaller or larger images, antialiased: the results are PIL's, without its rounding to whole levels."""
+"""Antialiased resizing of images: the results are PIL's, without its rounding to 8 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Filter = Literal["box", "bilinear", "bicubic"]
 
 
 def resize(images: Float[Tensor, "n c h w"], side: int, kernel: Filter) -> Float[Tensor, "n c side side"]:
-    """Resize images in [-1, 1] as PIL does. What the cubic kernel overshoots is cut off, at the end (PIL: twice)."""
+    """Resize images in [-1, 1] as PIL does. Overshoot of the cubic kernel is clamped, once at the end (PIL: twice)."""
     height, width = images.shape[2:]
     if (height, width) == (side, side):
         return images
@@ -48,7 +48,7 @@ class Resize(Encoder):
             raise UserError(
                 f"an image of shape {list(source)} cannot be resized to {list(shape)}",
                 f"variables.{name}.shape",
-                "both are square images [channels, side, side] with as many channels",
+                "both should be square images [channels, side, side] with the same number of channels",
             )
         self.name, self.of, self.side = name, spec.of, shape[-1]
         self.filter: Filter = spec.filter

@@ -1,4 +1,4 @@
-"""Fitted statistics of an encoder's features: principal components or clusters, and standardisation, kept in a file."""
+"""Statistics of an encoder's features, stored in a file: principal components or clusters, and standardisation."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FORMAT = "chaindiff-fitted/1"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean of the features, what they are reduced by, and the deviation of the result.
+    """Mean of the features, their reducer, and the standard deviation of the result.
 
-    A reducer is principal components (orthonormal rows), or the centroids of clusters with the rows that each had in
-    the training data; with clusters, mean and deviation are those of the centroids in place of the features.
-    A dimension that never varies has deviation 1 here: its value is 0 whatever it is divided by.
+    A reducer is principal components (orthonormal rows), or the centroids of clusters with the number of training rows
+    in each; with clusters, mean and deviation are those of the centroids in place of the features.
+    A dimension that never varies has deviation 1 here: its value is 0 whatever the divisor.
     """
 
     mean: Float[Tensor, " width"]
@@ -92,7 +92,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path, encoder: chaindiff.encoders.embedding.Embedding) -> Statistics:
-        """Read a file that was fitted for this encoder. Raises UserError if it is missing, broken or another's."""
+        """Read a file that was fitted for this encoder. Raises UserError if it is missing, damaged or mismatched."""
         hint = f"fit it again: remove the file and train a stage that uses '{encoder.name}'"
         try:
             with safe_open(path, "pt") as file:
@@ -111,7 +111,7 @@ class Statistics:
             differs = "its model, weights, preprocessing, reducer or scaling differs"
             raise UserError(message, str(path), f"{differs}; {hint}")
         if metadata.get("digest") != statistics.digest:
-            raise UserError("the statistics are not those that were written", str(path), hint)
+            raise UserError("the statistics are damaged: their digest does not match", str(path), hint)
         return statistics
 
 
@@ -120,7 +120,7 @@ def _nonzero(std: Float64[Tensor, " k"]) -> Float[Tensor, " k"]:
 
 
 def _principal(covariance: Float64[Tensor, "d d"]) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
-    """Variances in falling order and the directions they belong to, as rows."""
+    """Variances in descending order and their directions, as rows."""
     _, variance, vectors = torch.linalg.svd(covariance)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     return variance, vectors * largest.sign()

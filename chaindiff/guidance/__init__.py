@@ -1,4 +1,4 @@
-"""Guidance: denoisers made of denoisers. Everything here wraps; no stage and no solver knows of it."""
+"""Guidance: denoisers composed of denoisers. All of it wraps; stages and solvers are unaware of it."""
 
 from chaindiff.guidance.algebra import Guided, Weight, Wrapper, guided, interval
 from chaindiff.guidance.classifier_free import classifier_free

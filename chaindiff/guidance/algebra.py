@@ -1,4 +1,4 @@
-"""Weighted sums of denoisers: classifier-free guidance, autoguidance, and whatever else combines predictions."""
+"""Weighted sums of denoisers: classifier-free guidance, autoguidance, and other combinations of predictions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Weight = float | Callable[[Levels], float]  # of a term: a number, or a function
 
 @dataclass(frozen=True)
 class Wrapper:
-    """The base of denoisers around another one, `inner`: a subclass says what `__call__` makes of its prediction."""
+    """The base of denoisers around another one, `inner`: a subclass transforms its prediction in `__call__`."""
 
     inner: Denoiser
 
@@ -28,7 +28,7 @@ class Wrapper:
 
 @runtime_checkable
 class Batchable(Protocol):
-    """What a denoiser may offer besides: to be evaluated beside others of equal `kin`, as one batch of one network."""
+    """An optional interface: denoisers of equal `kin` are evaluated as one batch of one network."""
 
     @property
     def kin(self) -> Hashable: ...
@@ -61,8 +61,8 @@ class Guided:
 def guided(terms: Sequence[tuple[Denoiser, Weight]]) -> Denoiser:
     """D = sum of weight times D_i over the terms, whose weights should sum to 1; variances are those of the first.
 
-    Terms of one network are evaluated as one batch, and those whose weight is 0 at a level not at all. With weights
-    (w, 1 - w): classifier-free guidance (Ho & Salimans 2022) if the second is bound without conditions, autoguidance
+    Terms of one network are evaluated as one batch, and those with weight 0 at a level are skipped. With weights
+    (w, 1 - w): classifier-free guidance (Ho & Salimans 2022) if the second is unconditional, autoguidance
     (Karras et al. 2024) if it is a weaker network.
     """
     return Guided(list(terms))

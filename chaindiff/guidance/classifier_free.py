@@ -1,4 +1,4 @@
-"""Classifier-free guidance, with a scale for each given variable that the network can go without."""
+"""Classifier-free guidance, with a guidance scale for each given variable that can be absent."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def classifier_free(
     *,
     within: tuple[float, float] | None = None,
 ) -> Denoiser:
-    """w c + (1 - w) u (Ho & Salimans 2022): w = 1 is off, and no term is evaluated in vain.
+    """w c + (1 - w) u (Ho & Salimans 2022): w = 1 is off, and terms of weight 0 are not evaluated.
 
-    `bind(absent)` gives the denoiser without these variables; `droppable` are those that it can go without, in the
-    order in which they are added to what it knows where scales differ; `within` is the guidance interval.
+    `bind(absent)` gives the denoiser without these variables; `droppable` are those that can be absent, in the
+    order in which they are added to the conditioning where scales differ; `within` is the guidance interval.
     """
     terms = [(bind(absent), weight) for absent, weight in guidance_terms(scale, droppable, within)]
     return terms[0][0] if len(terms) == 1 else guided(terms)
@@ -29,10 +29,10 @@ def classifier_free(
 def guidance_terms(
     scale: float | Mapping[str, float], droppable: Sequence[str], within: tuple[float, float] | None = None
 ) -> Terms:
-    """D = D() + sum over i of w_i (D(1..i) - D(1..i-1)), where D(1..i) knows the first i droppable variables.
+    """D = D() + sum over i of w_i (D(1..i) - D(1..i-1)), where D(1..i) is given the first i droppable variables.
 
     So for equal scales D = w D(all) + (1 - w) D(none); different ones are those of Brooks et al. 2023, eq. 3, for any
-    number of variables. A scale that is not said is 1. Raises ValueError for a variable that cannot be absent.
+    number of variables. A scale that is not given is 1. Raises ValueError for a variable that cannot be absent.
     """
     scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(droppable, scale)
     if strange := [name for name in scales if name not in droppable]:
@@ -46,5 +46,5 @@ def guidance_terms(
 
 
 def _only(weight: float, outside: float, within: tuple[float, float] | None) -> Weight:
-    """The weight within the interval; beyond it, guidance is off."""
+    """The weight within the interval; outside it, guidance is off."""
     return weight if within is None or weight == outside else interval(weight, *within, outside=outside)

@@ -68,16 +68,17 @@ def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def _safe(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where nothing is left to solve."""
+    """a / b, and 0 where the residual is 0."""
     return torch.where(b > 0, a / b.clamp_min(torch.finfo(b.dtype).tiny), 0)
 
 
 def known(inner: Denoiser, value: State, mask: State, *, solves: int = 0) -> Denoiser:
-    """The denoiser of values that are known where `mask` is true (both by variable, broadcast to [batch, *shape]).
+    """The denoiser for values that are known where `mask` is true (both by variable, broadcast to [batch, *shape]).
 
-    Known entries are exact at the end of sampling. With `solves` 0 the others hear of them through the noisy state
-    alone (replacement; Song et al. 2021b, appendix I.2). With more, the prediction is conditioned on them by Tweedie's
-    covariance, Cov(x0 | x) = sigma^2 dD/dx (Boys et al. 2023), solved by so many steps of conjugate gradients, each a
-    backward pass: exact on Gaussians once there are as many as the known entries' covariance has distinct eigenvalues.
+    Known entries have their value at the end of sampling. With `solves` 0 the others depend on them through the noisy
+    state alone (replacement; Song et al. 2021b, appendix I.2). With more, the prediction is conditioned on them by
+    Tweedie's covariance, Cov(x0 | x) = sigma^2 dD/dx (Boys et al. 2023), solved by that many steps of conjugate
+    gradients, each a backward pass: for Gaussians without error once there are as many as the known entries' covariance
+    has distinct eigenvalues.
     """
     return Known(inner, value, mask, solves)

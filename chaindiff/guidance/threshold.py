@@ -31,10 +31,10 @@ class Thresholded(Wrapper):
 
 
 def thresholded(inner: Denoiser, limit: float = 1.0, *, percentile: float | None = None) -> Denoiser:
-    """Keep the clean value within [-limit, limit]: cut off (static), or with `percentile`, such as 0.995, dynamically.
+    """Limit the clean value to [-limit, limit]: clamped (static), or with `percentile`, such as 0.995, dynamically.
 
     Dynamic thresholding (Saharia et al. 2022, section 2.3) takes that percentile s of every sample's |x0|, and where s
-    is above the limit cuts at s and divides by it, so that high guidance scales do not saturate.
+    is above the limit clamps to s and divides by it, so that high guidance scales do not saturate.
     Raises ValueError for a limit that is not above 0, and a percentile outside (0, 1].
     """
     if limit <= 0 or (percentile is not None and not 0 < percentile <= 1):

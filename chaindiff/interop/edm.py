@@ -1,4 +1,4 @@
-"""Networks of EDM and VCDM (Karras et al. 2022; Harvey & Wood 2023) as ours: their settings and names, declared.
+"""Networks of EDM and VCDM (Karras et al. 2022; Harvey & Wood 2023) as networks of this package: names and settings.
 
 Our U-Nets keep the published names of parameters.
 """
@@ -20,7 +20,7 @@ from chaindiff.networks.unet import UNet
 from chaindiff.specs.base import Spec
 from chaindiff.specs.stage import IddpmSpec, Precondition, PreconditionSpec, UNetSpec, VeSpec, VpSpec
 
-# Constructors of the published classes: their arguments in order, with defaults; ... must be said.
+# Constructors of the published classes: their arguments in order, with defaults; ... is required.
 COMMON = {"img_resolution": ..., "in_channels": ..., "out_channels": ..., "label_dim": 0, "augment_dim": 0}
 UNETS: dict[str, dict[str, Any]] = {
     "SongUNet": {
@@ -58,14 +58,14 @@ PRECONDITIONERS: dict[str, tuple[type[Spec], str, dict[str, Any]]] = {
     "VEPrecond": (VeSpec, "ve", {**WRAPPER, "sigma_min": 0.02, "sigma_max": 100}),
     "iDDPMPrecond": (IddpmSpec, "iddpm", {**ADM, "C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
-# What of those arguments has a name of ours; the others are as by default in every published network.
+# Which of those arguments have a counterpart here; the others have their defaults in every published network.
 LEVELS: dict[str, dict[str, str]] = {
     "EDMPrecond": {},
     "VPPrecond": {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "eps"},
     "VEPrecond": {"sigma_min": "sigma_min", "sigma_max": "sigma_max"},
     "iDDPMPrecond": {"M": "levels"},
 }
-# What tells our architectures apart; other combinations were not published.
+# What distinguishes the architectures; other combinations were not published.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "SongUNet": {
         "ddpmpp": {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard"}
@@ -82,13 +82,13 @@ SETTINGS = {  # published -> ours
     "attn_resolutions": "attention",
     "dropout": "dropout",
 }
-COMPUTED = {("iDDPMPrecond", "u")}  # tables that are no weights: noise levels, from C_1, C_2 and M
+COMPUTED = {("iDDPMPrecond", "u")}  # tables that are not weights: noise levels, from C_1, C_2 and M
 LARGEST = 65_536  # of any size that a snapshot states; the largest published is 1,024
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published network in our words."""
+    """A published network in terms of this package."""
 
     class_name: str
     precondition: Precondition | None  # None: a U-Net by itself
@@ -104,7 +104,7 @@ class Published:
 
     def build(self) -> UNet:
         """The network on the meta device: names and shapes, no memory."""
-        learns = isinstance(self.precondition, IddpmSpec)  # which doubles what comes out
+        learns = isinstance(self.precondition, IddpmSpec)  # which doubles the output channels
         with torch.device("meta"):
             return UNet(
                 self.resolution,
@@ -188,7 +188,7 @@ def _complete(class_name: str, signature: Mapping[str, Any], said: Mapping[str, 
         raise UserError(f"{class_name} has no argument '{unknown[0]}'{did_you_mean(unknown[0], signature)}")
     missing = [name for name, default in signature.items() if default is ... and name not in said]
     if missing:
-        raise UserError(f"{class_name}: the argument '{missing[0]}' is not there")
+        raise UserError(f"{class_name}: the argument '{missing[0]}' is missing")
     return {**signature, **said}
 
 
@@ -206,7 +206,7 @@ def _number(class_name: str, name: str, value: Any) -> float:
 
 
 def _variant(class_name: str, found: Mapping[str, Any]) -> str:
-    """Which architecture these settings are. Raises UserError naming the setting that fits none."""
+    """The architecture of these settings. Raises UserError naming the setting that matches none."""
     wrong = {
         arch: [name for name, value in fixed.items() if _plain(found[name]) != value]
         for arch, fixed in VARIANTS[class_name].items()
@@ -229,7 +229,7 @@ def _refuse_shape(class_name: str, network: UNetSpec, resolution: int) -> None:
     widths = {resolution >> level: network.channels * factor for level, factor in enumerate(network.mult)}
     attending = [widths[at] for at in {*network.attention, min(widths)} if at in widths]
     if network.arch == "adm" and any(width % 64 for width in attending):
-        raise UserError(f"{class_name}: model_channels={network.channels} does not make heads of 64 channels")
+        raise UserError(f"{class_name}: model_channels={network.channels} is not divisible into heads of 64 channels")
 
 
 def _listing(problems: list[str]) -> str:
@@ -240,7 +240,7 @@ def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Map
     """A published network with its weights, in float32.
 
     `class_name` and `kwargs` are a U-Net's (SongUNet, DhariwalUNet), or a preconditioner's around one (EDMPrecond,
-    VPPrecond, VEPrecond, iDDPMPrecond), which is taken off: `published` says which it was. Raises UserError if an
+    VPPrecond, VEPrecond, iDDPMPrecond), which is removed: `published` tells which it was. Raises UserError if an
     argument is not supported, or names, number or shapes of the tensors are not those of the network.
     """
     described = published(class_name, kwargs)

@@ -1,7 +1,7 @@
 """Read a pickle as data. Its opcodes are interpreted here; nothing that it names is imported, called or evaluated.
 
 A pickle is a program for a small stack machine. `pickletools` (standard library) decodes its opcodes, bounded by the
-bytes that are there; the machine below builds plain values, and inert records where the program would call something
+bytes of the file; the machine below builds plain values, and inert records where the program would call something
 on an explicit list of names. Everything off that list is refused by name, before anything is made of it. Python's own
 `pickle.Unpickler` would not do even with a closed `find_class`: it allocates what a length or memo index claims before
 it reads, it sets attributes of whatever BUILD is pointed at, and it hashes keys of any depth.
@@ -33,7 +33,7 @@ KEY_BITS = 20  # of one that is a key: larger ones can be chosen so that a dicti
 
 
 class Refused(ValueError):
-    """Something that this reader does not take: the message says what."""
+    """Content that this reader does not accept, named in the message."""
 
 
 # ------------------------------------------------------------ what a pickle becomes
@@ -48,7 +48,7 @@ class Global:
 
 @dataclass
 class Object:
-    """Something made by a call on the list: never called, only noted down."""
+    """Something made by a call on the list: never called, only recorded."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -90,7 +90,7 @@ class Array:
         return torch.frombuffer(part, dtype=self.storage.dtype).as_strided(self.size, self.stride).contiguous()
 
 
-# What stands for a call: of the name and its arguments as they are, so that nothing is copied however often it is said.
+# Stand-ins for calls, given the name and its arguments unchanged, so that repetition copies nothing.
 
 
 def _object(name: str, arguments: tuple) -> Object:
@@ -158,7 +158,7 @@ def _storage(name: str, arguments: tuple) -> Storage:
     if not isinstance(blob, bytes):
         raise Refused("a storage without bytes")
     if blob.startswith(b"PK"):
-        raise Refused("a storage in a zip archive, where snapshots have torch's older format")
+        raise Refused("a storage in a zip archive; snapshots use torch's older format")
     stream = io.BytesIO(blob)
     parts = [interpret(stream, STORAGES, persistent=True, most=HEADER) for _ in range(5)]
     magic, version, system, found, keys = parts
@@ -265,7 +265,7 @@ def interpret(stream: IO[bytes], table: Table, persistent: bool = False, most: i
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, called = stack.pop(), stack.pop()
             if not isinstance(called, Global) or not isinstance(arguments, tuple):
-                raise Refused(f"{name} of something that is no name on the list")
+                raise Refused(f"{name} of something that is not a name on the list")
             stack.append(table[called.name](called.name, arguments))
         elif name == "BUILD":
             state = stack.pop()
@@ -280,18 +280,18 @@ def interpret(stream: IO[bytes], table: Table, persistent: bool = False, most: i
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
-            raise Refused(f"the opcode {name}, which snapshots have no use for")
+            raise Refused(f"the opcode {name}, which snapshots do not use")
     raise Refused("no end")
 
 
 def _expect(value: Any, kind: type, opcode: str) -> Any:
     if not isinstance(value, kind):
-        raise Refused(f"{opcode} of something that is no {kind.__name__}")
+        raise Refused(f"{opcode} of something that is not a {kind.__name__}")
     return value
 
 
 def _listed(argument: Any, stack: list[Any], table: Table) -> Global:
-    """The name that GLOBAL brings along, or STACK_GLOBAL finds on the stack, if it is on the list."""
+    """The name that GLOBAL carries or STACK_GLOBAL finds on the stack, if it is on the list."""
     if argument is None:
         name, module = _expect(stack.pop(), str, "STACK_GLOBAL"), _expect(stack.pop(), str, "STACK_GLOBAL")
     else:
@@ -305,12 +305,12 @@ def _listed(argument: Any, stack: list[Any], table: Table) -> Global:
 def read_pickle(path: Path) -> Any:
     """The value of a pickle file, as plain data and inert records (`Object`, `Array`); executes nothing.
 
-    Raises UserError if the file is missing, empty, cut short or no pickle, or holds anything that is not on the list.
+    Raises UserError if the file is missing, empty, truncated or not a pickle, or holds anything not on the list.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content[:1] != b"\x80":
-                raise Refused("it does not begin as one")
+                raise Refused("it does not start like one")
             return interpret(content, SNAPSHOT)  # type: ignore[arg-type]  (mmap reads like a file)
     except FileNotFoundError as error:
         raise UserError(f"there is no snapshot {path}") from error
@@ -319,10 +319,10 @@ def read_pickle(path: Path) -> Any:
     except Refused as error:
         raise UserError(
             f"{path} is not a snapshot that can be read safely: {error}",
-            hint="a pickle can run any program when it is loaded; this reader runs nothing, and takes only what "
+            hint="a pickle can run any program when it is loaded; this reader runs nothing, and accepts only what "
             "snapshots of EDM and VCDM hold",
         ) from error
     except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(
-            f"{path} is not a whole pickle: {str(error) or type(error).__name__}", hint="copy or fetch it again"
+            f"{path} is not a complete pickle: {str(error) or type(error).__name__}", hint="copy or download it again"
         ) from error

@@ -30,7 +30,7 @@ class Snapshot:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """The averaged network of a snapshot, and what is said of its training.
+    """The EMA network of a snapshot, and what it records of its training.
 
     Raises UserError if the file cannot be read safely, or its network is not one of EDM's.
     """
@@ -38,11 +38,11 @@ def read_snapshot(path: Path) -> Snapshot:
     ema = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(ema, Object) or not isinstance(ema.state, dict):
         found = (
-            f"it holds {', '.join(sorted(map(str, content))):.100}" if isinstance(content, dict) else "it is another"
+            f"it holds {', '.join(sorted(map(str, content))):.100}" if isinstance(content, dict) else "not a mapping"
         )
-        raise UserError(f"{path} is a pickle, but no snapshot of EDM or VCDM with an object 'ema': {found}")
+        raise UserError(f"{path} is a pickle, but not a snapshot of EDM or VCDM with an object 'ema': {found}")
     try:
-        described = published(ema.name, settings(ema))  # before anything as large as the weights is made
+        described = published(ema.name, settings(ema))  # before anything as large as the weights is allocated
         network = load_edm_network(ema.name, settings(ema), state_dict(ema, path.stat().st_size))
     except UserError as error:
         raise UserError(f"{path}: {error.message}", hint=error.hint) from error
@@ -58,18 +58,16 @@ def _state(found: Any) -> dict[str, float]:
 
 
 def settings(record: Object) -> dict[str, Any]:
-    """The arguments with which an object was made. Raises UserError for one that is not plain."""
+    """The arguments with which an object was created. Raises UserError for one that is not plain."""
     if record.state.get("_init_args"):
-        raise UserError(f"{record.name:.80} was made with arguments without names, as no published network is")
+        raise UserError(f"{record.name:.80} was created with positional arguments, unlike published networks")
     kwargs = record.state.get("_init_kwargs")
     if not isinstance(kwargs, Mapping):
-        raise UserError(f"{record.name:.80}: its arguments are not there (_init_kwargs)")
+        raise UserError(f"{record.name:.80}: its arguments are missing (_init_kwargs)")
     for name, value in kwargs.items():
         for item in value if isinstance(value, list | tuple) else [value]:
             if not (item is None or type(item) in (bool, int, float, str)):
-                raise UserError(
-                    f"{record.name:.80}: the argument '{name!s:.80}' is neither a number, a text nor a list"
-                )
+                raise UserError(f"{record.name:.80}: the argument '{name!s:.80}' is not a number, a text or a list")
     return {str(name): value for name, value in kwargs.items()}
 
 
@@ -84,7 +82,7 @@ def state_dict(root: Object, limit: int) -> dict[str, Tensor]:
         prefix, module = queue.pop()
         state = module.state if isinstance(module, Object) else None
         if not isinstance(state, dict) or id(module) in seen or len(prefix) > LONGEST:
-            raise UserError(f"the module '{prefix[:80]}' is none, is part of the network twice, or is too deep")
+            raise UserError(f"'{prefix[:80]}' is not a module, is part of the network twice, or is nested too deeply")
         seen.add(id(module))
         parts = {name: state.get(name) or {} for name in ("_parameters", "_buffers", "_modules")}
         if not all(isinstance(part, dict) for part in parts.values()):
@@ -94,7 +92,7 @@ def state_dict(root: Object, limit: int) -> dict[str, Tensor]:
             if value is None or name in passing:
                 continue
             if not isinstance(value, Array):
-                raise UserError(f"'{f'{prefix}{name}':.80}' is no tensor")
+                raise UserError(f"'{f'{prefix}{name}':.80}' is not a tensor")
             arrays[f"{prefix}{name}"] = value
         queue += [(f"{prefix}{name}.", part) for name, part in parts["_modules"].items() if part is not None]
     total = sum(array.bytes for array in arrays.values())
@@ -104,7 +102,7 @@ def state_dict(root: Object, limit: int) -> dict[str, Tensor]:
 
 
 def kind_of(snapshot: Snapshot) -> str:
-    """One line for a person: what was found."""
+    """A one-line description for people."""
     p = snapshot.published
     count = sum(parameter.numel() for parameter in snapshot.network.parameters())
     wrapped = f"{snapshot.class_name} of {p.class_name}" if snapshot.class_name in PRECONDITIONERS else p.class_name

@@ -1,6 +1,6 @@
-"""Code that a recipe names, `kind: "my.module:Net"`: found, imported and called, in this one place.
+"""User-defined code in a recipe, `kind: "my.module:Net"`: imported and called in this one place.
 
-Whoever comes here has permission already: an `Assembly` is not made of a recipe whose code nobody allowed.
+Permission was checked before: an `Assembly` is never built from a recipe whose code is not allowed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from chaindiff.io.errors import UserError, did_you_mean
 
-NOT_HERE = "the current directory is not searched: install the package, or say PYTHONPATH=FOLDER before the command"
+NOT_HERE = "the current directory is not searched: install the package, or set PYTHONPATH=FOLDER before the command"
 
 
 class Named(Protocol):
@@ -28,16 +28,16 @@ class Named(Protocol):
 
 
 def create(spec: Named, *arguments: Any, where: str | None = None, made: Any = object, **keywords: Any) -> Any:
-    """What the code of a spec makes of these arguments and its own settings, an instance of `made`.
+    """The result of calling the code of a spec with these arguments and its settings, an instance of `made`.
 
-    Raises UserError, of the field `where`, for code that is not there, and for all that it raises itself.
+    Raises UserError, with the field `where`, for missing code and for whatever the code raises itself.
     """
     found = resolve(spec.kind, where)
     _check_settings(spec, found, arguments, keywords, where)
-    with _guarded(f"'{spec.kind}' could not be made", where):
+    with _guarded(f"'{spec.kind}' could not be created", where):
         result = found(*arguments, **keywords, **spec.settings)
     if not isinstance(result, made):
-        raise UserError(f"'{spec.kind}' makes an object of type {type(result).__name__}, not {made.__name__}", where)
+        raise UserError(f"'{spec.kind}' returns an object of type {type(result).__name__}, not {made.__name__}", where)
     return result
 
 
@@ -50,21 +50,21 @@ def resolve(kind: str, where: str | None = None) -> Callable[..., Any]:
             module = sys.modules.get(name) or importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # it is there, and lacks a module itself
+                raise  # it exists, and fails to import another module
             raise UserError(f"there is no module '{error.name}'", where, NOT_HERE) from error
-        found = getattr(module, attribute, None)  # some modules import their names when they are asked for them
+        found = getattr(module, attribute, None)  # some modules import their names lazily
     if not callable(found):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         problem = f"there is no '{attribute}' in '{name}'{did_you_mean(attribute, names)}"
-        raise UserError(problem if found is None else f"'{kind}' is no class, but {found!r}", where)
+        raise UserError(problem if found is None else f"'{kind}' is not a class, but {found!r}", where)
     return found
 
 
 def _check_settings(spec: Named, found: Callable[..., Any], arguments: Any, keywords: Any, where: str | None) -> None:
-    """Raises UserError for settings that the code does not take, and for those that it lacks."""
+    """Raises UserError for unknown and for missing settings."""
     try:
         signature = inspect.signature(found)
-    except ValueError:  # some classes written in C do not say what they take
+    except ValueError:  # some classes written in C have no signature
         return
     parameters = list(signature.parameters.values())[len(arguments) :]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -78,12 +78,12 @@ def _check_settings(spec: Named, found: Callable[..., Any], arguments: Any, keyw
     try:
         signature.bind(*arguments, **keywords, **spec.settings)
     except TypeError as error:
-        raise UserError(f"'{spec.kind}' cannot be called as a recipe calls it: {error}", where) from error
+        raise UserError(f"'{spec.kind}' cannot be called by a recipe: {error}", where) from error
 
 
 @contextmanager
 def _guarded(what: str, where: str | None) -> Iterator[None]:
-    """Not the current directory's modules but installed ones; and whatever is raised, as a UserError."""
+    """Imports installed modules, not the current directory's; turns whatever is raised into a UserError."""
     own = {os.path.realpath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path}
     here = os.getcwd()
     removed = [(i, p) for i, p in enumerate(sys.path) if os.path.realpath(p) == os.path.realpath(here)]
@@ -94,7 +94,7 @@ def _guarded(what: str, where: str | None) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # somebody else's code may raise anything
+    except (Exception, SystemExit) as error:  # user-defined code may raise anything
         raise UserError(f"{what}: {type(error).__name__}: {error}", where, "--debug shows the traceback") from error
     finally:
         for index, path in removed:

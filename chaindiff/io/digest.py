@@ -1,4 +1,4 @@
-"""Fingerprints: of plain data, and of files. What was computed or trained is found again by them."""
+"""Fingerprints of plain data and of files, by which cached features and trained weights are found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def fingerprint(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """A short fingerprint of plain data: identities of weights are made of it, so it never changes."""
+    """A short fingerprint of plain data: weights are identified by it, so it must never change."""
     return fingerprint(value)[:16]
 
 

@@ -1,4 +1,4 @@
-"""Errors for people: where, what, the nearest valid name, how to mend it."""
+"""Errors for people: where, what, the nearest valid name, how to fix it."""
 
 from __future__ import annotations
 

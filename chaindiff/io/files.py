@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and stay so when the power fails."""
+"""Files that are written atomically, and survive a power failure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def whole(path: Path, before: Path | None = None, sync: bool = True) -> Iterator
         for folder in [path.parent, *(made.parent for made in new)] if sync else []:
             _sync(folder)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {path}: a file lies where its folder should be", hint=UNWRITABLE) from error
+        raise UserError(f"cannot write {path}: a file is where its folder should be", hint=UNWRITABLE) from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}", hint=UNWRITABLE) from error
 
@@ -103,5 +103,5 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str, sync: bool = Tr
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept for all runs: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
+    """The cache that all runs share: $CHAINDIFF_CACHE, else ~/.cache/chaindiff."""
     return Path(os.environ.get("CHAINDIFF_CACHE", "~/.cache/chaindiff")).expanduser()

@@ -1,4 +1,4 @@
-"""When the memory is full: what was being done, and how to need less. Imports no torch."""
+"""Out-of-memory errors: what was being done, and how to need less memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ASKED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 
 def full(error: BaseException) -> bool:
-    """Whether memory, of the machine or of a GPU, was too small."""
+    """Whether the host's or a GPU's memory was exhausted."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
@@ -20,7 +20,7 @@ def full(error: BaseException) -> bool:
 
 @contextmanager
 def noted(*notes: str) -> Iterator[None]:
-    """Notes on an error of full memory that passes (PEP 678): a traceback shows them, and so does `told`."""
+    """Adds notes (PEP 678) to an out-of-memory error; tracebacks and `told` show them."""
     try:
         yield
     except Exception as error:
@@ -35,4 +35,4 @@ def told(error: BaseException) -> str:
     whose = "the GPU's memory" if type(error).__name__ == "OutOfMemoryError" else "the memory"
     asked = _ASKED.search(str(error))
     notes = getattr(error, "__notes__", None) or ["lower --batch, train.batch or the size of the network"]
-    return "\n  ".join([f"{whose} is full{f' ({asked[1]} more were asked for)' if asked else ''}", *notes])
+    return "\n  ".join([f"{whose} is full{f' (another {asked[1]} were requested)' if asked else ''}", *notes])

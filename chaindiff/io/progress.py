@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a line now and then in a log file."""
+"""Progress for people: a bar on a terminal, an occasional line in a log file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def say(text: str) -> None:
 
 
 class Bar:
-    """Counts up to `total`; `text` beside the bar says how it goes."""
+    """Counts up to `total`; `text` is shown beside the bar."""
 
     def __init__(self, title: str, total: int, done: int = 0):
         self.title, self.total = title, total
@@ -52,7 +52,7 @@ class Bar:
 
 
 def shown(title: str, steps: Iterator[tuple[int, int]]) -> None:
-    """Goes through steps that yield (done, total), under a bar if there is anything to do."""
+    """Runs steps that yield (done, total), with a bar if there is anything to do."""
     done, total = next(steps, (0, 0))
     if done < total:
         with Bar(title, total, done) as bar:

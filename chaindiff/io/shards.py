@@ -1,4 +1,4 @@
-"""Rows of tensors on disk, in files of so many rows each: what is missing is made, the rest is read where it lies."""
+"""Rows of tensors on disk, in shards of a fixed size: missing ones are computed, the others are read in place."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from chaindiff.io.errors import UserError
 class Shards:
     """`count` rows of named tensors in `folder`: safetensors files of `size` rows, each named after its first row.
 
-    `key` identifies all that the rows depend on but their number. A file that is missing, damaged, another's, or has
-    too few rows is made again, so that whatever was interrupted goes on; one with more rows than are asked for serves.
+    `key` identifies all that the rows depend on but their number. A file that is missing, damaged, of another key or
+    has too few rows is computed again, so that interrupted work resumes; one with more rows than needed is used.
     """
 
     def __init__(self, folder: Path, key: str, count: int, size: int = 4096):
@@ -30,22 +30,22 @@ class Shards:
     def path(self, first: int) -> Path:
         return self.folder / f"{first:06d}.safetensors"
 
-    # -- making them
+    # -- writing
 
     def missing(self) -> list[range]:
-        """The rows of every file that is not there."""
+        """The rows of every missing file."""
         return [rows for rows in _parts(range(self.count), self.size) if not self.holds(rows)]
 
     def holds(self, rows: range) -> bool:
-        """Whether the file of these rows is there, and whole."""
+        """Whether the file of these rows exists and is complete."""
         return self._read(rows) is not None
 
     def fill(
         self, make: Callable[[range], Mapping[str, Tensor]], batch: int, mine: Sequence[range] | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Make what is missing, `batch` rows at a time, and yield (rows done, rows in all) as it goes.
+        """Compute what is missing, `batch` rows at a time, yielding (rows done, rows in all).
 
-        `mine` is this process's share of what is missing; what others make counts as done. Memory holds one file.
+        `mine` is this process's share of what is missing; what others compute counts as done. Memory holds one file.
         """
         mine = self.missing() if mine is None else mine
         done = self.count - sum(map(len, mine))
@@ -55,7 +55,7 @@ class Shards:
             for part in _parts(rows, batch):
                 made.append(make(part))
                 done += len(part)
-                if part.stop == rows.stop:  # rows count as done for good once their file is there
+                if part.stop == rows.stop:  # rows are safely done once their file is written
                     self.write(rows.start, {name: torch.cat([values[name] for values in made]) for name in made[0]})
                 yield done, self.count
 
@@ -63,18 +63,18 @@ class Shards:
         """One file of rows, from number `first`."""
         tensorfile.save(self.path(first), tensors, {"identity": self.key})
 
-    # -- reading them
+    # -- reading
 
     def __getitem__(self, name: str) -> Stored:
-        """The rows of one tensor, read when they are asked for, which raises UserError where they are missing."""
+        """The rows of one tensor, read on demand, which raises UserError where they are missing."""
         return Stored(self, name, self.count)
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of the file that holds row `number`, mapped into memory. Raises UserError if it is not there."""
+        """The tensors of the file that holds row `number`, mapped into memory. Raises UserError without it."""
         rows = range(self.count)[number - number % self.size :][: self.size]
         if (tensors := self._read(rows)) is None:
             message = f"{self.folder} is not complete: {self.path(rows.start).name} is missing or damaged"
-            raise UserError(message, hint="run the same command again: it makes what is missing")
+            raise UserError(message, hint="run the same command again: it computes what is missing")
         return tensors
 
     def _read(self, rows: range) -> dict[str, Tensor] | None:
@@ -87,9 +87,9 @@ class Shards:
 
 
 class Stored:
-    """The first `count` rows of one tensor of `shards`, read when they are asked for: as much as metrics need of one.
+    """The first `count` rows of one tensor of `shards`, read on demand, with as much of its interface as metrics need.
 
-    Files are opened anew every time: pages that stayed mapped would count as this process's memory.
+    Files are reopened every time: pages that stayed mapped would count as this process's memory.
     """
 
     device = torch.device("cpu")
@@ -124,7 +124,7 @@ class Stored:
         return out
 
     def split(self, rows: int) -> Iterator[Tensor]:
-        """All rows, so many at a time."""
+        """All rows, in chunks of `rows`."""
         return (self[first : first + rows] for first in range(0, len(self), rows))
 
 

@@ -81,7 +81,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise UserError(f"there is no weights file {path}") from error
     except (SafetensorError, OSError) as error:
-        hint = "copy or download it again; what a run has written itself you may delete, to train that stage again"
+        hint = "copy or download it again; if a run wrote it, delete it to retrain that stage"
         raise UserError(f"{path} is not a complete safetensors file: {error}", hint=hint) from error
 
 

@@ -1,4 +1,4 @@
-"""Networks with one signature: forward(x, noise, condition), everything by the names of variables."""
+"""Networks with one signature: forward(x, noise, condition), keyed by variable names."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def build(spec: UNetSpec | PriorSpec | JointNetworkSpec | CodeSpec, interface: I
     shapes = [*interface.variables.values()]
     if isinstance(spec, JointNetworkSpec):
         if sorted(map(len, shapes))[-2:] != [1, 3] or {len(s) for s in shapes} != {1, 3}:
-            raise UserError(f"a joint network generates one image and vectors, not shapes of {[*map(list, shapes)]}")
+            raise UserError(f"a joint network generates one image and vectors, not shapes {[*map(list, shapes)]}")
         image, vector = (part.model_dump(exclude={"kind"}) for part in (spec.image, spec.vector))
         return Joint(interface, image=image, vector=vector, seen=spec.seen)
     if len(shapes) > 1:
-        raise UserError(f"a {spec.kind} generates one variable, not {len(shapes)}; several need a joint network")
+        raise UserError(f"a {spec.kind} generates one variable, not {len(shapes)}; use a joint network")
     shape, settings = interface.shape, spec.model_dump(exclude={"kind"})
     length, width = interface.context or (0, 0)
     told = {"label_dim": interface.label_dim, "augment_dim": interface.augment_dim, "context_dim": width}
@@ -37,6 +37,6 @@ def build(spec: UNetSpec | PriorSpec | JointNetworkSpec | CodeSpec, interface: I
         return UNet(shape[1], shape[0] + interface.image_channels, shape[0], **told, **settings)
     if len(shape) != 1 or interface.image_channels:
         raise UserError(
-            f"a prior generates vectors and takes no images as conditions; its variable has shape {list(shape)}"
+            f"a prior generates vectors and takes no images as conditioning; its variable has shape {list(shape)}"
         )
     return Prior(shape[0], context_length=length, label_span=interface.label_span, **told, **settings)

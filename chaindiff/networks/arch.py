@@ -24,10 +24,10 @@ class Arch:
     resample_projection: bool = True
     head_channels: int | None = None  # None: one head
     adaptive_scale: bool = False
-    attention_everywhere: bool = False  # every decoder block of an attention resolution, not the last alone
+    attention_everywhere: bool = False  # every decoder block of an attention resolution, not only the last
     fourier: bool = False
     noise_width: int = 1  # noise embedding, in units of `channels`
-    noise_endpoint: bool = True  # the slowest sinusoid is exactly 1 / max_positions
+    noise_endpoint: bool = True  # the slowest sinusoid has frequency 1 / max_positions
     noise_swapped: bool = True  # sines come before cosines
     label_joins: Literal["noise", "embedding"] = "noise"  # before the mapping layers, or after them
     residual_input: bool = False  # the downsampled image is added to the encoder at every level
@@ -35,7 +35,7 @@ class Arch:
     output: Literal["dec", "out"] = "dec"  # the published names of the output layers
 
     def heads(self, channels: int) -> int:
-        """Attention heads of a block of so many channels."""
+        """Attention heads of a block with this many channels."""
         return 1 if self.head_channels is None else channels // self.head_channels
 
 

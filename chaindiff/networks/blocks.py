@@ -1,6 +1,6 @@
 """Building blocks of EDM's family of U-Nets (DDPM++, NCSN++, ADM): convolutions, embeddings, the residual block.
 
-Names of parameters are those of published EDM networks, so that their weights load as they are.
+Names of parameters are those of published EDM networks, so that their weights load unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from chaindiff.networks.arch import Arch, Init
 
-LEVEL_FREQUENCIES = 8  # of the features of a noise level
+LEVEL_FREQUENCIES = 8  # of the sinusoids of a noise level
 
 
 def init_weight(shape: tuple[int, ...], init: Init) -> Tensor:
@@ -89,7 +89,7 @@ class Conv2d(nn.Module):
     def _filter(self, x: Tensor) -> Tensor:
         if self.resample_filter is None:
             return x
-        if self.box:  # the 2x2 box filter has kernels of its own, many times faster than a depthwise convolution
+        if self.box:  # the 2x2 box filter has dedicated kernels, many times faster than a depthwise convolution
             return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
         channels = x.shape[1]
         taps = self.resample_filter.to(x.dtype).expand(channels, 1, -1, -1)
@@ -113,7 +113,7 @@ class GroupNorm(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Sinusoids of the noise label, [cos | sin]; `endpoint` ends exactly at 1 / max_positions."""
+    """Sinusoids of the noise label, [cos | sin]; `endpoint` ends at 1 / max_positions."""
 
     def __init__(self, channels: int, endpoint: bool, max_positions: int = 10_000):
         super().__init__()
@@ -207,6 +207,6 @@ class Block(nn.Module):
 
 
 def sinusoids(label: Float[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
-    """Cosines and sines of a noise label, at frequencies that double."""
+    """Cosines and sines of a noise label, with doubling frequencies."""
     angle = label[:, None] * (2.0 ** torch.arange(LEVEL_FREQUENCIES, device=label.device)).to(label.dtype)
     return torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -1,4 +1,4 @@
-"""What a network is called with and gives back: one signature for all, by the names of variables."""
+"""Inputs and outputs of networks: one signature for all, keyed by variable names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from chaindiff.edm.denoiser import State
 
 @dataclass(frozen=True)
 class Condition:
-    """All that a network is told besides its noisy input and its level.
+    """The conditioning of a network, besides its noisy input and noise level.
 
-    `labels`: given vectors and labels side by side, with what is told about every link. `images`: given images, as
-    channels at the resolution of what is generated. `context`: given tokens. `augment`: the augmentation's label.
+    `labels`: given vectors and labels, concatenated with the indicators of every link. `images`: given images, as
+    channels at the resolution of the generated image. `context`: given tokens. `augment`: the augmentation's label.
     """
 
     labels: Float[Tensor, "batch label_dim"] | None = None
@@ -30,8 +30,8 @@ class Condition:
 class Network(Protocol):
     """F of the preconditioned denoiser: `x` scaled by c_in, `noise` is c_noise [batch], each by variable.
 
-    A network with an attribute `learns_variances` that is true gives twice the channels of every variable: its
-    prediction, then what it says of the variance.
+    A network with an attribute `learns_variances` that is true outputs twice the channels of every variable: its
+    prediction, then its variance.
     """
 
     def __call__(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State: ...
@@ -39,7 +39,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Interface:
-    """What a network must fit: the shapes that it generates, and the sizes of all that a `Condition` holds.
+    """What a network must fit: the shapes that it generates, and the sizes of everything in a `Condition`.
 
     `label_span` is the order of magnitude of the noise labels (1, or 1000 where they count time steps).
     """

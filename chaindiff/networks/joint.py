@@ -1,7 +1,7 @@
 """One network for an image and vectors: every variable comes with its own noise level, and all are denoised at once.
 
-Two streams, as denoising side by side beats one shared stream (V-Co, arXiv 2603.16792): a U-Net is told the noisy
-vectors and their levels, and a prior for each vector is told the image's level and what the U-Net saw in the image.
+Two streams, as denoising side by side beats one shared stream (V-Co, arXiv 2603.16792): a U-Net is conditioned on the
+noisy vectors and their levels, and a prior for each vector on the image's level and on image features of the U-Net.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from chaindiff.networks.unet import UNet
 class Joint(nn.Module):
     """One image and any number of vectors, in any order.
 
-    `image` and `vector` are the settings of the U-Net and of the priors; `seen` is how many features of the image the
-    priors are told.
+    `image` and `vector` are the settings of the U-Net and of the priors; `seen` is the number of image features
+    that the priors receive.
     """
 
     def __init__(self, interface: Interface, *, image: dict[str, Any], vector: dict[str, Any], seen: int):
@@ -48,7 +48,7 @@ class Joint(nn.Module):
     def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
         """The raw network F of every variable."""
         given = [] if condition.labels is None else [condition.labels]
-        # Labels are scaled for one-hot ones, of norm 1: so are the vectors, whose entries have variance 1, and levels.
+        # Labels are scaled for one-hot vectors of norm 1: so are the vectors, of unit variance per entry, and levels.
         levels = {v: sinusoids(noise[v] / self.label_span) / math.sqrt(LEVEL_FREQUENCIES) for v in x}
         values = {v: x[v] / math.sqrt(x[v].shape[1]) for v in self.names}
 

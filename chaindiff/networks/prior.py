@@ -68,8 +68,8 @@ class Prior(nn.Module):
         """The raw network F of the preconditioned denoiser, for one vector; absent labels count as zeros."""
         ((name, vector),) = x.items()
         batch = len(vector)
-        # The noise label ln(sigma)/4 spans about 3 units; a thousandfold spreads it over the sinusoids' range. Labels
-        # that are times up to 1000 have that range already.
+        # The noise label ln(sigma)/4 spans about 3 units; a factor of 1000 spreads it over the sinusoids' range. Labels
+        # that are times up to 1000 already have that range.
         level = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise[name] * self.label_scale))))
         tokens = []
         if self.map_context is not None and condition.context is not None:

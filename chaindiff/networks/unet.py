@@ -115,7 +115,7 @@ class UNet(nn.Module):
     def embed(
         self, noise: Float[Tensor, " batch"], labels: Tensor | None, augment: Tensor | None
     ) -> Float[Tensor, "batch emb"]:
-        """The embedding of noise level, labels and augmentation that every block is told."""
+        """The embedding of noise level, labels and augmentation that every block receives."""
         late = self.arch.label_joins == "embedding"
         emb = self.map_noise(noise)
         if self.arch.noise_swapped:

@@ -24,12 +24,12 @@ ArrowStyle = Literal["link", "noisy", "encoder", "decoder", "idle"]
 
 @dataclass(frozen=True)
 class Box:
-    """A variable or a stage. `lines`: small print under the name. `idle`: a part that this request does not run."""
+    """A variable or a stage. `lines`: small print under the name. `idle`: not run by this request."""
 
     name: str
     lines: Sequence[str] = ()
     style: BoxStyle = "variable"
-    title: str | None = None  # what is shown, if a stage and its variable have one name
+    title: str | None = None  # shown instead, if a stage and its variable share a name
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Arrow:
 
 # ------------------------------------------------------------ layout, in points
 
-TITLE, SMALL, LEADING = 11.25, 9.0, 12.6  # sizes of letters; from line to line
+TITLE, SMALL, LEADING = 11.25, 9.0, 12.6  # font sizes; line spacing
 GAP_X, GAP_Y, LANE, MARGIN = 42.0, 20.0, 22.5, 15.0
 FILLS: dict[BoxStyle, tuple[str, str]] = {  # fill, line
     "variable": ("#ffffff", "#8a94a3"),
@@ -58,12 +58,12 @@ LINES: dict[ArrowStyle, str] = {"link": "#4b5563", "noisy": "#b4483c", "encoder"
 LINES["decoder"] = LINES["encoder"]
 INKS = ("#1f2430", "#5b6472"), ("#a7adb7", "#b3b9c2")  # of the name and the small print; of idle boxes
 Point = tuple[float, float]
-Curve = tuple[list[Point], Point]  # start, then cubic Bezier segments of three points each; where the label stands
+Curve = tuple[list[Point], Point]  # start, then cubic Bezier segments of three points each; position of the label
 
 
 @dataclass(eq=False)
 class _Rect:
-    """Where a box lies; (x, y) is its centre. Or, without a size, where a long arrow passes a layer."""
+    """Position of a box, by its centre (x, y). Without a size: where a long arrow passes a layer."""
 
     layer: int
     width: float = 0.0
@@ -86,9 +86,9 @@ def _size(box: Box) -> Point:
 
 
 def _layers(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, int], list[Arrow], list[Arrow]]:
-    """Layer of every box by topological generation; arrows that go from left to right, and those that go around.
+    """Layer of every box by topological generation; arrows that go from left to right, and those that loop back.
 
-    Stages set the direction: an encoder of something that a stage generates goes around.
+    Stages set the direction: an encoder of a generated variable loops back.
     """
     graph = nx.DiGraph()
     graph.add_nodes_from(box.name for box in boxes)
@@ -102,7 +102,7 @@ def _layers(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, in
             forward.append(arrow)
             graph.add_edge(arrow.src, arrow.dst)
     layer = {name: i for i, names in enumerate(nx.topological_generations(graph)) for name in names}
-    for name in reversed(list(nx.topological_sort(graph))):  # a box that begins a chain stands next to its first reader
+    for name in reversed(list(nx.topological_sort(graph))):  # a box without inputs is placed next to its first reader
         if not graph.in_degree(name) and graph.out_degree(name):
             layer[name] = min(layer[after] for after in graph.successors(name)) - 1
     return layer, forward, around
@@ -149,7 +149,7 @@ def _place(columns: Sequence[list[_Rect]], beside: nx.Graph, gaps: Sequence[floa
     for sweep in range(40):
         side = (-1) ** sweep
         for column in columns[::side]:
-            for r in column:  # first by the neighbours on one side, which leaves few crossings
+            for r in column:  # first by the neighbours on one side, which avoids most crossings
                 near = [other.y for other in beside[r] if sweep >= 10 or other.layer == r.layer - side]
                 r.y = fmean(near or [r.y])
             centre = fmean(r.y for r in column)
@@ -176,7 +176,7 @@ def _through(stops: Sequence[_Rect]) -> Curve:
 
 
 def _around(src: _Rect, dst: _Rect, columns: Sequence[Sequence[_Rect]], side: int, away: float) -> Curve:
-    """Along a lane below (side 1) or above (side -1) everything, if need be by way of the gaps between columns."""
+    """Along a lane below (side 1) or above (side -1) everything, through the gaps between columns if needed."""
     lane = side * (max(side * r.y + r.height / 2 for column in columns for r in column) + away)
 
     def leave(r: _Rect) -> list[Point]:  # from the box to the lane
@@ -209,8 +209,8 @@ def _figure(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> Figure:
     from matplotlib.path import Path
     from matplotlib.transforms import Affine2D
 
-    figure = Figure((1, 1))  # an inch; saving it cuts it to what is drawn
-    points = Affine2D().scale(1 / 72, -1 / 72) + figure.transFigure  # heights grow downwards
+    figure = Figure((1, 1))  # one inch; saving crops it to its content
+    points = Affine2D().scale(1 / 72, -1 / 72) + figure.transFigure  # y points down
     letters = {"ha": "center", "va": "center_baseline", "parse_math": False, "transform": points}
     rects, curves = _layout(boxes, arrows)
     for arrow, (way, label_at) in curves:
@@ -219,7 +219,7 @@ def _figure(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> Figure:
         line = patches.PathPatch(path, fill=False, edgecolor=colour, linewidth=1.2, linestyle=dash, transform=points)
         style = "-|>, head_length=6.8, head_width=3"
         head = patches.FancyArrowPatch(path=path, arrowstyle=style, mutation_scale=1, linewidth=0, transform=points)
-        head.set_color(colour)  # without the line, whose dashes it would take on
+        head.set_color(colour)  # without the line, whose dashes it would inherit
         figure.add_artist(line)
         figure.add_artist(head)
         if arrow.label:
@@ -243,7 +243,7 @@ def _drawn(boxes: Sequence[Box], arrows: Sequence[Arrow], **options: Any) -> byt
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chain"}):  # letters stay letters; the same file each time
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chain"}):  # text stays text; reproducible files
         _figure(boxes, arrows).savefig(buffer, bbox_inches="tight", pad_inches=MARGIN / 72, **options)
     return buffer.getvalue()
 
@@ -251,7 +251,7 @@ def _drawn(boxes: Sequence[Box], arrows: Sequence[Arrow], **options: Any) -> byt
 def chain_svg(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
     """The picture as a standalone SVG. Raises ValueError if an arrow names no box."""
     text = _drawn(boxes, arrows, format="svg", metadata={"Title": "the chain", "Date": None}).decode()
-    return text[text.index("<svg") :]  # as notebooks and pages take it
+    return text[text.index("<svg") :]  # as notebooks and pages embed it
 
 
 def chain_png(boxes: Sequence[Box], arrows: Sequence[Arrow], path: str | os.PathLike[str], scale: float = 2.0) -> None:

@@ -18,15 +18,15 @@ from torch import Tensor
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import write_whole
 
-LINE = 14  # pixels of a line under a picture
+LINE = 14  # pixels per line of a caption
 
 
 def to_uint8(x: Num[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to 0..255, rounded to the nearest and clamped; 8 bits stay. Raises UserError if a value is not finite."""
+    """[-1, 1] to 0..255, rounded and clamped; uint8 is returned unchanged. Raises UserError for NaN or infinity."""
     if x.dtype == torch.uint8:
         return x
     if not bool(torch.isfinite(x).all()):
-        raise UserError("images hold values that are not finite (NaN or infinity)", hint="the model may have diverged")
+        raise UserError("images have values that are not finite (NaN or infinity)", hint="the model may have diverged")
     return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -46,7 +46,7 @@ def grid(
     """Images in [-1, 1] in rows, with a white gap of `pad` pixels around each, and `captions` under them if any.
 
     `columns`: about as many as rows by default. `scale`: each pixel becomes scale x scale; by default images smaller
-    than 64 (or 96, with captions) are brought to that or just above. Raises UserError if there are no images.
+    than 64 (or 96, with captions) are enlarged to at least that. Raises UserError if there are no images.
     """
     if len(images) == 0:
         raise UserError("a grid needs at least one image")
@@ -74,7 +74,7 @@ def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """A caption in lines that are no wider than an image; of more than two, the end is left out."""
+    """A caption in lines that are no wider than an image; truncated after two."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

@@ -44,10 +44,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What the page of a run shows; every string is plain text, `chain_svg` excepted.
+    """What the page of a run shows; every string but `chain_svg` is plain text.
 
     `provenance`: heading -> name -> value, such as {"Weights": {"stages/clip": "sha256 ..."}, "Versions": {...}}.
-    `recipe`: the locked recipe. `banner`: a line on top, such as that a smoke run is no result.
+    `recipe`: the locked recipe. `banner`: a line on top, such as that a smoke run is not a result.
     """
 
     title: str
@@ -77,7 +77,7 @@ def html(page: Page) -> str:
 
 
 def _stage_table(stages: Sequence[StageRow]) -> Sequence[Sequence[str]]:
-    """Titles, costs per stage with their shares, and totals; a share or a total needs every stage's number."""
+    """Titles, costs per stage with their shares, and totals; a share or total needs every stage's number."""
     known = ([getattr(s, name) for s in stages] for name in ("parameters", "nfe", "gflops", "seconds"))
     total = StageRow("total", "", "", *(None if None in values else sum(values) for values in known))
     lines = [("stage", "generates", "network", "parameters", "NFE", "GFLOPs per sample", "share", "seconds")]
@@ -99,7 +99,7 @@ def count(number: int | None) -> str:
 
 
 def _digits(number: float | None) -> str:
-    """Three digits, or all of a whole number or one from a thousand on."""
+    """Three significant digits; all digits of integers and of numbers from 1,000."""
     if number is None:
         return "–"
     return f"{number:,.0f}" if isinstance(number, int) or number >= 1000 else f"{number:.3g}"

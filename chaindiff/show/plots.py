@@ -1,4 +1,4 @@
-"""Plots of an evaluation, as PNG bytes: a figure against a setting, and histograms of distances."""
+"""Plots of an evaluation, as PNG bytes: a metric against a setting, and histograms of distances."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = ("#1f5fa8", "#c8553d", "#3f8f5b", "#8a5fa8", "#8d7b3a")
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure at several settings, each with its interval."""
+    """A metric at several settings, each with its interval."""
 
     label: str
     x: Sequence[float]
@@ -43,7 +43,7 @@ def curves(given: Sequence[Curve], title: str, x_title: str, y_title: str, log: 
 
 
 def histograms(parts: Mapping[str, Float[np.ndarray, " n"]], title: str, x_title: str) -> bytes:
-    """Densities over one set of bins, so that sets of different sizes compare."""
+    """Densities over shared bins, so that sets of different sizes are comparable."""
     canvas, axes = _axes(title, x_title, "density")
     bins = np.histogram_bin_edges(np.concatenate(list(parts.values())), 40).tolist()
     for (label, values), colour in zip(parts.items(), COLOURS, strict=False):
@@ -53,7 +53,7 @@ def histograms(parts: Mapping[str, Float[np.ndarray, " n"]], title: str, x_title
 
 
 def bars(values: Mapping[str, tuple[float, float, float]], title: str, x_title: str) -> bytes:
-    """One bar a row, (value, low, high), the first on top."""
+    """One bar per row, (value, low, high), the first on top."""
     canvas, axes = _axes(title, x_title, "", height=1.2 + 0.38 * len(values))
     value, low, high = zip(*values.values(), strict=True)
     axes.barh(list(values), value, xerr=_spread(value, low, high), color=COLOURS[0], alpha=0.8, capsize=3)

@@ -1,4 +1,4 @@
-"""The base of every config object, which says itself what is wrong with it. Imports no torch."""
+"""The base of config objects, each of which validates itself. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-# Beyond these numbers nothing could be built, or even planned, in anybody's lifetime and memory.
+# Larger values could not be built, or even planned, in reasonable time and memory.
 UpToThousand = Annotated[int, Field(gt=0, le=1_000)]
 UpToTenMillion = Annotated[int, Field(gt=0, le=10_000_000)]
 UpToMillion = Annotated[int, Field(gt=0, le=1_000_000)]
 
 Problems = Iterator[tuple[str, str]]  # a field, dotted, and what is wrong with it
-PROBLEM = "problem"  # pydantic's name for what is wrong in our own words
+PROBLEM = "problem"  # pydantic's error type for our own messages
 
 
 class Spec(BaseModel):
-    """Base of every config object: frozen, unknown fields refused, defaults validated, its fields fit each other."""
+    """Base of every config object: frozen, unknown fields refused, defaults validated, fields checked together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     def problems(self) -> Problems:
-        """What is wrong with this object alone, beyond the types of its fields."""
+        """Inconsistencies within this object, beyond the types of its fields."""
         yield from ()
 
     @model_validator(mode="after")

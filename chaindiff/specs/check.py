@@ -1,4 +1,4 @@
-"""What the variables and stages of a recipe must be to each other, as far as data and weights need not be seen."""
+"""Consistency of a recipe's variables and stages, as far as it can be checked without data and weights."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from chaindiff.specs.validate import raise_all
 from chaindiff.specs.yaml import describe
 
 _ADM_HEAD = 64  # channels of one attention head
-_DEEPEST = 50  # encoders in a row
+_DEEPEST = 50  # longest chain of encoders
 
 
 def check(recipe: Recipe, where: Callable[[str], str | None]) -> None:
-    """Raises one UserError that lists everything that does not fit together."""
+    """Raises one UserError that lists every inconsistency."""
     problems = (*_variables(recipe), *_stages(recipe), *_sample(recipe))
     raise_all([UserError(f"{path}: {problem}", where(path)) for path, problem in problems])
 
 
 def outputs(name: str, stage: StageSpec) -> Sequence[str]:
-    """The variables that a stage generates: the one of its own name unless it says otherwise."""
+    """The variables that a stage generates: by default the one of its own name."""
     return stage.generates or [name]
 
 
@@ -46,7 +46,7 @@ def _unknown(name: str, recipe: Recipe) -> str:
 
 
 def _circle(edges: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names that lead back to the first of them; none where there is no circle."""
+    """The names along a cycle, back to the first; empty if there is none."""
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
@@ -62,12 +62,12 @@ def _circle(edges: Mapping[str, Sequence[str]]) -> list[str]:
 def _variables(recipe: Recipe) -> Problems:
     roots = [name for name, v in recipe.variables.items() if v.kind == "image" and v.encoder is None]
     for name in roots[1:]:
-        problem = f"images without an encoder are the data, and '{roots[0]}' is that already"
+        problem = f"images without an encoder are read from the data, and '{roots[0]}' already is"
         yield f"variables.{name}", f"{problem}\n  give one of them an encoder, such as {{kind: resize, of: {roots[0]}}}"
     for name, variable in recipe.variables.items():
         path, encoder = f"variables.{name}", variable.encoder
         if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
-            yield f"{path}.shape", f"images of the data have 3 channels (RGB), not {variable.shape[0]}"
+            yield f"{path}.shape", f"images in the data have 3 channels (RGB), not {variable.shape[0]}"
         model = encoder.model if isinstance(encoder, OpenClipSpec) else None
         if model is not None and model_folder(model) is None and model not in (known := known_models()):
             yield f"{path}.encoder.model", f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
@@ -79,32 +79,32 @@ def _variables(recipe: Recipe) -> Problems:
     encoded = {name: [v.reads] for name, v in recipe.variables.items() if v.reads is not None}
     for field, edges in (("encoder", encoded), ("decoder", _decoded(recipe))):
         if circle := _circle(edges):
-            yield f"variables.{circle[0]}.{field}", f"{field}s read each other in a circle: {' -> '.join(circle)}"
+            yield f"variables.{circle[0]}.{field}", f"{field}s form a cycle: {' -> '.join(circle)}"
             continue
         depth: dict[str, int] = {}
         for name in TopologicalSorter(edges).static_order():
             depth[name] = 1 + depth[edges[name][0]] if name in edges else 0
         if deep := next((name for name in edges if depth[name] > _DEEPEST), None):
-            yield f"variables.{deep}.{field}", f"{field}s read each other more than {_DEEPEST} deep"
+            yield f"variables.{deep}.{field}", f"{field}s are chained more than {_DEEPEST} deep"
 
 
 def _coder(coder: Encoder | Decoder, source: VariableSpec, variable: VariableSpec) -> Iterator[str]:
     """What is wrong with the variable that an encoder or a decoder reads."""
-    pair = f"{A[variable.kind]} of {A[source.kind]}"
+    pair = f"{A[source.kind]} to {A[variable.kind]}"
     if isinstance(coder, OpenClipSpec):
         if source.kind not in ("image", "text") or variable.kind not in ("vector", "label"):
-            yield f"open_clip makes a vector of an image or a text, not {pair}"
+            yield f"open_clip maps an image or a text to a vector, not {pair}"
     elif isinstance(coder, ResizeSpec | EnlargeSpec):
         if {source.kind, variable.kind} != {"image"}:
-            yield f"resize makes an image of an image, not {pair}"
+            yield f"resize maps an image to an image, not {pair}"
             return
         (channels, width, _), (ours, size, _) = source.shape, variable.shape
         if channels != ours:
-            yield f"'{coder.of}' has {channels} channels, but this variable {ours}"
+            yield f"'{coder.of}' has {channels} channels, but this variable has {ours}"
         if isinstance(coder, ResizeSpec) and width < size:
-            yield f"resize makes images smaller, but '{coder.of}' is {width} pixels wide"
+            yield f"resize only shrinks images, but '{coder.of}' is {width} pixels wide"
         if isinstance(coder, EnlargeSpec) and width > size:
-            yield f"a decoder makes images larger, but '{coder.of}' is {width} pixels wide"
+            yield f"a decoder only enlarges images, but '{coder.of}' is {width} pixels wide"
 
 
 def _decoded(recipe: Recipe) -> dict[str, list[str]]:
@@ -117,18 +117,18 @@ def _decoded(recipe: Recipe) -> dict[str, list[str]]:
 def _stages(recipe: Recipe) -> Problems:
     makers: dict[str, str] = {}
     if not recipe.stages:
-        yield "stages", "a chain has at least one stage"
+        yield "stages", "a chain needs at least one stage"
     for name, stage in recipe.stages.items():
         path = f"stages.{name}"
         for output in outputs(name, stage):
             place, variable = f"{path}.generates" if stage.generates else path, recipe.variables.get(output)
             if variable is None:
-                hint = "" if stage.generates else "\n  a stage generates what bears its name unless it says `generates`"
+                hint = "" if stage.generates else "\n  by default a stage generates the variable of its own name"
                 yield place, f"{_unknown(output, recipe)}{hint}"
             if output in makers:
-                yield place, f"stage '{makers[output]}' generates '{output}' already"
+                yield place, f"stage '{makers[output]}' already generates '{output}'"
             elif variable and variable.decoder is not None:
-                problem = f"stage '{name}' generates '{output}' already; a variable has a stage or a decoder"
+                problem = f"stage '{name}' already generates '{output}'; a variable has a stage or a decoder, not both"
                 yield f"variables.{output}.decoder", problem
             makers.setdefault(output, name)
         for field, problem in (*_given(recipe, name, stage), *_network(recipe, name, stage)):
@@ -137,7 +137,7 @@ def _stages(recipe: Recipe) -> Problems:
             variable = recipe.variables.get(used)
             made = variable is None or variable.encoder or stage.weights or isinstance(recipe.data, CodeSpec)
             if variable and variable.kind in ("vector", "tokens") and not made:
-                problem = f"stage '{name}' trains with '{used}', which needs an encoder: data holds no {variable.kind}"
+                problem = f"stage '{name}' trains with '{used}', which needs an encoder: data has no {variable.kind}"
                 yield f"variables.{used}", problem
     links = {
         output: [link.variable for link in stage.given if link.variable not in outputs(name, stage)]
@@ -146,10 +146,10 @@ def _stages(recipe: Recipe) -> Problems:
     }
     decoded = _decoded(recipe)
     circle = _circle({**decoded, **links})
-    if circle and not {*circle} <= decoded.keys() - links.keys():  # that of decoders alone is told with the variables
+    if circle and not {*circle} <= decoded.keys() - links.keys():  # decoders alone: reported above
         who = "stages and decoders" if {*circle} - links.keys() else "stages"
         place = f"stages.{makers[next(name for name in circle if name in links)]}.given"
-        yield place, f"{who} are given each other in a circle: {' -> '.join(circle)}"
+        yield place, f"{who} form a cycle: {' -> '.join(circle)}"
 
 
 def _given(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
@@ -159,7 +159,7 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
             yield field, _unknown(link.variable, recipe)
             continue
         if link.variable in outputs(name, stage):
-            yield field, f"the stage generates '{link.variable}' itself, so it cannot be given it"
+            yield field, f"the stage generates '{link.variable}' itself, so it cannot be conditioned on it"
         if variable.kind == "text":
             yield field, f"a network cannot take text; give a variable that encodes '{link.variable}'"
         if variable.kind == "image" and isinstance(stage.network, PriorSpec):
@@ -174,7 +174,7 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
 
 
 def _network(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
-    """Whether the network fits what the stage generates; one of code says that itself when it is built."""
+    """Whether the network fits what the stage generates; custom networks are checked when they are built."""
     network, names = stage.network, outputs(name, stage)
     made = [recipe.variables[output] for output in names if output in recipe.variables]
     if network is None or isinstance(network, CodeSpec) or len(made) < len(names):
@@ -200,7 +200,7 @@ def _joint(network: JointNetworkSpec, names: Sequence[str], made: list[VariableS
         return
     if len(spreads := {variable.sigma_data for variable in made}) > 1:
         listed = " and ".join(f"{spread:g}" for spread in sorted(spreads))
-        yield "generates", f"what is generated together needs one sigma_data, not {listed}"
+        yield "generates", f"variables that are generated together must share one sigma_data, not {listed}"
     yield from _unet(network.image, made[kinds.index("image")].shape[1], "network.image")
 
 
@@ -213,11 +213,11 @@ def _unet(network: UNetSpec, size: int, path: str) -> Problems:
     for resolution in network.attention:
         if resolution not in widths:
             known = ", ".join(map(str, widths))
-            yield f"{path}.attention", f"{resolution} is none of this network's resolutions, which are {known}"
+            yield f"{path}.attention", f"{resolution} is not one of this network's resolutions: {known}"
     attending = [widths[at] for at in {*network.attention, min(widths)} if at in widths]
     odd = [width for width in attending if width % _ADM_HEAD]
     if network.arch == "adm" and odd:
-        yield f"{path}.channels", f"adm attends with heads of {_ADM_HEAD} channels, which do not divide {min(odd)}"
+        yield f"{path}.channels", f"adm has attention heads of {_ADM_HEAD} channels, which does not divide {min(odd)}"
 
 
 # ---------------------------------------------------------------- sampling
@@ -243,7 +243,7 @@ def _value(variable: VariableSpec, value: Any) -> str | None:
             if isinstance(one, bool) or not isinstance(one, (int, str)):
                 return f"expected a class's name or number, or a list of them, not {describe(one)}"
             if isinstance(one, int) and variable.shape and not 0 <= one < variable.shape[0]:
-                return f"{one} is not one of {variable.shape[0]} classes, which count from 0"
+                return f"{one} is not one of {variable.shape[0]} classes, numbered from 0"
     elif variable.kind == "text" and said:
         texts = value if isinstance(value, list) else [value]
         if not texts or any(isinstance(text, (list, dict, type(None))) for text in texts):

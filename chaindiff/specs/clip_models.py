@@ -11,7 +11,7 @@ CONFIG = "open_clip_config.json"
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder that a recipe's `model` means, whether it is there or not; None for a name of open_clip's."""
+    """The folder that a recipe's `model` refers to, whether it exists or not; None for an open_clip model's name."""
     if (EMBEDDED / model / CONFIG).is_file():
         return EMBEDDED / model
     folder = Path(model).expanduser()
@@ -19,7 +19,7 @@ def model_folder(model: str) -> Path | None:
 
 
 def open_clip_models() -> list[str]:
-    """Names of the configurations that open_clip has, those that a program registered included."""
+    """Names of open_clip's model configurations, including those that a program has registered."""
     if (loaded := sys.modules.get("open_clip")) is not None:
         return loaded.list_models()
     found = find_spec("open_clip")
@@ -28,5 +28,5 @@ def open_clip_models() -> list[str]:
 
 
 def known_models() -> list[str]:
-    """All that a recipe can name: embedded models first."""
+    """All models that a recipe can name, embedded ones first."""
     return [*sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG}")), *open_clip_models()]

@@ -1,4 +1,4 @@
-"""Code that a recipe names, `kind: "my.module:Net"`: how it is said, and where a recipe says it. Imports no code."""
+"""User-defined code in a recipe, `kind: "my.module:Net"`: its specs, and where a recipe names it. Imports no code."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ HINT = "add --allow-code if you trust this recipe and the code that it names (in
 
 
 class CodeSpec(Spec):
-    """A class of one's own, found by its module's name; only where `--allow-code` says so."""
+    """A user-defined class, imported from its module; needs `--allow-code`."""
 
     kind: str = Field(pattern=f"^{CODE}$", description="`MODULE:NAME`, such as `my_package.networks:Mixer`")
-    settings: dict[str, Any] = Field(default={}, description="the keyword arguments that it is called with")
+    settings: dict[str, Any] = Field(default={}, description="its keyword arguments")
 
 
 class CodeEncoderSpec(CodeSpec):
-    """An encoder of one's own, found by its module's name; only where `--allow-code` says so."""
+    """A user-defined encoder, imported from its module; needs `--allow-code`."""
 
     of: Name
 
 
 class CodeDataSpec(CodeSpec):
-    """Data of one's own, found by its module's name; only where `--allow-code` says so."""
+    """User-defined data, imported from its module; needs `--allow-code`."""
 
     @property
     def split(self) -> str | None:
-        """Code that takes a `split` has others too."""
+        """The split, if the code takes one: then it has others too."""
         return self.settings.get("split")
 
 
-# Tags of a union of our own specs and code, which tell the two apart before `kind` chooses among our own.
+# Tags of a union of built-in specs and user-defined code, which separate the two before `kind` selects a built-in one.
 OURS, THEIRS = "ours", "code"
 Ours, Theirs = Tag(OURS), Tag(THEIRS)
 
 
 def is_code(kind: Any) -> TypeGuard[str]:
-    """Whether a `kind` names code rather than something of ours."""
+    """Whether a `kind` names code rather than something built in."""
     return isinstance(kind, str) and ":" in kind
 
 
@@ -54,7 +54,7 @@ OURS_OR_CODE = Discriminator(_tag)
 
 
 def code_in(spec: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """All code that a spec names: the field, and what it says."""
+    """All code that a spec names, as (field, kind)."""
     if isinstance(spec, BaseModel):
         if is_code(kind := getattr(spec, "kind", None)):
             yield f"{path}kind", kind

@@ -1,4 +1,4 @@
-"""What pydantic annotations say: the models that may stand in a place, and the type of what lies below."""
+"""Pydantic annotations: the models that a place allows, and the types of their fields."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def options(annotation: Any) -> list[Any]:
 
 
 def models(annotation: Any) -> list[type[BaseModel]]:
-    """The models among a type's alternatives; two or more make a union told apart by `kind`."""
+    """The models among a type's alternatives; two or more make a union discriminated by `kind`."""
     return [option for option in options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
@@ -34,12 +34,12 @@ def kinds(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def default_kind(annotation: Any) -> str | None:
-    """The kind of a discriminated union that need not be said."""
+    """The default kind of a discriminated union."""
     return next((kind for kind, model in kinds(annotation).items() if model.model_fields["kind"].default == kind), None)
 
 
 def model_of(annotation: Any, kind: Any = None) -> type[BaseModel] | None:
-    """The model that reads a mapping in this place, given the mapping's `kind`."""
+    """The model that validates a mapping in this place, given the mapping's `kind`."""
     found = models(annotation)
     if len(found) == 1:
         return found[0]
@@ -49,10 +49,10 @@ def model_of(annotation: Any, kind: Any = None) -> type[BaseModel] | None:
 
 
 def tagged(annotation: Any) -> dict[str, Any]:
-    """The types that pydantic's tags stand for, those by which a union's members are told apart."""
+    """The types behind pydantic's tags, which discriminate the members of a union."""
     theirs = [model for model in models(annotation) if issubclass(model, CodeSpec)]
     ours = [model for model in models(annotation) if model not in theirs]
-    # Of a tuple, `|` makes no union.
+    # `|` cannot make a union of a tuple.
     return {OURS: Union[tuple(ours)], THEIRS: theirs[0]} if ours and theirs else dict(kinds(annotation))  # noqa: UP007
 
 
@@ -68,10 +68,10 @@ def child(annotation: Any, key: str | int, kind: Any = None) -> Any:
 
 
 def named(annotation: Any) -> bool:
-    """Whether a mapping from names stands here: stages, variables, given values."""
+    """Whether this is a mapping from names: stages, variables, given values."""
     return any(get_origin(option) is dict for option in options(annotation))
 
 
 def named_values(annotation: Any) -> bool:
-    """Whether its entries are plain values, which can be taken away; stages and variables cannot."""
+    """Whether its entries are plain values, which can be removed; stages and variables cannot."""
     return named(annotation) and not models(child(annotation, ""))

@@ -29,26 +29,26 @@ _WHOLE = {"data", "variables", "stages"}  # fields of a recipe that no card has
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe and where it came from. `lock` is what a lock file says beside the recipe: versions, digests."""
+    """A recipe and where it came from. `lock` is what a lock file holds besides the recipe: versions, digests."""
 
     recipe: Recipe
     path: Path
     node: Node
     lock: dict[str, Any]
-    allow_code: bool = False  # said by who runs the recipe; nothing that is read can say it
+    allow_code: bool = False  # set by the caller alone; no file can set it
 
     @property
     def tree(self) -> dict[str, Any]:
-        """What was said, merged, without defaults."""
+        """The merged fields, without defaults."""
         return self.node.plain()
 
     def where(self, path: str) -> str | None:
-        """The "file:line" of a field such as "stages.image.sample", or of the nearest field above it that was said."""
+        """The "file:line" of a field such as "stages.image.sample", or of its nearest parent that was set."""
         return self.node.deepest(path.split(".")).where
 
     @property
     def spoken(self) -> str:
-        """What a person types to name this recipe: its bare name if it is shipped, else its path."""
+        """The recipe as a command names it: by its bare name if it is shipped, else by its path."""
         shipped = self.path.parent == SHIPPED / _FOLDERS["recipe"]
         here = self.path.is_relative_to(Path.cwd())
         return self.path.stem if shipped else os.fspath(self.path.relative_to(Path.cwd()) if here else self.path)
@@ -60,14 +60,14 @@ class Loaded:
         return _finish(merge(self.node, layer, Recipe), self.path, self.lock, self.allow_code)
 
     def refuse_code(self) -> None:
-        """Raises UserError if the recipe names code and nobody has allowed it. Nothing is built of a recipe before."""
+        """Raises UserError if the recipe names code that was not allowed. Called before anything is built."""
         named = [] if self.allow_code else code_in(self.recipe)
-        what = "is code, which runs only where you allow it"
+        what = "is code, which runs only if you allow it"
         raise_all([UserError(f"{path}: '{kind}' {what}", self.where(path), HINT) for path, kind in named])
 
 
 def load_recipe(source: str | Path, changes: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Loaded:
-    """The recipe at a path, of a name, or of a run's directory.
+    """The recipe at a path, by its name, or in a run's directory.
 
     `changes` are texts such as "stages.image.sample.steps=20"; keyword overrides are nested mappings of the same names.
     Code that the recipe names is not imported here, and later only with `allow_code`.
@@ -109,15 +109,15 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
         if reason := _unfit(folder / name, what):
             raise UserError(f"{source} {reason[0]}", where, reason[1])
     known = available(what, near)
-    hint = f"`chaindiff list` shows all; a path such as {_FOLDERS[what]}/NAME.yaml is found too"
+    hint = f"`chaindiff list` shows all; a path such as {_FOLDERS[what]}/NAME.yaml works too"
     raise UserError(f"there is no {what} '{source}'{did_you_mean(Path(name).stem, known)}", where, hint)
 
 
 def _unfit(path: Path, what: What) -> tuple[str, str | None] | None:
-    """Why what lies at a path is no recipe or card, and how to mend it; None if nothing lies there."""
+    """Why the file at a path is not a recipe or card, and how to fix it; None if there is no file."""
     if path.name == LOCK and path.parent.is_dir() and not os.path.lexists(path):
-        hint = "name a recipe, or the directory of a run that has begun to sample"
-        return f"is a directory without {LOCK}, so it is no run", hint
+        hint = "name a recipe, or the directory of a run that has started sampling"
+        return f"is a directory without {LOCK}, so it is not a run", hint
     if path.suffix not in (".yaml", ".yml") or not os.path.lexists(path):
         return None
     if path.is_dir():
@@ -125,7 +125,7 @@ def _unfit(path: Path, what: What) -> tuple[str, str | None] | None:
     try:
         path.stat()
     except FileNotFoundError:
-        return f"is a link to {os.readlink(path)}, which is not there", None
+        return f"is a link to {os.readlink(path)}, which does not exist", None
     except OSError as error:
         return f"cannot be read: {error.strerror}", None
     return "is not a regular file", None
@@ -153,7 +153,7 @@ def _without_use(node: Node) -> Node:
 def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
     """Cards lowest, the recipe's own fields on top of them, then the overrides in order.
 
-    An override of `use` changes the card under what the recipe says beside it.
+    An override of `use` replaces the card beneath the recipe's own fields.
     """
     said, known = recipe, []
     for layer in layers:
@@ -173,17 +173,17 @@ def _assemble(recipe: Node, layers: Sequence[Node], path: Path) -> Node:
 
 
 def _card(use: Node, near: Path, chain: tuple[Path, ...]) -> Node:
-    """What a card says, on top of the card that it uses itself."""
+    """A card's fields, on top of those of the card that it uses itself."""
     if not isinstance(use.value, str):
         raise UserError(f"use: expected a card's name, not {describe(use.value)}", use.where)
     path = find(use.value, "card", near, use.where)
     if path in chain:
         names = " -> ".join(link.stem for link in (*chain, path))
-        raise UserError(f"cards use each other in a circle: {names}", use.where)
+        raise UserError(f"cards use each other in a cycle: {names}", use.where)
     card = read(path)
     for field in sorted(_WHOLE & card.value.keys()):
         message = f"is a recipe, not a stage card: it has a field '{field}'"
-        raise UserError(message, card.where, "copy the stage that you mean into a card of its own")
+        raise UserError(message, card.where, "copy the stage that you want into a stage card")
     below = card.get("use")
     return merge(_card(below, path, (*chain, path)), _without_use(card), StageSpec) if below else card
 

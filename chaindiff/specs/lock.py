@@ -1,4 +1,4 @@
-"""The lock of a run, which is a recipe with everything resolved, and the schema by which editors check recipes."""
+"""The lock file of a run, a fully resolved recipe, and the JSON Schema with which editors check recipes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resolved(recipe: Recipe) -> str:
 def write_lock(directory: Path, recipe: Recipe, extra: Mapping[str, Any]) -> Path:
     """Writes recipe.lock.yaml: the resolved recipe, and `extra` (versions, execution, weights digests) under `lock`.
 
-    `load_recipe` reads it again, `extra` as `Loaded.lock`. The file is whole at any moment.
+    `load_recipe` reads it back, `extra` as `Loaded.lock`. Writing is atomic.
     """
     plain = json.loads(json.dumps(dict(extra), default=str))
     path = directory / LOCK
@@ -46,7 +46,7 @@ def json_schema() -> dict[str, Any]:
     }
     stages["patternProperties"] = dict.fromkeys(stages["patternProperties"], choice)
     stages["additionalProperties"] = False
-    lock = {"type": "object", "description": "written by chaindiff: what a run resolved beside the recipe"}
+    lock = {"type": "object", "description": "written by chaindiff: what a run resolved besides the recipe"}
     schema["properties"]["lock"] = lock
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -55,7 +55,7 @@ def _partial(schema: dict[str, Any]) -> dict[str, Any]:
     """A copy of a schema in which no field is required, its definitions and references renamed to NAMEPart."""
 
     def relaxed(said: dict[str, Any]) -> dict[str, Any]:
-        # Without a required `kind` a mapping may fit several members of a union.
+        # Without a required `kind`, a mapping may match several members of a union.
         said = {"anyOf" if key == "oneOf" else key: value for key, value in said.items() if key not in _STRICT}
         return said if "$ref" not in said else {**said, "$ref": f"{said['$ref']}Part"}
 

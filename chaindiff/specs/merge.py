@@ -1,4 +1,4 @@
-"""The one merge: of a card and what stands beside `use`, of `--set`, and of keyword overrides."""
+"""Merging of stage cards, the fields beside `use`, `--set` and keyword overrides."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ STANDS = "stands for the names of stages, variables or given values: stages.*, v
 def merge(base: Node, over: Node, annotation: Any) -> Node:
     """`over` on top of `base`: mappings merge, numbered items of a list too, everything else is replaced.
 
-    Where the schema has a union told apart by `kind`, another kind drops the fields that belonged to the old one.
-    Of a mapping from names to plain values, `{}` takes all away and nothing (`null`) takes one.
+    Where the schema has a union discriminated by `kind`, another kind drops the fields that belonged to the old one.
+    In a mapping from names to plain values, `{}` removes all entries and `null` removes one.
     """
     if isinstance(base.value, list) and isinstance(over.value, dict):
         return _merge_items(base, over, annotation)
@@ -55,9 +55,9 @@ def _merge_items(base: Node, over: Node, annotation: Any) -> Node:
 
 
 def spread(over: Node, tree: Node | None, annotation: Any, path: str = "") -> Node:
-    """An override in which `*` stands for every name that `tree` has in its place; what is said of one name wins.
+    """An override with `*` expanded to every name that `tree` has there; an explicit name takes precedence.
 
-    Raises UserError for a `*` that matches nothing, or where no names stand.
+    Raises UserError for a `*` that matches nothing, or stands where no names are expected.
     """
     if not isinstance(over.value, dict):
         return over
@@ -67,7 +67,7 @@ def spread(over: Node, tree: Node | None, annotation: Any, path: str = "") -> No
         if not named(annotation):
             raise UserError(f"{path}{EVERY}: `*` {STANDS}", everywhere.where)
         if not known:
-            raise UserError(f"{path}{EVERY}: `*` matches nothing, since there is no entry", everywhere.where)
+            raise UserError(f"{path}{EVERY}: `*` matches nothing, since there are no entries", everywhere.where)
         inner = child(annotation, EVERY)
         said = {n: merge(everywhere, said[n], inner) if n in said else everywhere for n in [*known, *said]}
     below = {n: spread(node, known.get(n), child(annotation, n), f"{path}{n}.") for n, node in said.items()}
@@ -82,7 +82,7 @@ def nest(path: list[str], node: Node) -> Node:
 
 
 def refuse_strangers(tree: Node, over: Node) -> None:
-    """An override may add a whole stage or variable, but part of one under an unknown name is a slip of the pen."""
+    """An override may add a whole stage or variable, but part of one under an unknown name is a typo."""
     for group, word, whole in (("stages", "stage", {"use", "network", "kind"}), ("variables", "variable", {"kind"})):
         known, said = (layer.fields(group) for layer in (tree, over))
         for name, node in said.items():

@@ -1,4 +1,4 @@
-"""What a recipe may say: pydantic models that refuse unknown fields. Imports no torch."""
+"""The fields of a recipe: pydantic models that refuse unknown fields. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from chaindiff.specs.stage import StageSpec
 
 
 class DataSpec(Spec):
-    """Where the training data lies: a folder, a zip (EDM or imagefolder convention), or an embedded set's name."""
+    """The training data: a folder, a zip (EDM or imagefolder convention), or the name of an embedded set."""
 
     kind: Literal["images"] = "images"
     path: str = Field(description="a folder or zip of images, or `emoji64` (embedded)")
-    split: str | None = Field(default=None, description="keep the rows of metadata.jsonl whose `split` is this")
+    split: str | None = Field(default=None, description="use only the rows of metadata.jsonl with this `split`")
     where: dict[str, str | list[str]] = Field(
-        default={}, description="keep the rows whose field has this value (or one of); an override of `{}` clears it"
+        default={}, description="use only rows whose field has this value (or one of); an override of `{}` clears it"
     )
 
 
@@ -43,7 +43,7 @@ class PcaSpec(Spec):
 
 
 class KMeansSpec(Spec):
-    """The nearest of k centroids, fitted once on the training data: its number for a label, itself for a vector."""
+    """The nearest of k centroids, fitted once on the training data: its index for a label, itself for a vector."""
 
     kind: Literal["kmeans"]
     k: UpToMillion
@@ -62,7 +62,7 @@ class ResizeSpec(Spec):
 
 
 class OpenClipSpec(Spec):
-    """image or text -> embedding, by an open_clip tower; or the class of the embedding, by K-means."""
+    """image or text -> embedding, by an open_clip tower; for a label, its K-means cluster."""
 
     kind: Literal["open_clip"]
     of: Name
@@ -77,29 +77,29 @@ class OpenClipSpec(Spec):
     )
     reduce: Reducer | None = None
     scaling: Literal["standardise", "raw"] = Field(
-        default="standardise", description="raw: as published, where RMS is 0.5"
+        default="standardise", description="raw: unscaled, as published with an RMS of 0.5"
     )
 
 
 class FileSpec(Spec):
-    """Vectors computed elsewhere, one for every image of the data; it can encode no other image.
+    """Precomputed vectors, one for every image of the data; no other image can be encoded.
 
-    A safetensors file with a tensor [rows, width] (`features`, or of the variable's name) and perhaps the images' file
-    names as a JSON list under `names` in its metadata, or a .npy file. Without names, rows stand in the order of the
-    data's own, which are sorted.
+    A safetensors file with a tensor [rows, width] (`features`, or of the variable's name) and optionally the images'
+    file names as a JSON list under `names` in its metadata, or a .npy file. Without names, rows follow the order of the
+    data's file names, which are sorted.
     """
 
     kind: Literal["file"]
     path: str
     identity: str | None = Field(
-        default=None, description="what the numbers are, such as the encoder's name and version; none: the file's name"
+        default=None, description="what the vectors are, such as the encoder's name and version; none: the file's name"
     )
     reduce: Reducer | None = None
-    scaling: Literal["standardise", "raw"] = Field(default="standardise", description="raw: as they are in the file")
+    scaling: Literal["standardise", "raw"] = Field(default="standardise", description="raw: unscaled, as in the file")
 
     @property
     def called(self) -> str:
-        """What the numbers are, wherever the file lies."""
+        """What the vectors are, independent of the path."""
         return self.identity or PurePath(self.path).name
 
     def problems(self) -> Problems:
@@ -146,7 +146,7 @@ class VariableSpec(Spec):
     kind: Literal["image", "vector", "tokens", "label", "text"]
     shape: list[UpToMillion] = []
     encoder: Encoder | None = None
-    decoder: Decoder | None = Field(default=None, description="makes it of a generated variable, such as a latent")
+    decoder: Decoder | None = Field(default=None, description="computes it from a generated variable, such as a latent")
     source: Literal["empirical", "uniform", "given"] | None = Field(
         default=None, description="where the value comes from when nothing produces it"
     )
@@ -168,40 +168,40 @@ class VariableSpec(Spec):
         if kind == "image" and shape[1] != shape[2]:
             yield "shape", f"images are square, not {shape[1]} x {shape[2]}"
         if isinstance(encoder, FileSpec) and kind not in ("vector", "label"):
-            yield "encoder.kind", f"a file holds vectors, or what becomes clusters, not {A[kind]}"
+            yield "encoder.kind", f"a file provides vectors, or labels by clustering them, not {A[kind]}"
         elif isinstance(encoder, OpenClipSpec | FileSpec) and kind in ("vector", "label"):
             yield from self._of_reducer(encoder)
         if self.of is not None and kind not in ("label", "text"):
             yield "of", f"only a label or a text is read from a field of the data, not a variable of kind {kind}"
         elif self.of is not None and encoder is not None:
-            yield "of", "is never used: this variable comes of its encoder, not of a field of the data"
+            yield "of", "is never used: this variable is computed by its encoder, not read from a field of the data"
         if self.source in ("uniform", "empirical") and kind != "label":
             how = "uniformly" if self.source == "uniform" else "from the data"
             yield "source", f"only a label can be drawn {how}, not {A[kind]}"
         elif self.source == "empirical" and isinstance(encoder, CodeEncoderSpec):
-            yield "source", "how often the encoder's own code makes which class is not known; use uniform"
+            yield "source", "the class frequencies of a user-defined encoder are not known; use uniform"
 
     def _of_reducer(self, encoder: OpenClipSpec | FileSpec) -> Problems:
-        """What is wrong with the way from an embedding to the variable."""
+        """What is wrong with the reduction of an embedding to the variable's shape."""
         reduce, size = encoder.reduce, self.shape[0]
         if self.kind == "vector":
             if isinstance(reduce, PcaSpec) and reduce.k != size:
-                yield "encoder.reduce.k", f"{reduce.k} components do not make a vector of shape {self.shape}"
+                yield "encoder.reduce.k", f"{reduce.k} components do not fit a vector of shape {self.shape}"
         elif not isinstance(reduce, KMeansSpec):
-            problem = f"an embedding becomes a label as the nearest of its clusters: {{kind: kmeans, k: {size}}}"
+            problem = f"a label is the nearest cluster of an embedding: use {{kind: kmeans, k: {size}}}"
             yield "encoder.reduce", problem
         elif reduce.k != size:
-            yield "encoder.reduce.k", f"{reduce.k} clusters do not make a label of {size} classes"
+            yield "encoder.reduce.k", f"{reduce.k} clusters do not fit a label of {size} classes"
         elif encoder.scaling == "raw":
-            yield "encoder.scaling", "is never used: the number of a cluster is not scaled"
+            yield "encoder.scaling", "is never used: a cluster's index is not scaled"
 
 
 class SampleSpec(Spec):
     want: list[Name] = []
     given: dict[Name, Any] = Field(
         default={},
-        description="known values: of a label a class's name or number, of a text the text, or a list of either, one a "
-        "sample; else a file or folder. `--set sample.given={}` clears them, `--given NAME=null` takes one away",
+        description="known values: a class's name or number for a label, the text for a text, or a list of these, one "
+        "per sample; else a file or folder. `--set sample.given={}` clears them, `--given NAME=null` removes one",
     )
     count: UpToTenMillion = 64
     seed: NonNegativeInt = 0
@@ -209,24 +209,24 @@ class SampleSpec(Spec):
     exact: bool = Field(default=False, description="pad every call to one tile: bit-identical for any batch size")
     execution: Literal["auto", "eager", "compile"] = "auto"
     precision: Literal["float32", "bf16"] = Field(
-        default="float32", description="of the networks alone; the solver's state stays float32"
+        default="float32", description="of the networks only; the solver's state stays float32"
     )
 
 
 class EvaluateSpec(Spec):
     """What `chaindiff evaluate` measures, and against what."""
 
-    count: UpToTenMillion = Field(default=1000, description="samples of every row")
+    count: UpToTenMillion = Field(default=1000, description="samples per row")
     judges: Annotated[list[str], Field(min_length=1)] = Field(
         default=["judge_conv", "judge_vit"], description="feature extractors; `chaindiff list judges` shows all"
     )
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
-        default=[0], description="sampling seeds; figures are given for each and as their mean"
+        default=[0], description="sampling seeds; metrics are reported for each and averaged"
     )
-    reference: str | None = Field(default=None, description="the split compared with; none: the recipe's own data")
+    reference: str | None = Field(default=None, description="the split to compare with; none: the recipe's own data")
     held_out: str | None = Field(
         default="test",
-        description="the split that training never saw, for floors and memorisation; none: there is none",
+        description="the held-out split, for floors and memorisation; none: not available",
     )
 
 

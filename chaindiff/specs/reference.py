@@ -1,4 +1,4 @@
-"""The reference of recipes, written from their JSON Schema: `python -m chaindiff.specs.reference` prints it."""
+"""The recipe reference, generated from the JSON Schema: `python -m chaindiff.specs.reference` prints it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from chaindiff.specs.recipe import Recipe
 
 HEAD = """# Recipe reference
 
-Every field of a recipe, of a stage and of what they hold. `chaindiff schema` prints the same for editors, and
+Every field of a recipe, of a stage and of the objects in them. `chaindiff schema` prints the same for editors, and
 `chaindiff show RECIPE` a recipe with every default in place. A field without a default must be given. Unknown fields
 are refused, with the line and the nearest name.
 
-A stage that says `use: CARD` starts from that stage card; what stands beside `use` goes over the card's fields, one by
-one. The same names work on the command line, `--set stages.image.sample.steps=20`, and in Python,
+A stage with `use: CARD` starts from that stage card; the fields beside `use` override the card's, one by one. The same
+names work on the command line, `--set stages.image.sample.steps=20`, and in Python,
 `chaindiff.load(recipe, stages={"image": {"sample": {"steps": 20}}})`. In place of the name of a stage, a variable or a
 given value, `*` means all of them: `--set "stages.*.sample.steps=20"`. The fields that map names to plain values
-(`sample.given`, `data.where`) are cleared by `{}`, and lose one entry by `null`: `--set sample.given.group=null`.
+(`sample.given`, `data.where`) are cleared with `{}`; `null` removes one entry: `--set sample.given.group=null`.
 
 *This page is generated: `python -m chaindiff.specs.reference > docs/recipe-reference.md`.*
 """
@@ -30,14 +30,14 @@ Schema = Mapping[str, Any]
 
 
 def page() -> str:
-    """The page in Markdown: a section for every model, in the order in which a reader meets them."""
+    """The page in Markdown: a section for every model, in reading order."""
     recipe = Recipe.model_json_schema()
     models = {"Recipe": recipe, **recipe["$defs"]}
     return "\n".join([HEAD, *(_section(name, models) for name in _reached("Recipe", models, []))])
 
 
 def _reached(name: str, models: Schema, seen: list[str]) -> list[str]:
-    """The model and all that its fields may hold, depth first, each once."""
+    """The model and all models reachable from its fields, depth first, each once."""
     if name not in seen:
         seen.append(name)
         for below in re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(models[name]["properties"])):
@@ -46,7 +46,7 @@ def _reached(name: str, models: Schema, seen: list[str]) -> list[str]:
 
 
 def _title(name: str, models: Schema) -> str:
-    """A heading: the model's name, and the `kind` that chooses it where others may stand."""
+    """A heading: the model's name, and the `kind` that selects it among others."""
     kind = models[name]["properties"].get("kind", {}).get("const")
     return name.removesuffix("Spec").lower() + (f" (`kind: {kind}`)" if kind else "")
 
@@ -58,7 +58,7 @@ def _section(name: str, models: Schema) -> str:
         lines += [" ".join(model["description"].split()), ""]
     lines += ["| field | type | default | |", "|---|---|---|---|"]
     if name == "StageSpec":
-        lines.append("| `use` | text | none | a stage card, by name or path; these fields go over the card's |")
+        lines.append("| `use` | text | none | a stage card, by name or path; these fields override the card's |")
     for field, said in model["properties"].items():
         default = "**required**" if field in model.get("required", ()) else _default(said["default"])
         cells = [f"`{field}`", _type(said, models), default, said.get("description", "")]

@@ -1,4 +1,4 @@
-"""What a stage card may say: network, links, preconditioning, training, sampling. Imports no torch."""
+"""The fields of a stage card: network, links, preconditioning, training, sampling. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class UNetSpec(Spec):
     dropout: Probability = 0.1
     label_init: Literal["published", "zeros"] = Field(
         default="published",
-        description="first weights of what the noise embedding is told; zeros: training begins as if nothing were "
-        "told, like VCDM from the weights of an unconditional network",
+        description="initial weights of the conditioning in the noise embedding; zeros: training starts from an "
+        "unconditional network, as VCDM's does",
     )
 
     def problems(self) -> Problems:
@@ -63,12 +63,12 @@ class PriorSpec(Spec):
 
 
 class JointNetworkSpec(Spec):
-    """One network for an image and vectors: a U-Net and priors that are told what the other sees."""
+    """One network for an image and vectors: a U-Net and priors conditioned on each other's features."""
 
     kind: Literal["joint"]
     image: UNetSpec
     vector: PriorSpec
-    seen: PositiveInt = Field(default=64, description="features of the image that the priors are told")
+    seen: PositiveInt = Field(default=64, description="image features that the priors receive")
 
 
 Network = Annotated[
@@ -76,7 +76,7 @@ Network = Annotated[
     OURS_OR_CODE,
 ]
 
-# For Python, where the name says the kind.
+# For Python, where the class implies the kind.
 UNet = partial(UNetSpec, kind="unet")
 Prior = partial(PriorSpec, kind="prior")
 JointNetwork = partial(JointNetworkSpec, kind="joint")
@@ -86,7 +86,7 @@ JointNetwork = partial(JointNetworkSpec, kind="joint")
 
 
 def _by_default(kind: str) -> BeforeValidator:
-    """The kind of a mapping that says none."""
+    """The default kind of a mapping."""
     return BeforeValidator(lambda said: {"kind": kind, **said} if isinstance(said, dict) else said)
 
 
@@ -95,27 +95,27 @@ class LinkSpec(Spec):
 
     variable: Name
     dropout: Probability = Field(default=0.0, description="probability of absence in training")
-    null: Literal["zeros", "learned"] = Field(default="zeros", description="what stands for an absent value")
+    null: Literal["zeros", "learned"] = Field(default="zeros", description="what replaces an absent value")
     presence: bool = Field(
-        default=True, description="tell the network when the value can be absent; false as in EDM's format"
+        default=True, description="give the network an indicator of absence where needed; false: as in EDM's format"
     )
     noise: NonNegativeFloat = Field(
         default=0.0,
-        description="largest level of noise-conditioning augmentation in training (0: none); the level is told",
+        description="largest level of noise-conditioning augmentation in training (0: none), given to the network",
     )
     keep: list[NonNegativeInt] = Field(
         default=[],
-        description="train on the first k entries of a vector, k drawn from this list and told; none: always on all",
+        description="train on the first k entries, k drawn from this list and given to the network; none: all",
     )
 
     @property
     def can_be_absent(self) -> bool:
-        """Whether training teaches the stage to go without the value."""
+        """Whether training includes samples without the value."""
         return self.dropout > 0 or 0 in self.keep
 
     def problems(self) -> Problems:
         if self.keep and not max(self.keep):
-            yield "keep", "0 alone never gives anything; leave the link out"
+            yield "keep", "with 0 alone the value is never given; leave the link out"
 
 
 Link = Annotated[
@@ -155,7 +155,7 @@ class IddpmSpec(Spec):
 
 
 class PreconditionSpec(Spec):
-    """What the network predicts, for parametrisations that know every noise level."""
+    """What the network predicts, for parametrisations that accept every noise level."""
 
     kind: Literal["edm", "x0", "v", "flow"] = Field(
         default="edm",
@@ -262,19 +262,19 @@ RelativeStd = Annotated[float, Field(gt=0, lt=12**-0.5)]  # the bound is that of
 
 
 class PowerEmaSpec(Spec):
-    """EDM2's averages by power functions of training time; other lengths are reconstructed from their snapshots."""
+    """EDM2's power-function EMA; other lengths are reconstructed from its snapshots."""
 
     kind: Literal["power"]
     tracks: Annotated[list[RelativeStd], Field(min_length=1)] = Field(
         default=[0.05, 0.10],
-        description="sigma_rel of every average that is kept, its width as a share of the training so far; "
+        description="sigma_rel of every EMA that is tracked, its width as a share of the training so far; "
         "the stage's weights are those of the first",
     )
     snapshot_every: PositiveInt = Field(default=100_000, description="images between snapshots of all tracks")
 
     def problems(self) -> Problems:
         if len(set(self.tracks)) < len(self.tracks):
-            yield "tracks", f"an average is kept once, not twice: {self.tracks}"
+            yield "tracks", f"the same EMA is tracked twice: {self.tracks}"
 
 
 Ema = Annotated[
@@ -287,7 +287,7 @@ Ema = Annotated[
 class TrainSpec(Spec):
     images: NonNegativeInt = Field(description="training images seen in all")
     batch: UpToMillion = 256
-    accumulate: PositiveInt = Field(default=1, description="micro-batches a step; batch is the whole")
+    accumulate: PositiveInt = Field(default=1, description="micro-batches per step; batch is their total")
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: Ema = EmaSpec()
     precision: Literal["float32", "bf16"] = "float32"
@@ -328,15 +328,15 @@ _LEVELS = {
 class LinkSampling(Spec):
     """What sampling does to one given variable."""
 
-    noise: NonNegativeFloat = Field(default=0.0, description="level of the noise that it gets, which is told")
+    noise: NonNegativeFloat = Field(default=0.0, description="noise level of its conditioning augmentation")
     keep: NonNegativeInt | None = Field(
-        default=None, description="entries of the vector that are given; none: the most that training gave"
+        default=None, description="entries of the vector that are given; none: the most used in training"
     )
     absent: bool = Field(default=False, description="sample as if the value were not known")
 
     @property
     def sampled(self) -> bool:
-        """Whether sampling looks at the value at all."""
+        """Whether sampling uses the value at all."""
         return not self.absent and self.keep != 0
 
 
@@ -358,31 +358,29 @@ class SamplerSpec(Spec):
         "parametrisation allows",
     )
     sigma_max: PositiveFloat | None = Field(default=None, description="first level; none: likewise (edm: 80)")
-    rho: PositiveFloat = Field(default=7.0, description="how the steps of the edm discretisation crowd at low levels")
+    rho: PositiveFloat = Field(default=7.0, description="concentration of the edm discretisation at low levels")
     churn: ChurnSpec = ChurnSpec()
     eta: Probability = Field(
         default=0.0,
-        description="noise of every step of ddim (1: ancestral sampling) and dpmpp_2m (1: DPM-Solver++ SDE); 0: none",
+        description="noise added by ddim (1: ancestral sampling) and dpmpp_2m (1: DPM-Solver++ SDE); 0: none",
     )
     guidance: PositiveFloat | dict[Name, PositiveFloat] = Field(
         default=1.0,
-        description="classifier-free guidance scale, or one for each given variable that can be absent; 1 is off",
+        description="classifier-free guidance scale, or one for each given variable that can be absent; 1: off",
     )
     guidance_interval: tuple[NonNegativeFloat, PositiveFloat] | None = Field(
         default=None, description="guide only where the level is above the first and at most the second; none: always"
     )
-    links: dict[Name, LinkSampling] = Field(
-        default={}, description="what sampling does to given variables, by their names"
-    )
+    links: dict[Name, LinkSampling] = Field(default={}, description="what sampling does to given variables, by name")
     offset: Probability = Field(
         default=0.0,
-        description="how much of a pass each of several variables starts after the one before; 0: together, 1: one "
+        description="how far into the pass of one of several variables the next one starts; 0: together, 1: one "
         "after the other",
     )
 
     @property
     def levels(self) -> tuple[float, float]:
-        """(sigma_min, sigma_max), as said or as published with the discretisation."""
+        """(sigma_min, sigma_max), as set or as published with the discretisation."""
         low, high = _LEVELS[self.discretisation]
         return self.sigma_min or low, self.sigma_max or high
 
@@ -406,7 +404,7 @@ class SamplerSpec(Spec):
             yield "guidance_interval", "should rise: the level is above the first number and at most the second"
 
     def untrained(self, links: Mapping[str, LinkSpec]) -> Problems:
-        """What this asks of given variables that training did not teach."""
+        """What this asks of given variables that training did not cover."""
         for name, said in self.links.items():
             field, link = f"links.{name}", links.get(name)
             if link is None:
@@ -416,7 +414,7 @@ class SamplerSpec(Spec):
                 problem = f"{said.noise:g} is above {link.noise:g}, the largest level in training (`noise`)"
                 yield f"{field}.noise", problem
             if said.keep is not None and said.keep not in link.keep:
-                known = f"one of {link.keep}" if link.keep else "which this link has not"
+                known = f"one of {link.keep}" if link.keep else "which this link does not set"
                 yield f"{field}.keep", f"{said.keep} was not trained: it should be in the link's `keep`, {known}"
             if said.absent and not link.can_be_absent:
                 problem = "the value is never absent in training: the link has no `dropout`, and no 0 in `keep`"
@@ -424,55 +422,53 @@ class SamplerSpec(Spec):
         droppable = [name for name, link in links.items() if link.can_be_absent and self.link(name).sampled]
         if not isinstance(self.guidance, dict):
             if self.guidance != 1 and not droppable:
-                problem = f"{self.guidance:g} compares with an absent value, but no link of this stage has a `dropout`"
+                problem = f"{self.guidance:g} needs unconditional predictions, but no link of this stage has `dropout`"
                 yield "guidance", problem
             return
         for name in self.guidance:
             if name not in droppable:
                 tail = "has no `dropout`, so it is never absent" if name in links else "is not given to this stage"
-                yield f"guidance.{name}", f"compares with an absent value, but '{name}' {tail}"
+                yield f"guidance.{name}", f"needs a prediction without '{name}', which {tail}"
 
 
 class JointSpec(Spec):
-    """How a stage that generates several variables learns their noise levels, each of which is drawn for itself."""
+    """How training draws the noise levels of variables that are generated together, each independently."""
 
     exact: Probability = Field(
         default=0.2,
         description="probability in training that some of the variables are known exactly; 0: none can be given",
     )
     pure: Probability = Field(
-        default=0.2, description="probability that some are nothing but noise, as those that wait on a path"
+        default=0.2, description="probability that some are pure noise, as those that sampling has not started yet"
     )
 
 
 class StageSpec(Spec):
     """One stage: generates a variable given others, or several together."""
 
-    # An editor asks for a network as the loader does; of code it cannot be asked.
+    # Editors require a network where the loader does: not of user-defined stages.
     model_config = ConfigDict(
         json_schema_extra={"if": {"properties": {"kind": {"const": "diffusion"}}}, "then": {"required": ["network"]}}
     )
 
     description: str = ""
     kind: Annotated[str, Field(pattern=f"^(diffusion|{CODE})$")] = Field(
-        default="diffusion", description="`diffusion`, or a class of one's own: `MODULE:NAME`, with `--allow-code`"
+        default="diffusion", description="`diffusion`, or a user-defined class: `MODULE:NAME`, with `--allow-code`"
     )
-    settings: dict[str, Any] = Field(
-        default={}, description="of a class of one's own: the keyword arguments that it is called with"
-    )
+    settings: dict[str, Any] = Field(default={}, description="keyword arguments of a user-defined class")
     generates: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None, description="none: the variable of the stage's name; several: the first leads (`sample.offset`)"
     )
     joint: JointSpec = JointSpec()
     given: list[Link] = []
-    network: Network | None = Field(default=None, description="required unless the kind is a class of one's own")
+    network: Network | None = Field(default=None, description="required unless the kind is a user-defined class")
     precondition: Precondition = PreconditionSpec()
     noise: NoiseLevels = Field(default=NoiseSpec(), description="none: what the parametrisation was published with")
     augment: AugmentSpec = AugmentSpec()
     train: TrainSpec
     sample: SamplerSpec = SamplerSpec()
     weights: str | None = Field(default=None, description="a weights file; none: the shipped file or the run's own")
-    init: str | None = Field(default=None, description="begin training from the weights of this file")
+    init: str | None = Field(default=None, description="a weights file that training starts from")
 
     @field_validator("network")
     @classmethod
@@ -492,17 +488,17 @@ class StageSpec(Spec):
         yield from self._of_several()
 
     def _of_code(self) -> Problems:
-        """What only our own stages read is no part of a stage of one's own, nor the other way round."""
+        """Fields of diffusion stages do not apply to user-defined stages, nor the other way round."""
         if not is_code(self.kind):
             if self.settings:
-                yield "settings", "are for code: for a stage whose kind is MODULE:NAME"
+                yield "settings", "are for user-defined stages, whose kind is MODULE:NAME"
             return
         diffusion = {"network", "precondition", "noise", "joint", "sample", "init"}
         said = [*self.model_dump(include=diffusion & self.model_fields_set, exclude_defaults=True)]
         for index, link in enumerate(self.given):
             said += [f"given.{index}.{f}" for f in link.model_dump(exclude={"variable"}, exclude_defaults=True)]
         for field in sorted(said):
-            yield field, "is for diffusion stages; what the code of this stage is to know stands in its `settings`"
+            yield field, "is for diffusion stages; arguments of this stage's code go into its `settings`"
 
     def _of_given(self) -> Problems:
         names = [link.variable for link in self.given]
@@ -514,22 +510,22 @@ class StageSpec(Spec):
                 yield f"given.{index}.null", problem
 
     def _of_levels(self) -> Problems:
-        """Whether network, preconditioning and training noise belong together."""
+        """Whether network, preconditioning and training noise are compatible."""
         kind = self.precondition.kind
         if not isinstance(self.precondition, PreconditionSpec) and self.noise != self.precondition:
-            tail = f"leave `noise` out, or say precondition: {{kind: edm}}, which takes noise of kind {self.noise.kind}"
-            problem = f"a network of kind {kind} knows the noise levels of {kind} with the same numbers alone; {tail}"
+            tail = f"leave `noise` out, or use precondition: {{kind: edm}}, which takes noise of kind {self.noise.kind}"
+            problem = f"a network of kind {kind} needs training noise of kind {kind} with the same numbers; {tail}"
             yield "noise", problem
         network, place = self.network, "network.arch"
         if isinstance(network, JointNetworkSpec):
             network, place = network.image, "network.image.arch"
         if isinstance(network, UNetSpec) and network.arch == "ncsnpp" and kind not in ("edm", "x0", "ve"):
-            tail = f"but {kind} tells times up to 1000; use ddpmpp"
+            tail = f"but {kind} uses times up to 1000; use ddpmpp"
             problem = f"ncsnpp embeds the logarithm of a level (edm, x0, ve), {tail}"
             yield place, problem
 
     def _of_several(self) -> Problems:
-        """Whether what is said of several variables has several to say it of."""
+        """Whether options for several variables are used with several variables."""
         joint, kind = self.joint, self.precondition.kind
         if len(self.generates or ()) < 2:
             for field, unused in (("joint", joint != JointSpec()), ("sample.offset", self.sample.offset != 0)):
@@ -540,9 +536,9 @@ class StageSpec(Spec):
                 yield "generates", f"a joint network generates one image and one or more vectors, not {alone}"
             return
         if joint.exact + joint.pure > 1:
-            yield "joint.pure", f"{joint.pure:g} and exact, {joint.exact:g}, should be no more than 1 together"
+            yield "joint.pure", f"{joint.pure:g} and exact, {joint.exact:g}, should sum to at most 1"
         elif not isinstance(self.precondition, PreconditionSpec):
             reason = "at which one of several variables is known exactly; use edm, x0, v or flow"
-            yield "precondition", f"a network of kind {kind} does not know level 0, {reason}"
+            yield "precondition", f"a network of kind {kind} does not accept level 0, {reason}"
         if self.init is not None:
-            yield "init", "begins one network from another's weights; a joint network is made of several"
+            yield "init", "initialises one network with another's weights; a joint network consists of several"

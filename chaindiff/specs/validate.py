@@ -14,7 +14,7 @@ from chaindiff.specs.fields import child, kinds, model_of, tagged
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.yaml import Node, describe, wrap
 
-# What sampling does to a link stands under `sample.links`; it stood beside what training does to it.
+# Sampling options of a link are under `sample.links`; they used to be beside its training options.
 MOVED = {"sample_noise": "noise", "sample_keep": "keep", "sample_absent": "absent"}
 MOST = 10  # mistakes that one message lists
 
@@ -34,7 +34,7 @@ _LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def config(kind: Any, said: Any, where: str) -> Any:
-    """The config object that a mapping of Python describes, or the object itself, for a place in words.
+    """The config object that a Python mapping describes, or the object itself; `where` is for messages.
 
     Raises UserError as `validate` does.
     """
@@ -68,7 +68,7 @@ def raise_all(problems: Sequence[UserError]) -> None:
 
 
 def _merged(problems: Sequence[UserError]) -> list[UserError]:
-    """Where a value may be of several types, pydantic says of each that it is not that: one mistake all the same."""
+    """Where a value may have several types, pydantic reports an error for each; they are one mistake."""
     merged: dict[tuple[str | None, str], UserError] = {}
     for problem in problems:
         field, expected, rest = problem.message.partition(": expected ")
@@ -92,7 +92,7 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
         if part in (tags := tagged(annotation)):
             annotation = tags[part]
             continue
-        # What pydantic adds to the way: "[key]" for a field's name, or the alternative of a type that it tried.
+        # What pydantic adds to the path: "[key]" for a field's name, or the alternative of a type that it tried.
         kind = tree.deepest(path).get("kind")
         model = model_of(annotation, kind and kind.plain())
         added = part == "[key]" or model is None
@@ -108,7 +108,7 @@ def _translate(error: Any, tree: Node, annotation: Any) -> UserError:
         if last in MOVED:
             link = tree.deepest(shown).get("variable")
             now = f"sample.links.{link.value if link else 'NAME'}.{MOVED[str(last)]}"
-            problem = f"unknown field '{last}'; it is said as {now} now"
+            problem = f"unknown field '{last}'; it is now {now}"
     elif code == "missing":
         *shown, last = path
         problem = f"missing field '{last}'" if isinstance(last, str) else f"missing item {last + 1} of the list"
@@ -138,7 +138,7 @@ def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> st
         return f"should be {bound}, not {describe(value)}"
     if code == "string_pattern_mismatch" and CODE in context["pattern"]:
         ours = "'diffusion' or " if context["pattern"] != f"^{CODE}$" else ""
-        return f"expected {ours}code of your own, as my_package.module:Name, not {describe(value)}"
+        return f"expected {ours}user-defined code, such as my_package.module:Name, not {describe(value)}"
     if code == "string_pattern_mismatch":
         return f"{describe(value)} is not a name: letters, digits and underscores, a letter first"
     if code in ("too_short", "too_long"):

@@ -1,6 +1,6 @@
 """YAML with the file and line of every value, read as YAML 1.2 does: `1e-4` is a number, `on` and `no` are text.
 
-Built over the parser's events, so that size and depth are bounded before anything is made of them.
+Built on the parser's events, so that size and depth are bounded before any value is constructed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _INDENT_TAB = re.compile(r" *\t")
 
 @dataclass(frozen=True)
 class Node:
-    """A value and where it was said: a scalar, a list of nodes, or a mapping from text to nodes."""
+    """A value and where it was written: a scalar, a list of nodes, or a mapping from text to nodes."""
 
     value: Any
     where: str | None
 
     def plain(self) -> Any:
-        """The value without its places."""
+        """The value without its positions."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
@@ -68,13 +68,13 @@ class Node:
 
 
 def position(key: str | int, count: int) -> int | None:
-    """The key as the position of one of `count` items; None if it is none."""
+    """The key as the index of one of `count` items; None if it is not one."""
     known = isinstance(key, int) or (key.isdecimal() and len(key) <= len(str(MAX_INT)))
     return int(key) if known and 0 <= int(key) < count else None
 
 
 def wrap(value: Any, where: str | None) -> Node:
-    """Plain data (and pydantic models within it) as nodes that share one place; what is a node keeps its own."""
+    """Plain data (and pydantic models within it) as nodes that share one position; nodes retain theirs."""
     if isinstance(value, Node):
         return value
     if hasattr(value, "model_dump"):
@@ -90,13 +90,13 @@ def wrap(value: Any, where: str | None) -> Node:
 
 
 def display(path: Path) -> str:
-    """A path as messages show it: relative to the current directory if it lies below."""
+    """A path as messages show it: relative to the current directory if it is below."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
 
 def read(path: Path) -> Node:
-    """The one mapping that a YAML file holds. Raises UserError with file and line for anything else."""
+    """The top-level mapping of a YAML file. Raises UserError with file and line for anything else."""
     name = display(path)
     try:
         with path.open("rb") as file:
@@ -104,7 +104,7 @@ def read(path: Path) -> Node:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", name) from error
     if len(content) > MAX_BYTES:
-        raise UserError(f"is larger than {MAX_BYTES // 1_000_000} MB, so it is hardly a recipe or a stage card", name)
+        raise UserError(f"is larger than {MAX_BYTES // 1_000_000} MB, too large for a recipe or a stage card", name)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -119,10 +119,10 @@ def read(path: Path) -> Node:
 
 
 def parse(text: str, place: Callable[[int], str]) -> Node | None:
-    """The one value in a YAML text, None if it is empty; `place` makes a place of a line number, counted from 1."""
+    """The one value in a YAML text, None if it is empty; `place` turns a line number (from 1) into a position."""
     if found := _CONTROL.search(text):
         line = text.count("\n", 0, found.start()) + 1
-        raise UserError(f"has the control character {found[0]!r}, so it is no text", place(line))
+        raise UserError(f"contains the control character {found[0]!r}, so it is not text", place(line))
     return _Builder(text, place).document()
 
 
@@ -149,7 +149,7 @@ def describe(value: Any) -> str:
 
 
 class _Builder:
-    """Makes nodes of the parser's events."""
+    """Builds nodes from the parser's events."""
 
     def __init__(self, text: str, place: Callable[[int], str]):
         self.text, self.place = text, place
@@ -199,7 +199,7 @@ class _Builder:
     def _node(self, event: Any, depth: int) -> Node:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors:
-                self._refuse(event, f"the alias *{event.anchor} stands for nothing: no &{event.anchor} ends before it")
+                self._refuse(event, f"the alias *{event.anchor} is undefined: no &{event.anchor} ends before it")
             node = self.anchors[event.anchor]
             nodes, height = _measure(node)
             self._count(event, nodes, depth + height)
@@ -226,8 +226,8 @@ class _Builder:
             if key.value == "<<" and key.implicit[0]:
                 self._refuse(key, "merge keys (`<<`) are not read", "put what is shared in a stage card and `use` it")
             if key.value in fields:
-                self._refuse(key, f"'{key.value}' is said twice; first at {fields[key.value].where}")
-            # A field is found by its name, so its place is the line of the name.
+                self._refuse(key, f"'{key.value}' is given twice; first at {fields[key.value].where}")
+            # A field's position is the line of its name.
             fields[key.value] = Node(self._node(next(self.events), depth + 1).value, self._where(key))
         return Node(fields, self._where(start))
 
@@ -240,10 +240,10 @@ class _Builder:
         if _BOOL.fullmatch(text):
             return text.lower() == "true"
         bare = text.replace("_", "").lower()
-        if _INT.fullmatch(text):  # of 64 bits, as every reader takes it, so that it can be computed with and shown
+        if _INT.fullmatch(text):  # of 64 bits, which every reader supports
             number = MAX_INT + 1 if len(bare) > 30 else int(bare, 0 if bare[:2] in ("0o", "0x") else 10)
             if abs(number) > MAX_INT:
-                self._refuse(event, "is too large a whole number: it does not fit into 64 bits")
+                self._refuse(event, "is too large: whole numbers have at most 64 bits")
             return number
         return float(bare.replace(".inf", "inf").replace(".nan", "nan")) if _FLOAT.fullmatch(text) else text
 
@@ -256,7 +256,7 @@ def _measure(node: Node) -> tuple[int, int]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what would read as a number here, and also what YAML 1.1 readers would take for one."""
+    """Quotes what would be read as a number, here or by YAML 1.1 readers."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -267,7 +267,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"(?:{_INT.pa
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Line separators of Unicode survive within double quotes only.
+    # Unicode line separators survive only within double quotes.
     style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
