@@ -326,8 +326,8 @@ def test_a_full_disk_is_told_and_the_same_command_continues(recipe, finished, tm
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot write {out}/") and "No space left on device" in error
     assert "free some space or choose another folder with --out; the last complete file is untouched" in error
-    assert "Traceback" not in error and ".chaindiff" not in error
-    assert [path.name for path in out.rglob("*.chaindiff")] == []
+    assert "Traceback" not in error and ".tmp" not in error
+    assert [path.name for path in out.rglob("*.tmp")] == []
     for path in out.rglob("*.safetensors"):
         assert tensorfile.load(path)[0]
     if room >= 1:

@@ -241,7 +241,7 @@ def test_resumed_tracks_and_snapshots_are_those_of_undisturbed_training(tmp_path
     run_train(tmp_path / "whole")
     for steps in (3, 2, 3):  # killed after the snapshot of 24 images, whose state is that of 16; and again
         run_train(tmp_path / "killed", steps)
-        leftover = tmp_path / "killed" / "snapshots" / ".000000048-0.1.safetensors.0123456789abcdef.chaindiff"
+        leftover = tmp_path / "killed" / "snapshots" / ".000000048-0.1.safetensors.0123456789abcdef.chaindiff.tmp"
         leftover.write_bytes(b"half")
         files.remove_leftovers.cache_clear()  # as in another process
     assert not (tmp_path / "killed" / "weights.safetensors").exists()

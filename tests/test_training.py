@@ -124,7 +124,7 @@ def test_killed_training_ends_with_the_weights_of_undisturbed_training(recipe, f
         assert stage_file(out, "state.safetensors").exists()
         assert not stage_file(out).exists()
         # What a process leaves that was killed while it wrote: half a file, and half a line.
-        stage_file(out, ".state.safetensors.0123456789abcdef.chaindiff").write_bytes(b"half")
+        stage_file(out, ".state.safetensors.0123456789abcdef.chaindiff.tmp").write_bytes(b"half")
         with stage_file(out, "metrics.jsonl").open("a") as file:
             file.write('{"images": 2')
     assert chaindiff_train(recipe, out) == 0

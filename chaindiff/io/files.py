@@ -16,7 +16,7 @@ from typing import IO
 from chaindiff.io.errors import UserError
 
 UNWRITABLE = "free some space or choose another folder with --out; the last complete file is untouched"
-OURS = re.compile(r"\..+\.[0-9a-f]{16}\.chaindiff")
+OURS = re.compile(r"\..+\.[0-9a-f]{16}\.chaindiff\.tmp")
 EARLIER = re.compile(r"\.tmp\w{6}")  # of safetensors' own writer, which earlier versions used; it takes no lock
 OLD = 3600  # seconds without a write after which such a file counts as abandoned
 
@@ -56,7 +56,7 @@ def whole(path: Path, before: Path | None = None, sync: bool = True) -> Iterator
 def _temporary(path: Path) -> IO[bytes]:
     """A new file, locked while it is open: the lock ends with the process, which tells leftovers from live files."""
     while True:
-        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.chaindiff"), "x+b")  # noqa: SIM115
+        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.chaindiff.tmp"), "x+b")  # noqa: SIM115
         with suppress(OSError):  # a file system without locks, where nothing counts as a leftover either
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # else it was removed before it was locked

@@ -49,7 +49,7 @@ def last(folder: Path) -> State | None:
             _note(f"{damage.message}; training resumes from the previous checkpoint, at {found.images} images")
         return found
     if damage is not None:
-        hint = f"you may delete {NEWEST} and {PREVIOUS} in {folder}, to train that stage again"
+        hint = f"delete it to retrain that stage, and {PREVIOUS} too if it is there"
         raise UserError(damage.message, hint=hint)
     return None
 
@@ -121,7 +121,7 @@ def restore(
         like = parameters.get(int(index)) if index.isdecimal() else None
         if like is None or value.shape not in (like.shape, torch.Size()):
             raise UserError(
-                f"{where} does not fit this stage: optimizer.{key:.80}", hint="delete it to train the stage again"
+                f"{where} does not fit this stage: optimizer.{key:.80}", hint="delete it to retrain that stage"
             )
         # Moments in the parameter's memory format are many times faster.
         state.setdefault(int(index), {})[name] = (

@@ -91,7 +91,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path) -> None:
         ]:
             (tmp_path / name).write_bytes(content)
             os.utime(tmp_path / name, (time.time() - age,) * 2)
-        os.mkfifo(tmp_path / ".x.0123456789abcdef.chaindiff")
+        os.mkfifo(tmp_path / ".x.0123456789abcdef.chaindiff.tmp")
         files.remove_leftovers.cache_clear()
         files.write_whole(tmp_path / "x", "new")
         left = sorted(path.name.partition(".chaindiff")[0][:8] for path in tmp_path.iterdir())
@@ -222,7 +222,7 @@ def test_where_no_checkpoint_is_whole_the_way_out_is_said(tmp_path) -> None:
     with pytest.raises(UserError) as error:
         trained(tmp_path)
     assert "state.safetensors is not a complete safetensors file" in error.value.message
-    assert "you may delete state.safetensors and state.previous.safetensors" in str(error.value)
+    assert "delete it to retrain that stage, and state.previous.safetensors too" in str(error.value)
 
 
 @pytest.mark.parametrize(
