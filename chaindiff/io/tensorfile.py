@@ -61,7 +61,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any],
     with whole(path, before) as file:
         file.write(len(first).to_bytes(8, "little") + first)
         for name in names:
-            data = memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            data = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             checksum = zlib.crc32(data, checksum)
             file.write(data)
         file.seek(8)
