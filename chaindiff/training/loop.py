@@ -145,7 +145,7 @@ def train(
     def save_state() -> None:
         nonlocal damaged
         if accelerator.is_main_process:
-            everything = {**metadata, "images": str(images)}
+            everything = {**metadata, "images": str(images), "batch": str(spec.batch)}
             states.write(folder, states.state_tensors(stage, emas, optimizer.optimizer), everything, damaged)
             damaged = False
         accelerator.wait_for_everyone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -62,9 +61,8 @@ def _note(text: str) -> None:
 def _read(path: Path) -> State:
     tensors, kept = tensorfile.load(path)
     try:
-        images, total = int(kept["images"]), int(kept.get("total", 0))
-        batch = int(json.loads(kept["stage"])["train"]["batch"]) if "stage" in kept else 1
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        images, total, batch = int(kept["images"]), int(kept.get("total", 0)), int(kept.get("batch", 1))
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"{path} is not a training state: its metadata does not say how many images were seen"
         ) from error
