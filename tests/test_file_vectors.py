@@ -223,7 +223,10 @@ def test_trained_and_given_and_two_contents_refused(here, capsys) -> None:
     next(Path("runs/vectors/encoders").iterdir()).unlink()
     assert chaindiff("train", "r.yaml", "--stage", "clip", "--fresh") == 0
     assert chaindiff("sample", "r.yaml", "--out", "runs/vectors") == 2
-    assert "stages 'clip' and 'image' were trained on different fits of 'clip'" in capsys.readouterr().err
+    assert (
+        "stages/image/weights.safetensors was trained on other content than is there now: the vectors of 'clip'"
+        in capsys.readouterr().err
+    )
 
 
 def test_it_encodes_nothing(here) -> None:

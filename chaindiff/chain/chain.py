@@ -96,7 +96,7 @@ class Chain:
         for stage in self.stages.outlines.values():
             for variable in (*stage.generates.values(), *stage.given):
                 known = self.variables.setdefault(variable.name, variable)
-                if known.identity != variable.identity:
+                if not variable.agrees(known):
                     raise UserError(
                         f"stage '{stage.name}' has a different '{variable.name}' from the rest of the chain: "
                         f"{difference(variable, known)}",

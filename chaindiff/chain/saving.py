@@ -60,6 +60,41 @@ def metadata(stage: Stage) -> dict[str, Any]:
     return {"format": FORMAT, "identity": digest(about), **about}
 
 
+DATA = "the data"
+
+
+def content(data: Any) -> dict[str, str]:
+    """Digest and number of rows of the data, for the metadata of a stage trained on them."""
+    return {DATA: data.content, "rows": str(len(data))}
+
+
+def trained_content(kept: Mapping[str, str]) -> dict[str, str]:
+    """Digests of what a stage was trained on, keyed by words; empty for files of earlier versions."""
+    try:
+        found = json.loads(kept.get("content", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def changed(kept: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What has other content now, such as "the data (9 rows then, 8 now)"; what is unknown counts as unchanged."""
+    then = trained_content(kept)
+    other = [what for what in now if what in then and then[what] != now[what] and what != "rows"]
+    rows = [then.get("rows"), now.get("rows")]
+    said = "" if rows[0] == rows[1] else f" ({rows[0]} rows then, {rows[1]} now)"
+    return [f"{what}{said}" if what == DATA else what for what in other]
+
+
+def refuse_changed(path: Path, other: Sequence[str]) -> None:
+    """Raises UserError if `other` names anything."""
+    if other:
+        raise UserError(
+            f"{path} was trained on other content than is there now: {', '.join(other)}",
+            hint="restore what it was trained on, or train again with another --out",
+        )
+
+
 def save_stage(stage: Stage, path: str | Path, **about: Any) -> None:
     """Write a stage's weights; `load_stage`, and a recipe's `weights`, read them. Raises UserError if it has none."""
     if not learns(stage):
@@ -101,7 +136,7 @@ def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Dif
 
 def _variable(entry: Mapping[str, Any]) -> Variable:
     fields = {key: entry[key] for key in ("name", "kind", "shape", "sigma_data", "meaning")}
-    return Variable(**{**fields, "shape": tuple(fields["shape"])})
+    return Variable(**{**fields, "shape": tuple(fields["shape"]), "version": entry.get("version", "")})
 
 
 # ------------------------------------------------------------ chains

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from chaindiff.io.digest import digest
-from chaindiff.specs.recipe import FileSpec, VariableSpec
+from chaindiff.specs.clip_models import is_file, placed_folder
+from chaindiff.specs.recipe import FileSpec, OpenClipSpec, VariableSpec
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Variable:
 
     A value is a tensor [batch, *shape]; a label's is an integer [batch] below `shape[0]`. Images lie in [-1, 1].
     `meaning` says what the numbers are (for an encoder's output: which encoder, of what, how scaled), by default what
-    the data holds under this name; two variables may be joined by a link only if their identities agree.
+    the data holds under this name. `version` is a digest of the encoder's files and statistics, where they are known.
+    Two variables may be joined by a link only if they agree in all of this.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Variable:
     shape: tuple[int, ...]
     sigma_data: float = 0.5
     meaning: str = ""
+    version: str = ""
 
     @classmethod
     def image(cls, name: str, channels: int, size: int) -> Variable:
@@ -56,6 +59,12 @@ class Variable:
         said = {"kind": self.kind, "shape": self.shape, "sigma_data": self.sigma_data}
         return digest({**said, "meaning": self.meaning or json.dumps(self._plain_meaning, sort_keys=True)})
 
+    def agrees(self, other: Variable) -> bool:
+        """Whether the identities are equal, and the versions where both are known."""
+        return self.identity == other.identity and (
+            self.version == other.version or not (self.version and other.version)
+        )
+
     @property
     def _plain_meaning(self) -> dict[str, Any]:
         """What the data itself holds under this name: for an image, what a recipe means by one without an encoder."""
@@ -77,6 +86,11 @@ def meaning(name: str, specs: Mapping[str, VariableSpec]) -> dict[str, Any]:
     plain: dict[str, Any] = {"kind": spec.kind, "shape": list(spec.shape)}
     if spec.encoder is not None:
         encoder = spec.encoder.model_dump(exclude={"of", "path"})
+        if isinstance(spec.encoder, OpenClipSpec):  # weights say by `content` which files they were
+            if placed_folder(spec.encoder.model) is not None:
+                encoder["model"] = "a folder"
+            if spec.encoder.pretrained is not None and is_file(spec.encoder.pretrained):
+                encoder["pretrained"] = "a file"
         if isinstance(spec.encoder, FileSpec):
             plain["encoder"] = {**encoder, "identity": spec.encoder.called}
         else:
@@ -96,11 +110,11 @@ def difference(one: Variable, other: Variable) -> str:
     mine, theirs = _facts(one), _facts(other)
     different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     said = [f"its {key} is {mine.get(key, 'nothing')}, not {theirs.get(key, 'nothing')}" for key in different]
-    return "; ".join(said) or "nothing that is recorded"
+    return "; ".join(said) or "its encoder has other weights or statistics"
 
 
 def _facts(variable: Variable) -> dict[str, str]:
-    """All that an identity depends on, flat, by names such as encoder.reduce.k."""
+    """All that tells variables apart, flat, by names such as encoder.reduce.k."""
     try:
         said = json.loads(variable.meaning) if variable.meaning else {}
     except ValueError:

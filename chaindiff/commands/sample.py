@@ -87,7 +87,7 @@ def sample_chain(assembly: Assembly) -> Sampled:
     values = read_given(assembly, asked.given, asked.count)
     texts = [rows_of(value, range(min(asked.count, GRID))) for value in values.values() if isinstance(value, list)]
     captions = [", ".join(row) for row in zip(*texts, strict=True)]
-    samples = Samples(out / "samples", [assembly.variables[v] for v in keep], asked.count, size, captions)
+    samples = Samples(out / "samples", [assembly.versioned(v) for v in keep], asked.count, size, captions)
     before = load_recipe(out).lock if (out / LOCK).exists() else {}
     lock = lock_of(assembly, found, weights, values, before)
     stale = bool(before) and before.get("samples") != lock["samples"]

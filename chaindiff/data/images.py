@@ -86,9 +86,14 @@ class ImageData:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over names, sizes and checksums (zip) or modification times (folder)."""
-        stamps = [[name, *self._source.stamp(name)] for name in self.names]
-        return fingerprint(stamps)
+        """sha256 over names, sizes and checksums of the images, wherever they are stored."""
+        stamps = zip(self.names, self._source.stamps(self.names), strict=True)
+        return fingerprint([[name, *stamp] for name, stamp in stamps])
+
+    @cached_property
+    def content(self) -> str:
+        """sha256 over the images and their fields."""
+        return fingerprint([self.digest, self._rows])
 
     # -- fields
 
@@ -184,7 +189,7 @@ class ImageData:
     def _unreadable(self, name: str, error: Exception) -> UserError:
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "the format is unknown" if self._source.stamp(name)[0] else "the file is empty"
+            reason = "the format is unknown" if self._source.read(name) else "the file is empty"
         hint = "the file may be truncated: replace it, or remove it (and its row of the metadata)"
         return UserError(f"not a readable image: {reason}", self._source.where(name), hint)
 

@@ -85,6 +85,11 @@ class Items:
                 hashed.update(_bytes(value))
         return hashed.hexdigest()
 
+    @property
+    def content(self) -> str:
+        """All that the items hold, as far as `digest` looks."""
+        return self.digest
+
     # -- fields
 
     def field(self, name: str) -> list[str]:

@@ -1,19 +1,26 @@
 """Where the files of a data set are: a folder or a zip, with limits on what is read.
 
-A source has `names()` of its files (POSIX, relative), and for each its bytes (`read`, no more than `most`), a `stamp`
-that changes with it, and its location for messages (`where`).
+A source has `names()` of its files (POSIX, relative), for each its bytes (`read`, no more than `most`) and its location
+for messages (`where`), and `stamps`: sizes and checksums (CRC-32), the same for a folder and a zip of it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import time
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
+from chaindiff.io.digest import digest, unchanged
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import cache_folder, write_whole
+from chaindiff.io.progress import say
 
 ASSETS = Path(__file__).parents[1] / "assets"
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -25,6 +32,8 @@ IMAGE_BYTES = 256 << 20
 SMALL_BYTES = 16 << 20
 DENSEST = 200  # bytes for one byte of a zip, beyond SMALL_BYTES
 
+MANY = 10_000  # files that take a while to read
+SETTLED = 2e9  # nanoseconds; two changes in quick succession may get the same time from a file system
 _AGAIN = "the file may be incomplete: copy or download it again"
 
 
@@ -83,10 +92,20 @@ class Folder:
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        """Size and modification time."""
-        status = self._status(name)
-        return status.st_size, status.st_mtime_ns
+    def stamps(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Sizes and checksums; those of files that have not changed come from the user's cache."""
+        memo = cache_folder() / "checksums" / f"{digest(str(self.path.resolve()))}.json"
+        known, settled = _known(memo), time.time_ns() - SETTLED
+        found = {name: unchanged(self._status(name)) for name in names}
+        sums = {name: known[name][3] for name, now in found.items() if known.get(name, ())[:3] == [*now]}
+        if new := [name for name in names if name not in sums]:
+            if len(new) >= MANY:
+                say(f"reading {len(new):,} images once to compute their checksums")
+            sums |= {name: zlib.crc32(self.read(name)) for name in new}
+            kept = {name: [*found[name], sums[name]] for name in new if found[name][2] < settled}
+            with suppress(UserError):  # without a writable cache they are read every time
+                write_whole(memo, json.dumps({**known, **kept}))
+        return [(found[name][0], sums[name]) for name in names]
 
     def _status(self, name: str) -> os.stat_result:
         try:
@@ -153,16 +172,24 @@ class Zip:
         except Exception as error:  # truncated, a wrong checksum, a damaged stream: each raises its own type
             raise UserError(f"cannot be read from the zip: {error}", self.where(name), _AGAIN) from error
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        """Size and CRC-32."""
-        member = self._members().getinfo(name)
-        return member.file_size, member.CRC
+    def stamps(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Sizes and checksums from the zip's directory; zipfile checks what it reads against them."""
+        members = map(self._members().getinfo, names)
+        return [(member.file_size, member.CRC) for member in members]
 
     def where(self, name: str) -> str:
         return f"{self.path}!{name}"
 
 
 Source = Folder | Zip
+
+
+def _known(memo: Path) -> dict[str, list[int]]:
+    try:
+        known = json.loads(memo.read_text("utf-8"))
+        return {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 4}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _refuse_size(size: int, limit: int, where: str, how: str = "") -> None:

@@ -104,6 +104,10 @@ class OpenClipText(OpenClip):
     def tokenizer(self) -> Any:
         return self.files.tokenizer()
 
+    @cached_property
+    def features_identity(self) -> dict[str, Any]:
+        return {**super().features_identity, **({"tokenizer": self.files.texts} if self.files.texts else {})}
+
     def features(self, x: Sequence[str]) -> Float[Tensor, "n width"]:
         parts = [list(x[start : start + BATCH]) for start in range(0, len(x), BATCH)]
         return torch.cat([self.model.encode_text(self.tokenizer(part).to(self.device)) for part in parts]).cpu()

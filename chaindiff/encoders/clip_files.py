@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chaindiff.io.digest import file_digest
+from chaindiff.io.digest import file_digest, fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.specs.clip_models import CONFIG, known_models, model_folder
+from chaindiff.specs.clip_models import CONFIG, is_file, known_models, model_folder, placed_folder
 from chaindiff.specs.recipe import OpenClipSpec
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+# Files of a folder that a text tower depends on besides its weights.
+TOKENIZER = ("config.json", "*token*.json", "vocab.*", "merges.txt", "*.model")
 
 # open_clip's preprocessing of images where a model does not specify its own (the values of OpenAI's CLIP).
 PREPROCESSING = {
@@ -32,6 +35,7 @@ class Files:
     weights: Path
     create: Callable[[], Any]
     tokenizer: Callable[[], Any]
+    texts: str = ""  # digest of the tokenizer in a local folder
 
     @property
     def width(self) -> int:
@@ -69,8 +73,7 @@ def _folder(folder: Path, where: str) -> Files:
         raise UserError(f"there is no {CONFIG} in {folder}", where, "expected a folder that open_clip wrote") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is not a model's configuration: {error!r}", where) from error
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
+    if (weights := _weights(folder)) is None:
         raise UserError(f"there are no weights in {folder}", where, f"expected {' or '.join(WEIGHTS)}")
 
     def create() -> Any:
@@ -87,7 +90,30 @@ def _folder(folder: Path, where: str) -> Files:
 
         return open_clip.get_tokenizer(f"local-dir:{folder}")
 
-    return Files(config, _preprocessing(preprocessing), weights, create, tokenizer)
+    return Files(config, _preprocessing(preprocessing), weights, create, tokenizer, _tokenizer(folder))
+
+
+def placed(spec: OpenClipSpec, text: bool) -> dict[str, str]:
+    """Digests of the files of a model that a recipe gives by path, where they exist; of a text tower's tokenizer too.
+
+    Embedded models and open_clip's tags are identified by name: nothing is loaded or downloaded here.
+    """
+    if (folder := placed_folder(spec.model)) is None:
+        file = Path(spec.pretrained or "").expanduser()
+        return {"weights": file_digest(file)} if is_file(spec.pretrained or "") and file.is_file() else {}
+    if (weights := _weights(folder)) is None or not (folder / CONFIG).is_file():
+        return {}
+    found = {"weights": file_digest(weights), "configuration": file_digest(folder / CONFIG)}
+    return {**found, "tokenizer": _tokenizer(folder)} if text else found
+
+
+def _weights(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _tokenizer(folder: Path) -> str:
+    files = {path for pattern in TOKENIZER for path in folder.glob(pattern) if path.is_file()}
+    return fingerprint({path.name: file_digest(path) for path in files})
 
 
 def _named(spec: OpenClipSpec, where: str) -> Files:

@@ -76,7 +76,11 @@ class FileVectors(Embedding):
             if named is None:
                 tail = did_you_mean(self.name, held)
                 raise UserError(f"{self.path} holds no tensor 'features' or '{self.name}'{tail}", self.where)
-            names = (file.metadata() or {}).get("names")
+            metadata, wanted = file.metadata() or {}, self.spec.identity
+            if wanted is not None and metadata.get("identity", wanted) != wanted:
+                message = f"{self.path} says that it holds '{metadata['identity']}', not '{wanted}'"
+                raise UserError(message, self.where, "set `identity` to what the numbers are, or give that file")
+            names = metadata.get("names")
             return file.get_tensor(named), None if names is None else self._names(names)
 
     def _names(self, text: str) -> list[str]:

@@ -54,7 +54,8 @@ class DataValues:
             raise UserError(f"a text cannot be sampled from; ask for an encoding of '{name}'")
         if variable.kind == "image" or name not in self.assembly.encoders:
             return self._compute(name, rows)
-        key = digest([variable.identity, self.assembly.encoders[name].digest, self.data.digest, len(self.data)])
+        encoder = self.assembly.encoders[name]
+        key = digest([variable.identity, encoder.digest, encoder.files, self.data.content, len(self.data)])
         store = Shards(self.folder / f"{name}-{key}", key, len(self.data))
         shown(f"encode {name}", store.fill(lambda some: {"values": self._compute(name, some)}, BATCH))
         return store["values"][rows]

@@ -98,7 +98,7 @@ class Row:
         depends = depends_on(self.assembly, self.plan, weights, self.values)
         for irrelevant in ("count", "want", "batch"):
             depends["sample"].pop(irrelevant)
-        data = self.assembly.data.digest if self.from_data else None
+        data = self.assembly.data.content if self.from_data else None
         return digest([depends, self.made, self.from_data, self.split, data, CHUNK])
 
     @cached_property

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from chaindiff.io.errors import UserError
 
 
 def fingerprint(value: Any) -> str:
@@ -20,12 +23,19 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal; it is read again if its size or time has changed."""
-    status = path.stat()
-    return _file_digest(path, status.st_size, status.st_mtime_ns)
+    """sha256 of a file, in hexadecimal; it is read again if it may have changed. Raises UserError if that fails."""
+    try:
+        return _file_digest(path, *unchanged(path.stat()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def unchanged(status: os.stat_result) -> tuple[int, int, int]:
+    """Size and times, which differ once a file has changed; unlike mtime, nobody can set ctime back."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @cache
-def _file_digest(path: Path, size: int, changed: int) -> str:
+def _file_digest(path: Path, *unchanged: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

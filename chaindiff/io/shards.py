@@ -19,10 +19,11 @@ class Shards:
 
     `key` identifies all that the rows depend on but their number. A file that is missing, damaged, of another key or
     has too few rows is computed again, so that interrupted work resumes; one with more rows than needed is used.
+    `about` is written beside the key, for readers of a single file.
     """
 
-    def __init__(self, folder: Path, key: str, count: int, size: int = 4096):
-        self.folder, self.key, self.count, self.size = folder, key, count, size
+    def __init__(self, folder: Path, key: str, count: int, size: int = 4096, about: str = ""):
+        self.folder, self.key, self.count, self.size, self.about = folder, key, count, size, about
 
     def __len__(self) -> int:
         return self.count
@@ -61,7 +62,7 @@ class Shards:
 
     def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
         """One file of rows, from number `first`."""
-        tensorfile.save(self.path(first), tensors, {"identity": self.key})
+        tensorfile.save(self.path(first), tensors, {"identity": f"{self.key} {self.about}".strip()})
 
     # -- reading
 
@@ -82,7 +83,8 @@ class Shards:
             tensors, metadata = tensorfile.load(self.path(rows.start))
         except UserError:
             return None
-        own = metadata.get("identity") == self.key and all(len(tensor) >= len(rows) for tensor in tensors.values())
+        own = metadata.get("identity", "").split(" ")[0] == self.key
+        own = own and all(len(tensor) >= len(rows) for tensor in tensors.values())
         return tensors if own else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from chaindiff.chain.chain import Chain, Source
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value
+from chaindiff.chain.saving import content
 from chaindiff.chain.stage import Stage, Stages, learns
 from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
@@ -61,6 +63,21 @@ class Assembly:
                 return open_data(self.recipe.data)
             images = (n for n, spec in self.recipe.variables.items() if spec.kind == "image" and spec.encoder is None)
             return open_data(self.recipe.data, next(images, None))
+
+    def versioned(self, name: str) -> Variable:
+        """A variable with the version of its encoder."""
+        encoder = self.encoders.get(name)
+        return replace(self.variables[name], version=encoder.version if encoder else "")
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Digests of the data; none if they are missing, or are made by code, which only training runs."""
+        if isinstance(self.recipe.data, CodeDataSpec) and "data" not in vars(self):
+            return {}
+        try:
+            return content(self.data)
+        except UserError:
+            return {}
 
     @property
     def root(self) -> Variable:

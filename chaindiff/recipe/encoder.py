@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from chaindiff.assets import registry
-from chaindiff.encoders import Encoder, build_encoder
+from chaindiff.encoders import Encoder, FileVectors, build_encoder
+from chaindiff.encoders.clip_files import placed
 from chaindiff.io import tensorfile
-from chaindiff.io.digest import digest
-from chaindiff.specs.recipe import FileSpec
+from chaindiff.io.digest import digest, file_digest
+from chaindiff.specs.recipe import FileSpec, OpenClipSpec
 
 if TYPE_CHECKING:
     from chaindiff.recipe.assembly import Assembly
@@ -67,11 +68,37 @@ class RecipeEncoder:
         return next((file for file in files if file.exists()), own)
 
     @property
+    def files(self) -> dict[str, str]:
+        """Digests of the existing files that the recipe gives by path, keyed by what they are, in words."""
+        variables = self.assembly.recipe.variables
+        encoder = variables[self.name].encoder
+        if isinstance(encoder, OpenClipSpec):
+            found = placed(encoder, variables[encoder.of].kind == "text")
+            return {f"the {what} of the encoder of '{self.name}'": digest for what, digest in found.items()}
+        if isinstance(encoder, FileSpec) and (path := Path(encoder.path).expanduser()).is_file():
+            return {f"the vectors of '{self.name}'": file_digest(path)}
+        return {}
+
+    @property
+    def version(self) -> str:
+        """A digest of the files and statistics behind the values; empty if there are none or some are missing."""
+        known = [self.digest, *self.files.values()]
+        return digest(known) if any(known) and self.complete else ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing needs fitting, or it has been fitted."""
+        encoder = self.assembly.recipe.variables[self.name].encoder
+        needed = isinstance(encoder, OpenClipSpec | FileSpec) and (encoder.reduce or encoder.scaling != "raw")
+        return not needed or self.path.exists()
+
+    @property
     def digest(self) -> str:
-        """A digest of the statistics and, if a file holds the vectors, of its content."""
+        """A digest of the statistics and, if a file holds the vectors, of its content; empty if that is unknown."""
         fitted = tensorfile.metadata(self.path).get("digest", "") if self.path.exists() else ""
         variables = self.assembly.recipe.variables
         if not isinstance(variables[self.name].encoder, FileSpec):
             return fitted
         encoder = build_encoder(self.name, variables)
-        return digest([encoder.features_identity["content"], fitted])
+        assert isinstance(encoder, FileVectors)
+        return digest([encoder.content, fitted]) if encoder.content else ""

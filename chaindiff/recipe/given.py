@@ -15,6 +15,7 @@ from chaindiff.chain.request import Value
 from chaindiff.chain.variable import Variable
 from chaindiff.data import ImageData, open_data
 from chaindiff.data.sources import IMAGES, Folder
+from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.recipe import DataSpec, FileSpec
@@ -109,6 +110,8 @@ def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
     if _shows_images(path):
         return _encode(assembly, variable, path, where)
     tensor = _numbers(path, variable, where)
+    if path.suffix == ".safetensors":
+        _check_said(assembly, variable, path, tensorfile.metadata(path).get("identity"), where)
     if not bool(tensor.isfinite().all()):
         raise UserError(f"{path} holds numbers that are not finite (NaN or infinity)", where)
     if variable.kind == "label" and tensor.ndim == 1:  # as samples are saved
@@ -120,6 +123,16 @@ def _read(assembly: Assembly, variable: Variable, value: Any) -> Tensor:
         low, high = float(tensor.min()), float(tensor.max())
         raise UserError(f"{path} holds numbers from {low:g} to {high:g}; images lie in [-1, 1]", where)
     return tensor
+
+
+def _check_said(assembly: Assembly, variable: Variable, path: Path, said: str | None, where: str) -> None:
+    """Raises UserError if a file, such as a file of samples, says in its metadata that it is of another variable."""
+    spec, version = assembly.recipe.variables[variable.name].encoder, assembly.versioned(variable.name).version
+    identity, _, then = (said or variable.identity).partition(" ")
+    same = identity == variable.identity and (then == version or not (then and version))
+    if not same and not (isinstance(spec, FileSpec) and said == spec.called):
+        hint = "another encoder made it, or another fit; give what this recipe makes, or numbers without an `identity`"
+        raise UserError(f"{path} is of another '{variable.name}': its metadata says `identity: {said}`", where, hint)
 
 
 def _is_number(value: Any) -> bool:

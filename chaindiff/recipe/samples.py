@@ -53,7 +53,8 @@ class Samples(Shards):
         super().__init__(folder, "", count, batch)
         self.variables, self.captions = variables, captions  # captions: of the samples, where texts are given
         self.images = [folder / v.name for v in variables if v.kind == "image"]
-        self.others = [Shards(folder / v.name, v.identity, count, batch) for v in variables if v.kind != "image"]
+        others = [v for v in variables if v.kind != "image"]
+        self.others = [Shards(folder / v.name, v.identity, count, batch, v.version) for v in others]
 
     def holds(self, rows: range) -> bool:
         images = all(_intact(_png(folder, number)) for folder in self.images for number in rows)

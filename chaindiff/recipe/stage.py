@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import nn
 from chaindiff.assets import registry
 from chaindiff.chain.cost import Counted
 from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.saving import DATA, changed, refuse_changed, trained_content
 from chaindiff.chain.stage import Outline, Stage, subsets
 from chaindiff.chain.variable import Variable, variable_entry
 from chaindiff.data.augment import augment_dim
@@ -74,15 +76,15 @@ class RecipeStage:
 
     def metadata(self) -> dict[str, Any]:
         """The metadata of the stage's weights file."""
-        encoders = self.assembly.encoders
-        fitted = {v.name: encoders[v.name].digest for v in self.variables if v.name in encoders}
+        encoders, names = self.assembly.encoders, [variable.name for variable in self.variables]
+        fitted = {name: encoders[name].digest for name in names if name in encoders}
         return {
             "format": "chaindiff-stage/1",
             "identity": self.identity,
             "stage": self.spec.model_dump(mode="json"),
             "data": self.assembly.recipe.data.model_dump(mode="json"),
             "name": self.name,
-            "variables": {v.name: variable_entry(v, fitted.get(v.name, "")) for v in self.variables},
+            "variables": {n: variable_entry(self.assembly.versioned(n), fitted.get(n, "")) for n in names},
         }
 
     # ------------------------------------------------------------ objects
@@ -146,21 +148,49 @@ class RecipeStage:
     def folder(self) -> Path:
         return self.assembly.out / "stages" / self.name
 
-    def find_weights(self) -> Path | None:
-        """The recipe's own file, this run's, the shipped file, or that of a run beside this one."""
+    def known_weights(self) -> Iterator[Path]:
+        """The recipe's own file, this run's, the shipped file, and those of runs beside this one."""
         if self.spec.weights is not None:
-            return Path(self.spec.weights).expanduser()
+            yield Path(self.spec.weights).expanduser()
+            return
         own = self.folder / "weights.safetensors"
         if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
-            return own
+            yield own
+        if (shipped := registry.shipped(self.identity)) is not None:
+            yield shipped
         beside = sorted(self.assembly.out.parent.glob("*/stages/*/weights.safetensors"))
-        found = (path for path in beside if identity_of(path) == self.identity)
-        return registry.shipped(self.identity) or next(found, None)
+        yield from (path for path in beside if identity_of(path) == self.identity)
+
+    def find_weights(self) -> Path | None:
+        """The first of the known files that was not trained on other content."""
+        known = self.known_weights()
+        return next((path for path in known if self.spec.weights or not self.changed(tensorfile.metadata(path))), None)
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Digests of the data and of the encoders' files that the stage is trained on, whatever their paths."""
+        names = [variable.name for variable in self.variables]
+        for name in names:  # an encoder may read what another makes
+            if (source := self.assembly.recipe.variables[name].reads) is not None and source not in names:
+                names.append(source)
+        encoders = [self.assembly.encoders[name].files for name in names if name in self.assembly.encoders]
+        data = {} if self.spec.weights else self.assembly.content  # weights that the recipe names may be of other data
+        return dict(ChainMap(data, *encoders))
+
+    def changed(self, kept: Mapping[str, str]) -> list[str]:
+        """What has other content now than when the stage in a file was trained."""
+        return changed(kept, self.content) if "content" in kept else []
+
+    def refitted(self, trained: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """The variables whose statistics are not those that the weights were trained with."""
+        encoders = {v.name: self.assembly.encoders[v.name] for v in self.variables if v.name in self.assembly.encoders}
+        then = {name: trained[name]["fitted"] for name, e in encoders.items() if name in trained and e.complete}
+        return [f"the statistics of '{n}'" for n, old in then.items() if old and encoders[n].digest not in ("", old)]
 
     def weights(self) -> Path:
         """The weights file. Raises UserError if there is none, or one of another stage or other variables."""
         path, where = self.find_weights(), self.assembly.loaded.where
-        if path is None:
+        if path is None and (path := next(self.known_weights(), None)) is None:
             raise UserError(
                 f"stage '{self.name}' has no weights yet",
                 where(f"stages.{self.name}"),
@@ -172,7 +202,9 @@ class RecipeStage:
                 where(f"stages.{self.name}.weights"),
                 "correct the path, or leave it out: the stage's own weights are found, or trained",
             )
-        trained = trained_on(path, tensorfile.metadata(path))
+        kept = tensorfile.metadata(path)
+        trained = trained_on(path, kept)
+        refuse_changed(path, [*self.changed(kept), *self.refitted(trained)])
         for variable in self.variables:
             if variable.name not in trained or trained[variable.name]["identity"] != variable.identity:
                 raise UserError(
@@ -197,22 +229,25 @@ class RecipeStage:
 
         Raises UserError for a file that is not there, is not a safetensors file or does not fit the stage.
         """
-        if self.spec.init is not None and not self.unfinished and (fresh or self.find_weights() is None):
+        if self.spec.init is not None and not self.unfinished and (fresh or next(self.known_weights(), None) is None):
             stage = self.on_meta()
             with self.assembly.located(f"stages.{self.name}.init"):
                 begin_from(stage, Path(self.spec.init).expanduser())
 
 
 def check_fitted(weights: Mapping[str, Path]) -> None:
-    """Two stages on one link must have been trained with the same fitted statistics. Raises UserError otherwise."""
+    """Two stages on one link must have been trained with the same encoder and its statistics, else raises UserError."""
     seen: dict[str, tuple[str, str]] = {}
     for stage, path in weights.items():
-        for variable, entry in trained_on(path, tensorfile.metadata(path)).items():
-            other, fitted = seen.setdefault(variable, (stage, entry["fitted"]))
-            if fitted != entry["fitted"]:
+        kept = tensorfile.metadata(path)
+        facts = {f"fits of '{variable}'": entry["fitted"] for variable, entry in trained_on(path, kept).items()}
+        facts |= {f"versions of {what}": d for what, d in trained_content(kept).items() if what not in (DATA, "rows")}
+        for what, fact in facts.items():
+            other, before = seen.setdefault(what, (stage, fact))
+            if before != fact:
                 raise UserError(
-                    f"stages '{other}' and '{stage}' were trained on different fits of '{variable}'",
-                    hint="their reducer or standardisation differs; train one of them again",
+                    f"stages '{other}' and '{stage}' were trained on different {what}",
+                    hint="their encoder, reducer or standardisation differs; train one of them again",
                 )
 
 

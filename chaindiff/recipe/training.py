@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.saving import content as content_of
+from chaindiff.chain.saving import refuse_changed
 from chaindiff.data.augment import active
 from chaindiff.edm.random import Draws
 from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
@@ -39,14 +41,16 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     """
     part = assembly.stages[name]
     spec, folder, stage = part.spec, part.folder, part.build()
-    images, total = 0, spec.train.images
+    images, total, content = 0, spec.train.images, {**part.content, **content_of(assembly.data)}
     tensors: dict[str, Tensor] | None = None
     if (state := states.last(folder)) is not None:
+        refuse_changed(state.path, part.changed(state.metadata))
         images, total = state.images, state.total or total
         if more and not part.unfinished:
             total = images + more
     elif more and start is not None:
         tensors, kept = tensorfile.load(start)
+        refuse_changed(start, part.changed(kept))
         images = int(kept.get("images", 0))
         total = images + more
     elif spec.init is not None:
@@ -63,7 +67,7 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
         folder,
         total=total,
         begin=images if tensors is not None else 0,
-        metadata={**part.metadata(), "total": str(total)},
+        metadata={**part.metadata(), "content": content, "total": str(total)},
         accelerator=accelerator,
     )
     less = (

@@ -18,6 +18,17 @@ def model_folder(model: str) -> Path | None:
     return folder if "/" in model or folder.is_dir() else None
 
 
+def placed_folder(model: str) -> Path | None:
+    """The folder of a `model` that a recipe gives by path; None for embedded models and names."""
+    folder = model_folder(model)
+    return folder if folder is not None and ("/" in model or folder.parent != EMBEDDED) else None
+
+
+def is_file(pretrained: str) -> bool:
+    """Whether `pretrained` is a path: open_clip's tags contain neither dots nor slashes."""
+    return "/" in pretrained or "." in pretrained
+
+
 def open_clip_models() -> list[str]:
     """Names of open_clip's model configurations, including those that a program has registered."""
     if (loaded := sys.modules.get("open_clip")) is not None:

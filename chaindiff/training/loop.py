@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
+from chaindiff.chain.saving import changed, refuse_changed
 from chaindiff.edm.random import Draws, seed
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
@@ -127,6 +128,7 @@ def train(
                 f"{state.path} is the state of another stage or of other training settings",
                 hint=f"choose another --out, or delete {folder} to start again",
             )
+        refuse_changed(state.path, changed(state.metadata, metadata.get("content", {})))
         states.restore(state.tensors, stage, emas, optimizer, str(state.path))
         images = state.images
     begun, damaged = state is not None, state is not None and state.path.name == states.PREVIOUS

@@ -89,6 +89,8 @@ def _train_stage(
     stage.requires_grad_(True)
     about = saving.metadata(stage)  # type: ignore[arg-type]
     about["identity"] = digest([about["identity"], spec.model_dump(mode="json", exclude={"execution", "log_every"})])
+    if isinstance(batches, Batches):
+        about["content"] = saving.content(batches.data)
     with tempfile.TemporaryDirectory() as scratch, Bar(f"train {name}", spec.images) as bar:
         place = folder or Path(scratch)
         for step in steps_of(stage, batches, spec, place, total=spec.images, metadata=about):
