@@ -124,14 +124,14 @@ def test_killed_training_ends_with_the_weights_of_undisturbed_training(recipe, f
         assert stage_file(out, "state.safetensors").exists()
         assert not stage_file(out).exists()
         # What a process leaves that was killed while it wrote: half a file, and half a line.
-        stage_file(out, ".state.safetensors.123.tmp").write_bytes(b"half")
+        stage_file(out, ".state.safetensors.0123456789abcdef.chaindiff.tmp").write_bytes(b"half")
         with stage_file(out, "metrics.jsonl").open("a") as file:
             file.write('{"images": 2')
     assert chaindiff_train(recipe, out) == 0
     assert_same_tensors(stage_file(out), stage_file(finished))
     assert_same_tensors(stage_file(out, "state.safetensors"), stage_file(finished, "state.safetensors"))
     assert logged(out) == logged(finished) == list(range(BATCH, TOTAL + 1, BATCH))
-    assert list(out.rglob("*.tmp")) == []
+    assert list(out.rglob(".*")) == []
 
 
 def test_a_finished_run_has_its_files_and_is_left_alone(recipe, finished, capsys) -> None:

@@ -238,8 +238,8 @@ class Chain:
         """A request, read, checked and planned; see `sample`."""
         read = self._read or (lambda given: plain_values(given, self.variables))
         values = {name: checked(name, value, self.variables, count) for name, value in read(given or {}).items()}
-        numbers = list(range(count)) if noise is None else [noise] * count if isinstance(noise, int) else list(noise)
-        if len(numbers) != count:
+        numbers = noise if isinstance(noise, int) else range(count) if noise is None else list(noise)
+        if not isinstance(numbers, int | range) and len(numbers) != count:
             raise UserError(f"noise has {len(numbers)} numbers for {count} samples")
         settings = {name: dict(more) for name, more in (stages or {}).items()}
         if strange := [name for name in settings if name not in self.stages]:
@@ -258,7 +258,10 @@ class Chain:
         end = begin + request.size if request.exact else min(begin + request.size, request.count)
         # Rows past the end repeat the last given values; they fill the tile and are cut off again.
         rows = [min(s, request.count - 1) for s in range(begin, end)]
-        numbers = [request.noise[s] if s < request.count else s for s in range(begin, end)]
+        noise = request.noise
+        numbers = [
+            s if s >= request.count else noise if isinstance(noise, int) else noise[s] for s in range(begin, end)
+        ]
         values: dict[str, Any] = {name: rows_of(value, rows) for name, value in request.given.items()}
         running = [step for step in request.plan.steps if step.producer.kind == "stage"]
         with self._placed(request, [step.producer.name for step in running]):

@@ -48,7 +48,7 @@ class Request:
     seed: int
     batch: int
     exact: bool
-    noise: Sequence[int]
+    noise: int | Sequence[int]
     settings: Mapping[str, Mapping[str, Any]]
     placement: tuple[str | torch.device | None, torch.dtype | None]
 

@@ -19,7 +19,7 @@ from chaindiff.io.progress import say, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.execution import lock_of, prepare
 from chaindiff.recipe.given import read_given
-from chaindiff.recipe.samples import Samples
+from chaindiff.recipe.samples import GRID, Samples
 from chaindiff.recipe.samples import draw as draw_samples
 from chaindiff.recipe.stage import check_fitted
 from chaindiff.specs.load import LOCK, Loaded
@@ -92,7 +92,7 @@ def asked_samples(assembly: Assembly, replace: bool = False) -> Asked:
     keep = [assembly.versioned(name) for name in dict.fromkeys([*made, *asked.want])]
     size = TILE if asked.exact else asked.batch  # as the chain streams them
     values = read_given(assembly, asked.given, asked.count)
-    texts = [rows_of(value, range(asked.count)) for value in values.values() if isinstance(value, list)]
+    texts = [rows_of(value, range(min(asked.count, GRID))) for value in values.values() if isinstance(value, list)]
     captions = [", ".join(row) for row in zip(*texts, strict=True)]
     samples = Samples(assembly.out / "samples", keep, asked.count, size, captions)
     held = assembly.held()

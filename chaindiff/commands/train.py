@@ -9,6 +9,7 @@ from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.training import train_stage
 from chaindiff.specs.load import Loaded
+from chaindiff.training import states
 
 
 def train(
@@ -32,7 +33,7 @@ def train_assembly(assembly: Assembly, stage: str | None, more: int, fresh: bool
         unfinished = assembly.stages[name].unfinished
         processes().wait_for_everyone()  # all of them have looked before one changes anything
         if fresh and not unfinished:
-            (assembly.stages[name].folder / "state.safetensors").unlink(missing_ok=True)
+            states.discard(assembly.stages[name].folder)
         weights = None if fresh else assembly.stages[name].find_weights()
         if weights is not None and weights.exists() and not more and not unfinished:
             say(f"stage {name} has weights: {weights} (--more IMAGES continues from them, --fresh trains from scratch)")

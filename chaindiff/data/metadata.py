@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from chaindiff.data.sources import METADATA, Source
 from chaindiff.io.errors import UserError, did_you_mean, nearest
+
+# Bytes of one file and values of all, at most, and more for each image: well packed, a few bytes make many values.
+BYTES, IMAGE_BYTES = 64 << 20, 64 << 10
+VALUES, IMAGE_VALUES = 1_000_000, 256
 
 Row = dict[str, Any]
 _LABELS = "{'labels': [[file, class], ...]}"
@@ -20,10 +25,17 @@ def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
     Raises UserError for metadata that does not parse, or that names a missing image.
     """
     rows: dict[str, Row] = {name: {} for name in names if posixpath.basename(name) not in METADATA}
+    values, most = 0, VALUES + IMAGE_VALUES * len(rows)
     for name in names:
         if posixpath.basename(name) in METADATA:
+            text = _text(source, name, BYTES + IMAGE_BYTES * len(rows))
+            values += sum(map(text.count, ",[{"))  # one of them stands before each
+            if values > most:
+                message = f"refused: {values:,} values up to here; for {len(rows):,} images the limit is {most:,}"
+                hint = "leave out of the metadata what is neither a caption nor a class"
+                raise UserError(message, source.where(name), hint)
             read = _read_labels if name.endswith("dataset.json") else _read_lines
-            for where, image, row in read(source, name):
+            for where, image, row in read(source.where(name), name, text):
                 if image not in rows:  # perhaps it was written on Windows
                     image = posixpath.normpath(image.replace("\\", "/"))
                 if image not in rows:
@@ -34,23 +46,24 @@ def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
     return rows
 
 
-def _read_lines(source: Source, name: str) -> Iterable[tuple[str, str, Row]]:
+def _read_lines(place: str, name: str, text: str) -> Iterable[tuple[str, str, Row]]:
     """metadata.jsonl: one JSON object a line, with `file_name` relative to the metadata's folder."""
+    number, last = 1, 0
     # Not splitlines(): captions may hold the line separators of Unicode, which do not end a line of JSON.
-    for number, line in enumerate(_text(source, name).split("\n"), start=1):
-        if not line.strip():
+    for found in re.finditer(r"[^\n]+", text):
+        number, last = number + text.count("\n", last, found.start()), found.start()
+        if not (line := found[0]).strip():
             continue
-        where = f"{source.where(name)}:{number}"
+        where = f"{place}:{number}"
         row = _json(line, where)
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError("each line must be a JSON object with a `file_name`", where)
         yield where, _beside(name, row.pop("file_name")), row
 
 
-def _read_labels(source: Source, name: str) -> Iterable[tuple[str, str, Row]]:
+def _read_labels(where: str, name: str, text: str) -> Iterable[tuple[str, str, Row]]:
     """dataset.json: {"labels": [[file, class], ...]} or {"labels": null}; the class becomes the field `label`."""
-    where = source.where(name)
-    content = _json(_text(source, name), where)
+    content = _json(text, where)
     labels = content.get("labels", content) if isinstance(content, dict) else content
     if labels is not None and not isinstance(labels, list):
         raise UserError(f"expected {_LABELS}; got {labels!r:.80}", where)
@@ -60,9 +73,9 @@ def _read_labels(source: Source, name: str) -> Iterable[tuple[str, str, Row]]:
         yield where, _beside(name, pair[0].replace("\\", "/")), {"label": pair[1]}
 
 
-def _text(source: Source, name: str) -> str:
+def _text(source: Source, name: str, most: int) -> str:
     try:
-        return source.read(name).decode("utf-8-sig")
+        return source.read(name, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text: {error}", source.where(name)) from error
 

@@ -1,7 +1,7 @@
 """Where the files of a data set are: a folder or a zip, with limits on what is read.
 
-A source has `names()` of its files (POSIX, relative), for each its bytes (`read`) and its location for messages
-(`where`), and `stamps`: sizes and checksums (CRC-32), the same for a folder and a zip of it.
+A source has `names()` of its files (POSIX, relative), for each its bytes (`read`, no more than `most`) and its location
+for messages (`where`), and `stamps`: sizes and checksums (CRC-32), the same for a folder and a zip of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ METADATA = {"dataset.json", "metadata.jsonl"}
 # A zip declares the unpacked size of a file, and zipfile reads no further. Larger files are refused unread, and so are
 # those compressed more densely than images or text ever are: a few kilobytes cannot fill the memory.
 IMAGE_BYTES = 256 << 20
-METADATA_BYTES = 1 << 30
 SMALL_BYTES = 16 << 20
 DENSEST = 200  # bytes for one byte of a zip, beyond SMALL_BYTES
 
@@ -71,10 +70,6 @@ def _is_zip(file: Path) -> bool:
         raise UserError(f"the data cannot be read: {error.strerror}", str(file)) from error
 
 
-def _limit(name: str) -> int:
-    return METADATA_BYTES if PurePosixPath(name).name in METADATA else IMAGE_BYTES
-
-
 class Folder:
     """The files under a folder; hidden ones are left out, linked subfolders are not followed."""
 
@@ -92,8 +87,8 @@ class Folder:
                 raise UserError(f"a file's name is not in UTF-8: {name!r}", str(self.path), "rename the file")
         return names
 
-    def read(self, name: str) -> bytes:
-        _refuse_size(self._status(name).st_size, _limit(name), self.where(name))
+    def read(self, name: str, most: int | None = None) -> bytes:
+        _refuse_size(self._status(name).st_size, most or IMAGE_BYTES, self.where(name))
         try:
             return regular(self.path / name).read_bytes()
         except OSError as error:
@@ -165,9 +160,9 @@ class Zip:
     def _refuse(self, member: zipfile.ZipInfo, what: str, hint: str) -> NoReturn:
         raise UserError(f"the zip holds '{member.filename}', {what}; refused", str(self.path), hint)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         member = self._members().getinfo(name)
-        _refuse_size(member.file_size, _limit(name), self.where(name), " once unpacked")
+        _refuse_size(member.file_size, most or IMAGE_BYTES, self.where(name), " once unpacked")
         if member.file_size > max(SMALL_BYTES, DENSEST * member.compress_size):
             size = f"{member.file_size / 2**20:.0f} MiB out of {member.compress_size / 2**20:.2f} MiB"
             raise UserError(f"refused: it unpacks to {size}, more than any image or text would", self.where(name))

@@ -26,9 +26,11 @@ from chaindiff.io.files import regular
 
 Table = Mapping[str, Callable[[str, tuple], Any]]  # a global's name -> what stands for a call of it
 
-LARGEST = 128  # bits of a whole number, at most; those of storages' headers have 80
 DIMENSIONS = 8  # of a tensor, at most
 HEADER = 200  # opcodes in one part of a storage's header, at most; torch writes about 20
+OPCODES = 1_000_000  # of a snapshot, at most, for each byte may make an object; published ones have some 100,000
+BITS = 128  # of a whole number, at most
+KEY_BITS = 20  # of one that is a key: larger ones can be chosen so that a dictionary looks for each among all others
 
 
 class Refused(ValueError):
@@ -203,7 +205,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()
 EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 
 
-def interpret(stream: IO[bytes], table: Table, persistent: bool = False, most: int | None = None) -> Any:
+def interpret(stream: IO[bytes], table: Table, persistent: bool = False, most: int = OPCODES) -> Any:
     """The value of one pickle, up to its STOP.
 
     `table` lists the globals that may be named; `persistent` allows persistent ids, read as objects; `most` bounds the
@@ -222,11 +224,11 @@ def interpret(stream: IO[bytes], table: Table, persistent: bool = False, most: i
 
     argument: Any
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if most is not None and number >= most:
-            raise Refused(f"more than {most} opcodes in a header")
+        if number >= most:
+            raise Refused(f"more than {most} opcodes")
         name = opcode.name
         if name in LITERALS:
-            if type(argument) is int and abs(argument) >> LARGEST:
+            if isinstance(argument, int) and argument.bit_length() > BITS:
                 raise Refused(f"a whole number of {argument.bit_length()} bits")
             stack.append(argument)
         elif name in CONSTANTS:
@@ -256,6 +258,8 @@ def interpret(stream: IO[bytes], table: Table, persistent: bool = False, most: i
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if not isinstance(key, str | int):
                     raise Refused("a mapping whose keys are neither text nor whole numbers")
+                if isinstance(key, int) and key.bit_length() > KEY_BITS:
+                    raise Refused(f"a mapping with a key of {key.bit_length()} bits")
                 target[key] = value
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             stack.append(_listed(argument, stack, table))

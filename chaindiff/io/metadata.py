@@ -44,6 +44,7 @@ class About(BaseModel):
     identity: str | None = None
     images: Count = 0
     total: Count = 0
+    batch: Annotated[int, Field(ge=1, le=2**53)] = 1  # of a training state
     stage: Json[Settings] | None = None
     variables: Json[dict[str, Trained]] = {}
     data: Json[Data] = Data()

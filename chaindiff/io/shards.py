@@ -17,7 +17,7 @@ from chaindiff.io.errors import UserError
 class Shards:
     """`count` rows of named tensors in `folder`: safetensors files of `size` rows, each named after its first row.
 
-    `key` identifies all that the rows depend on but their number. A file that is missing, truncated, of another key or
+    `key` identifies all that the rows depend on but their number. A file that is missing, damaged, of another key or
     has too few rows is computed again, so that interrupted work resumes; one with more rows than needed is used.
     `about` is written beside the key, for readers of a single file.
     """
@@ -62,7 +62,6 @@ class Shards:
 
     def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
         """One file of rows, from number `first`."""
-        # One entry of metadata: with more, the format's writer orders them at random.
         tensorfile.save(self.path(first), tensors, {"identity": f"{self.key} {self.about}".strip()})
 
     # -- reading
@@ -72,10 +71,10 @@ class Shards:
         return Stored(self, name, self.count)
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of the file that holds row `number`, mapped into memory. Raises UserError if it is missing."""
+        """The tensors of the file that holds row `number`, mapped into memory. Raises UserError without it."""
         rows = range(self.count)[number - number % self.size :][: self.size]
         if (tensors := self._read(rows)) is None:
-            message = f"{self.folder} is not complete: {self.path(rows.start).name} is missing"
+            message = f"{self.folder} is not complete: {self.path(rows.start).name} is missing or damaged"
             raise UserError(message, hint="run the same command again: it computes what is missing")
         return tensors
 

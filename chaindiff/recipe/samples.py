@@ -59,15 +59,15 @@ class Samples(Shards):
         self.others = [Shards(folder / v.name, v.identity, count, batch, v.version) for v in others]
 
     def holds(self, rows: range) -> bool:
-        images = all(_png(folder, number).exists() for folder in self.images for number in rows)
+        images = all(_intact(_png(folder, number)) for folder in self.images for number in rows)
         return images and all(store.holds(rows) for store in self.others)
 
     def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
         for folder in self.images:
             folder.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(tensors[folder.name], first):
-                if not (path := _png(folder, number)).exists():
-                    save_png(to_image(image), path)
+                if not _intact(path := _png(folder, number)):
+                    save_png(to_image(image), path, sync=False)  # many, and each is checked when read
         for store in self.others:  # what is finished stays: rows of a shorter request come first
             name = store.folder.name
             kept = (store._read(range(first, first)) or tensors)[name]
@@ -80,7 +80,7 @@ class Samples(Shards):
 
     @property
     def complete(self) -> bool:
-        return not self.missing() and all(path.exists() for path in self.grids)
+        return not self.missing() and all(map(_intact, self.grids))
 
     @property
     def files(self) -> list[Path]:
@@ -121,6 +121,16 @@ def read_image(path: Path) -> Tensor:
             f"not a readable image: {error}", str(path), "delete it, and the same command makes it again"
         ) from error
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _intact(path: Path) -> bool:
+    """Whether a PNG is there, with the checksums of all its parts."""
+    try:
+        with open_image(path) as image:
+            image.verify()
+    except Exception:  # PIL raises many kinds for files that are cut short or something else
+        return False
+    return True
 
 
 def _png(folder: Path, number: int) -> Path:

@@ -30,6 +30,7 @@ from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.load import LOCK, load_recipe
 from chaindiff.specs.lock import write_lock
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
+from chaindiff.training import states
 from chaindiff.training.begin import begin_from, other_preconditioning
 
 if TYPE_CHECKING:
@@ -250,12 +251,11 @@ class RecipeStage:
     @property
     def unfinished(self) -> bool:
         """Whether this run has begun to train the stage, and was stopped before it wrote the weights."""
-        state, weights = (self.folder / f"{what}.safetensors" for what in ("state", "weights"))
-        if not state.exists():
+        weights, state = self.folder / "weights.safetensors", states.last(self.folder)
+        if state is None:
             return False
-        kept = about(tensorfile.metadata(state), state)
         written = about(tensorfile.metadata(weights), weights).images if weights.exists() else None
-        return kept.images < kept.total or written != kept.images
+        return state.images < state.total or written != state.images
 
     def check_begin(self, fresh: bool = False) -> None:
         """Check that the stage, if yet to be trained, can start from its `init`, of which only the header is read.

@@ -25,6 +25,7 @@ from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, save_png
 from chaindiff.specs.lock import write_lock
+from chaindiff.training import states
 from chaindiff.training.batches import Batches, Features
 from chaindiff.training.begin import begin_from
 from chaindiff.training.cache import EmbeddingCache
@@ -43,14 +44,11 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     keep_recipe(assembly)
     part = assembly.stages[name]
     spec, folder, stage = part.spec, part.folder, part.build()
-    state = folder / "state.safetensors"
     images, total, content = 0, spec.train.images, {**part.content, **content_of(assembly.data)}
     tensors: dict[str, Tensor] | None = None
-    if state.exists():
-        metadata = tensorfile.metadata(state)
-        refuse_changed(state, part.changed(metadata))
-        kept = about(metadata, state)
-        images, total = kept.images, kept.total or total
+    if (state := states.last(folder)) is not None:
+        refuse_changed(state.path, part.changed(state.metadata))
+        images, total = state.images, state.total or total
         if more and not part.unfinished:
             total = images + more
     elif more and start is not None:

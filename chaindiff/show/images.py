@@ -92,6 +92,6 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG, whole or not at all."""
-    write_whole(path, png_bytes(image))
+def save_png(image: Image.Image, path: str | os.PathLike[str], sync: bool = True) -> None:
+    """Writes a PNG, whole or not at all; `sync` as `files.whole` takes it."""
+    write_whole(path, png_bytes(image), sync)

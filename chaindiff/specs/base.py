@@ -12,6 +12,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 # Larger values could not be built, or even planned, in reasonable time and memory.
 UpToThousand = Annotated[int, Field(gt=0, le=1_000)]
+UpToTenMillion = Annotated[int, Field(gt=0, le=10_000_000)]
 UpToMillion = Annotated[int, Field(gt=0, le=1_000_000)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]  # whose square is a number in single precision too
 NonNegative = Annotated[float, Field(ge=0, le=1e12)]

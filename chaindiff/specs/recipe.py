@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     Field,
     NonNegativeInt,
-    PositiveInt,
 )
 
-from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion
+from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion, UpToTenMillion
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
@@ -204,7 +203,7 @@ class SampleSpec(Spec):
         description="known values: a class's name or number for a label, the text for a text, or a list of these, one "
         "per sample; else a file or folder. `--set sample.given={}` clears them, `--given NAME=null` removes one",
     )
-    count: PositiveInt = 64
+    count: UpToTenMillion = 64
     seed: NonNegativeInt = 0
     batch: UpToMillion = 64
     exact: bool = Field(default=False, description="pad every call to one tile: bit-identical for any batch size")
@@ -217,7 +216,7 @@ class SampleSpec(Spec):
 class EvaluateSpec(Spec):
     """What `chaindiff evaluate` measures, and against what."""
 
-    count: PositiveInt = Field(default=1000, description="samples per row")
+    count: UpToTenMillion = Field(default=1000, description="samples per row")
     judges: Annotated[list[str], Field(min_length=1)] = Field(
         default=["judge_conv", "judge_vit"], description="feature extractors; `chaindiff list judges` shows all"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,14 @@ from torch import Tensor, nn
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
 from chaindiff.chain.saving import changed, refuse_changed
-from chaindiff.edm.ema import Average
 from chaindiff.edm.random import Draws, seed
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
-from chaindiff.io.metadata import DAMAGED, about
+from chaindiff.io.files import remove_leftovers
 from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
-from chaindiff.training import snapshots
+from chaindiff.training import snapshots, states
 
 Batches = Callable[[list[int]], dict[str, Tensor]]  # sample numbers -> variables and augment_labels
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of every parameter, kept by Adam and AdamW
 COMPILE_PAYS = 50_000  # images; a cold compilation takes as long as some thousands of them
 
 
@@ -58,45 +56,6 @@ def learning_rate(spec: OptimizerSpec, images: int, total: int) -> float:
 def build_optimizer(spec: OptimizerSpec, module: nn.Module) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.kind]
     return kind(module.parameters(), spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
-
-
-def state_tensors(stage: nn.Module, emas: Mapping[str, Average], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a run needs to resume, as flat named tensors."""
-    tensors = {f"model.{k}": v for k, v in stage.state_dict().items()}
-    for name, ema in emas.items():
-        tensors |= {f"{name}.{k}": v for k, v in ema.model.state_dict().items()}
-    for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
-    return tensors
-
-
-def restore(
-    tensors: dict[str, Tensor],
-    stage: nn.Module,
-    emas: Mapping[str, Average],
-    optimizer: torch.optim.Optimizer,
-    where: str,
-) -> None:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    tensorfile.fill(stage, part("model."), where)
-    for name, ema in emas.items():
-        tensorfile.fill(ema.model, part(f"{name}."), where)
-    state, kept, names = {}, part("optimizer."), ("step", *MOMENTS)
-    for index, like in enumerate(stage.parameters()):
-        own = {name: kept.pop(f"{index}.{name}") for name in names if f"{index}.{name}" in kept}
-        if not own:
-            continue  # a parameter that no loss has reached yet
-        fits = len(own) == len(names) and own["step"].numel() == 1 and 1 <= float(own["step"]) < math.inf
-        if not fits or any(own[name].shape != like.shape for name in MOMENTS):
-            raise UserError(f"{where}: the optimizer's state of parameter {index} does not fit it", hint=DAMAGED)
-        # Moments in the parameter's memory format are many times faster.
-        moments = {name: torch.empty_like(like).copy_(own[name]) for name in MOMENTS}
-        state[index] = {"step": own["step"].float().reshape(()), **moments}
-    if kept:
-        raise UserError(f"{where}: the optimizer's state holds the unknown '{min(kept)}'", hint=DAMAGED)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Loss(nn.Module):
@@ -141,12 +100,12 @@ def train(
     begin: int = 0,
     accelerator: Accelerator | None = None,
 ) -> Iterator[Progress]:
-    """Train until `total` images have been seen, continuing from `folder/state.safetensors` if it is there.
+    """Train until `total` images have been seen, continuing from the last checkpoint in `folder` if there is one.
 
     `begin`: training images that the stage's present weights have already seen.
 
-    Writes state.safetensors, metrics.jsonl, snapshots of power-function averages and, at the end, weights.safetensors
-    (the first average, with its configuration).
+    Writes checkpoints (`states`), metrics.jsonl, snapshots of power-function averages and, at the end,
+    weights.safetensors (the first average, with its configuration).
     Raises UserError if the batch cannot be divided, the state belongs to another stage, or the loss is not finite.
     """
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -156,24 +115,24 @@ def train(
         raise UserError(
             f"train.batch {spec.batch} cannot be shared by {ranks} processes x {spec.accumulate} micro-batches"
         )
-    state_path = folder / "state.safetensors"
     stage.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     emas = averages(spec.ema, stage)
     ema = next(iter(emas.values()))  # the stage's weights
     snapshot_every = spec.ema.snapshot_every if isinstance(spec.ema, PowerEmaSpec) else 0
     optimizer = build_optimizer(spec.optimizer, stage)
     images = begin
-    if state_path.exists():
-        tensors, kept = tensorfile.load(state_path)
-        if kept.get("identity") != metadata["identity"]:
+    state = states.last(folder)
+    if state is not None:
+        if state.metadata.get("identity") != metadata["identity"]:
             raise UserError(
-                f"{state_path} is the state of another stage or of other training settings",
+                f"{state.path} is the state of another stage or of other training settings",
                 hint=f"choose another --out, or delete {folder} to start again",
             )
-        refuse_changed(state_path, changed(kept, metadata.get("content", {})))
-        restore(tensors, stage, emas, optimizer, str(state_path))
-        images = about(kept, state_path).images
-        del tensors
+        refuse_changed(state.path, changed(state.metadata, metadata.get("content", {})))
+        states.restore(state.tensors, stage, emas, optimizer, str(state.path))
+        images = state.images
+    begun, damaged = state is not None, state is not None and state.path.name == states.PREVIOUS
+    del state  # its tensors
     name = str(stage.name)
     model, optimizer = accelerator.prepare(prepare(stage, spec, total - images), optimizer)
     metrics = None
@@ -181,14 +140,16 @@ def train(
         from chaindiff.training.metrics import Metrics  # imports TensorBoard, which only training needs
 
         metrics = Metrics(folder, images)
-        tensorfile.remove_leftovers(folder)
-        snapshots.remove_after(folder, images if state_path.exists() else 0)
+        remove_leftovers(folder)
+        snapshots.remove_after(folder, images if begun else 0)
     parameters = list(stage.parameters())
 
     def save_state() -> None:
+        nonlocal damaged
         if accelerator.is_main_process:
-            everything = {**metadata, "images": str(images)}
-            tensorfile.save(state_path, state_tensors(stage, emas, optimizer.optimizer), everything)
+            everything = {**metadata, "images": str(images), "batch": str(spec.batch)}
+            states.write(folder, states.state_tensors(stage, emas, optimizer.optimizer), everything, damaged)
+            damaged = False
         accelerator.wait_for_everyone()
 
     model.train()

@@ -20,6 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import UNWRITABLE, regular, write_whole
+from chaindiff.io.progress import say
 
 
 class Metrics:
@@ -31,8 +32,12 @@ class Metrics:
         self.board = folder / "tensorboard" / name
         self.board.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in _lines(self.path) if _seen(line) <= images]
+            lines = _lines(self.path)
+            seen = [_seen(line) for line in lines]
+            kept = [line for line, at in zip(lines, seen, strict=True) if at <= images]
             write_whole(self.path, b"".join(line + b"\n" for line in kept))
+            if odd := seen[:-1].count(math.inf):  # a killed process leaves half a line at the end
+                say(f"{self.path}: {odd} unreadable lines left out")
         self._event(images, file_version="brain.Event:2")
         self._event(images + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was after
 

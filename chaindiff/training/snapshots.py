@@ -14,6 +14,7 @@ from torch import Tensor
 from chaindiff.edm.ema import UNIFORM, Average, PowerEma, coefficients, gamma_of
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import remove_leftovers
 from chaindiff.io.metadata import about
 
 TOLERANCE = 0.1  # relative L2 error of a profile beyond which a reconstruction is refused
@@ -37,7 +38,7 @@ def _half(tensor: Tensor) -> Tensor:
 
 def remove_after(folder: Path, images: int) -> None:
     """Delete snapshots of what is about to be trained (again), and what a killed process left."""
-    tensorfile.remove_leftovers(folder / "snapshots")
+    remove_leftovers(folder / "snapshots")
     for path in _files(folder):
         if int(path.name.split("-")[0]) > images:
             path.unlink()
