@@ -12,7 +12,7 @@ import typer
 
 from chaindiff.commands import completion
 from chaindiff.io import memory
-from chaindiff.io.errors import UserError
+from chaindiff.io.errors import UserError, quoted
 from chaindiff.io.processes import first_to_fail, processes
 
 app = typer.Typer(
@@ -77,7 +77,7 @@ def _explain(error: Exception, debug: bool) -> int:
     if show is not None:
         show()  # Typer's usage errors print themselves
     elif isinstance(error, (UserError, OSError)) and not debug:
-        print(f"error: {error if isinstance(error, UserError) else _system(error)}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, UserError) else quoted(_system(error))}", file=sys.stderr)
     elif memory.full(error) and not debug:
         print(f"error: {memory.told(error)}", file=sys.stderr)
     else:
@@ -258,7 +258,7 @@ def compare(
     from chaindiff.commands.compare import compare
 
     found = compare(runs)
-    _json(found.facts()) if as_json else print(found)
+    _json(found.facts()) if as_json else print(quoted(str(found)))
 
 
 @app.command()
@@ -350,7 +350,7 @@ def list_(
         width = max((len(entry.name) for entry in entries), default=0)
         print(f"{TITLES.get(name, name)}:{'' if entries else ' none'}")
         for entry in entries:
-            print(f"  {entry.name:{width}}  {entry.description}".rstrip())
+            print(quoted(f"  {entry.name:{width}}  {entry.description}").rstrip())
 
 
 @app.command()

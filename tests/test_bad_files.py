@@ -91,9 +91,9 @@ def refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (b"", "w.safetensors is not a complete safetensors file: "),
         (b"\xff" * 8, "w.safetensors is not a complete safetensors file: "),
         (b"\x02\0\0\0\0\0\0\0{}", "w.safetensors is not the weights file of a stage"),
-        ({"variables": "no json"}, "w.safetensors is not the weights file of a stage"),
-        ({"variables": "[1]"}, "w.safetensors is not the weights file of a stage"),
-        ({"variables": '{"image": 3, "group": 3}'}, "w.safetensors is not the weights file of a stage"),
+        ({"variables": "no json"}, "w.safetensors is damaged: variables: "),
+        ({"variables": "[1]"}, "w.safetensors is damaged: variables: "),
+        ({"variables": '{"image": 3, "group": 3}'}, "w.safetensors is damaged: variables.image: "),
         ("truncated", "w.safetensors is not a complete safetensors file: "),
         ("no tensors", "w.safetensors does not fit this stage: missing "),
     ],
@@ -117,7 +117,7 @@ def test_weights_of_another_stage_and_a_directory(refused, finished, tmp_path):
     other = finished / "stages/small/weights.safetensors"
     message = refused("sample", "--set", f"stages.image.weights={other}")
     assert f"stage 'image': the weights in {other} were not trained on this 'image'" in message
-    assert f"{tmp_path} is not a complete safetensors file" in refused(
+    assert f"no stage of the run {tmp_path} was trained like this one, on the same data" in refused(
         "sample", "--set", f"stages.image.weights={tmp_path}"
     )
 

@@ -133,7 +133,8 @@ def test_plan_of_a_recipe_with_a_latent(recipe) -> None:
 
 
 def test_trained_sampled_and_given(recipe, capsys) -> None:
-    for command in (["train", "r.yaml"], ["sample", "r.yaml", "--out", "runs/out"]):
+    named = ["--set", "stages.latent.weights=runs/latent"]
+    for command in (["train", "r.yaml"], ["sample", "r.yaml", "--out", "runs/out", *named]):
         with pytest.raises(SystemExit) as ended:
             cli.main(command)
         assert ended.value.code == 0, capsys.readouterr().err

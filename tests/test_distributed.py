@@ -121,16 +121,20 @@ class Done:
         return [Path(path) for path in self.noted[command][rank]["changed"] if str(self.two) in path]
 
 
+def exact(run: Path) -> list[str]:
+    return [*EXACT, "--set", f"stages.*.weights={run}"]
+
+
 @pytest.fixture(scope="module")
 def done(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """Runs of one process, then of two. Weights are found in runs beside a run, so each has a folder of its own."""
+    """Runs of one process, then of two, each in a folder of its own."""
     recipe, one, two = folder / "tiny.yaml", tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "SHARD", ranks.SHARD)
         patch.setenv("CHAINDIFF_CACHE", str(one / "cache"))
         alone("run", recipe, "--out", one / "trained/run")
         alone("train", recipe, "--out", one / "step/run", *ONE_STEP)
-        alone("sample", recipe, "--out", one / "trained/exact", *EXACT, "--batch", "5")
+        alone("sample", recipe, "--out", one / "trained/exact", *exact(one / "trained/run"), "--batch", "5")
         shutil.copytree(one / "trained/run", one / "more/run")
         shutil.copytree(one / "trained/run", one / "measured/run")
         alone("evaluate", recipe, "--out", one / "measured/run", *MEASURED)
@@ -148,7 +152,7 @@ def done(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
             "sampled": ["run", "--out", two / "sampled/run"],
             "again": ["run", "--out", two / "sampled/run"],
             "interrupted": ["run", "--out", two / "interrupted/run"],
-            "exact": ["sample", "--out", two / "sampled/exact", *EXACT, "--batch", "3"],
+            "exact": ["sample", "--out", two / "sampled/exact", *exact(two / "sampled/run"), "--batch", "3"],
             "measured": ["evaluate", "--out", two / "measured/run", *MEASURED],
             "mistaken": ["sample", "--out", two / "sampled/run", "--set", "sample.cuont=3"],
         }

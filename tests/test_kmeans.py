@@ -205,8 +205,9 @@ def test_a_recipe_of_clusters_trains_observes_and_samples(tmp_path: Path) -> Non
     assert [step.producer.kind for step in plan.steps] == ["stage"]
     assert chain.sample(2, given={"clusters": own[:1]}, want=["image16"])["image16"].shape == (2, 3, 16, 16)
 
-    # A run that finds these weights beside itself finds the clusters that they were trained with, too.
-    beside = Assembly(smoke_version(loaded), tmp_path.with_name(f"{tmp_path.name}-beside"))
+    # A run that takes these weights takes the clusters that they were trained with, too.
+    named = smoke_version(loaded).override({"stages": {name: {"weights": str(tmp_path)} for name in assembly.stages}})
+    beside = Assembly(named, tmp_path.with_name(f"{tmp_path.name}-beside"))
     assert beside.encoders["clusters"].path == assembly.encoders["clusters"].path != Path()
     assert beside.chain().sources["clusters"].frequencies == counts.tolist()
 

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel
 
+from chaindiff.data.images import open_image
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
 from chaindiff.evaluation.features import load_in_order
 from tools import published_towers as towers
@@ -46,7 +46,7 @@ def load_emoji(path: Path = EMOJI) -> tuple[Tensor, list[Row]]:
     """Images uint8 [n, 3, 64, 64] and their rows of metadata.jsonl."""
     with zipfile.ZipFile(path) as z:
         rows = [json.loads(line) for line in z.read("metadata.jsonl").decode().splitlines()]
-        images = [pil_to_tensor(Image.open(io.BytesIO(z.read(r["file_name"])))) for r in rows]
+        images = [pil_to_tensor(open_image(io.BytesIO(z.read(r["file_name"])))) for r in rows]
     return torch.stack(images), rows
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import from_json
 from torch import nn
 
 from chaindiff.chain.chain import Chain, Encoder, Source
@@ -22,7 +23,7 @@ from chaindiff.data.augment import augment_dim
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import write_whole
+from chaindiff.io.files import regular, write_whole
 from chaindiff.specs.code import is_code
 from chaindiff.specs.stage import AugmentSpec
 
@@ -71,7 +72,7 @@ def content(data: Any) -> dict[str, str]:
 def trained_content(kept: Mapping[str, str]) -> dict[str, str]:
     """Digests of what a stage was trained on, keyed by words; empty for files of earlier versions."""
     try:
-        found = json.loads(kept.get("content", "{}"))
+        found = from_json(kept.get("content", "{}"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -111,12 +112,12 @@ def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Dif
     path = Path(path)
     tensors, kept = tensorfile.load(path)
     try:
-        said, known = json.loads(kept["stage"]), json.loads(kept["variables"])
+        said, known = from_json(kept["stage"]), from_json(kept["variables"])
         variables = {name: _variable(entry) for name, entry in known.items()}
         given = [(variables[link["variable"]], link) for link in said["given"]]
         made = said["generates"] or [name for name in variables if name not in {v.name for v, _ in given}]
         width = said["augment_dim"] if "augment_dim" in said else augment_dim(AugmentSpec(**said["augment"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         hint = "load it through its recipe: chaindiff.load(RECIPE).stages[NAME]"
         raise UserError(f"{path} does not describe its stage fully enough to build it", hint=hint) from error
     settings = {key: said.get(key) for key in ("network", "precondition", "noise", "joint")}
@@ -164,7 +165,15 @@ def load_chain(folder: Path, objects: Sequence[Stage | Encoder] = ()) -> Chain:
 
     Raises UserError for one that is not passed in.
     """
-    said = json.loads((folder / CHAIN).read_text())
+    try:
+        said = from_json(regular(folder / CHAIN).read_bytes())
+        variables = {entry["name"]: _variable(entry) for entry in said["variables"]}
+        sources = [Source(variables[name], list(weights)) for name, weights in said["sources"].items()]
+        parts = {part: [str(name) for name in said[part]] for part in ("stages", "encoders", "decoders")}
+        said = {"name": str(said["name"]), **parts}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        hint = "save the chain again, or copy the folder again"
+        raise UserError(f"{folder / CHAIN} is not what saving a chain leaves", hint=hint) from error
     handed = {part.name: part for part in objects if isinstance(part, Stage)}
     stages = [_stage(name, folder, handed.get(name)) for name in said["stages"]]
     maps: dict[str, list[Any]] = {}
@@ -172,8 +181,6 @@ def load_chain(folder: Path, objects: Sequence[Stage | Encoder] = ()) -> Chain:
         maps[group] = [part for part in objects if part.name in said[group] and not isinstance(part, Stage)]
         if missing := [name for name in said[group] if name not in {part.name for part in maps[group]}]:
             raise _not_handed(folder, f"the {group[:-1]} '{missing[0]}'")
-    variables = {entry["name"]: _variable(entry) for entry in said["variables"]}
-    sources = [Source(variables[name], weights) for name, weights in said["sources"].items()]
     return Chain(stages, maps["encoders"], sources, said["name"], variables, decoders=maps["decoders"])
 
 

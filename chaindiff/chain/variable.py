@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from chaindiff.io.digest import digest
 from chaindiff.specs.clip_models import is_file, placed_folder
 from chaindiff.specs.recipe import FileSpec, OpenClipSpec, VariableSpec
@@ -116,7 +118,7 @@ def difference(one: Variable, other: Variable) -> str:
 def _facts(variable: Variable) -> dict[str, str]:
     """All that tells variables apart, flat, by names such as encoder.reduce.k."""
     try:
-        said = json.loads(variable.meaning) if variable.meaning else {}
+        said = from_json(variable.meaning) if variable.meaning else {}
     except ValueError:
         said = variable.meaning
     facts = {"kind": variable.kind, "shape": list(variable.shape), "sigma_data": variable.sigma_data, "meaning": said}

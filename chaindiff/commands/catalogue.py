@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from chaindiff.assets.registry import SHIPPED
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular
+from chaindiff.io.metadata import about
 from chaindiff.specs.fields import kinds
 from chaindiff.specs.load import LOCK, What, available, load_recipe, summary
 from chaindiff.specs.recipe import Encoder, Reducer
@@ -56,9 +59,9 @@ def _weights() -> list[Entry]:
 
 def _header(path: Path) -> dict[str, Any]:
     """Of a safetensors file: its length in eight bytes, then JSON."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(min(length, HEADER)))
+        return from_json(file.read(min(length, HEADER)))
 
 
 def runs() -> dict[str, Path]:
@@ -94,15 +97,15 @@ def _trained(path: Path) -> str:
     try:
         metadata = _header(path)["__metadata__"]
         size = f"{path.stat().st_size / 1e6:.2f} MB"
-        if "stage" not in metadata:
-            return f"statistics of an encoder, fitted on {int(metadata['rows']):,} rows; {size}"
-        made, *given = json.loads(metadata["variables"])  # the generated one is written first
-        stage, data = json.loads(metadata["stage"]), json.loads(metadata["data"])
-        kind, data = (stage["network"] or stage)["kind"], data.get("path") or data["kind"]
-        images = int(metadata["images"])
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        found = about(metadata, path)
+        if found.stage is None:
+            return f"statistics of an encoder, fitted on {found.rows:,} rows; {size}"
+        made, *given = found.variables  # the generated one is written first
+    except (UserError, OSError, ValueError, KeyError, TypeError, struct.error):
         return "(not a complete weights file)"
-    return f"{kind}: {made}{' given ' * bool(given)}{', '.join(given)}; {images:,} images of {data}; {size}"
+    kind = (found.stage.network or {}).get("kind", found.stage.kind)
+    seen = f"{found.images:,} images of {found.data.path or found.data.kind}"
+    return f"{kind}: {made}{' given ' * bool(given)}{', '.join(given)}; {seen}; {size}"
 
 
 GROUPS: dict[str, Callable[[], list[Entry]]] = {

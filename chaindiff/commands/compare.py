@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from chaindiff.commands.catalogue import runs
-from chaindiff.evaluation.provenance import LIKE, Figure
+from chaindiff.evaluation.provenance import LIKE, read_evaluation
 from chaindiff.evaluation.tables import NAMES, Measured, cell, plain
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
@@ -132,18 +132,11 @@ def shown(value: Any) -> str:
 
 def figures_of(path: Path) -> list[dict[str, Any]] | None:
     """The figures of an evaluation with the details of each; None if there is no evaluation."""
-    try:
-        found = json.loads(path.read_text())["figures"]
-        for figure in found:
-            figure["figure"] = Figure(**{name: figure[name] for name in Figure.model_fields})
-            figure["label"] = "the chain" if figure["row"] == found[0]["row"] else figure["row"]
-    except FileNotFoundError:
+    if (found := read_evaluation(path)) is None:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "is not the output of an evaluation", str(path), "delete it and evaluate the run again"
-        ) from error
-    return found
+    own = found.figures[0].row if found.figures else ""
+    labels = {figure.row: "the chain" if figure.row == own else figure.row for figure in found.figures}
+    return [{**f.model_dump(by_alias=True), "figure": f, "label": labels[f.row]} for f in found.figures]
 
 
 def lines_of(found: Sequence[Run]) -> list[dict[str, Any]]:

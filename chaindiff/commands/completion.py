@@ -5,7 +5,9 @@ Typer itself leaves out what does not begin with what was typed.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ def _recipe(context: typer.Context) -> list[Any]:
     # An option that still lacks its value stops the parser, and leaves the recipe among the arguments.
     words = [word for word in (context.params.get("recipe"), *context.args) if word]
     try:
-        return [load_recipe(word, changes=context.params.get("changes") or ()).recipe for word in words[:1]]
+        with redirect_stderr(io.StringIO()):
+            return [load_recipe(word, changes=context.params.get("changes") or ()).recipe for word in words[:1]]
     except (UserError, OSError):
         return []

@@ -10,6 +10,7 @@ from typing import Any
 from chaindiff.interop.snapshots import Snapshot, kind_of, read_snapshot
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import user_path
 from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import Loaded
@@ -35,7 +36,7 @@ def import_snapshot(
     With a recipe, the file is the weights of its stage, to sample with; else a network, to begin a stage from.
     Raises UserError if the snapshot cannot be read safely, or is not what the stage is.
     """
-    path = path.expanduser()
+    path = user_path(path)
     snapshot = read_snapshot(path)
     out = out or Path(f"{path.stem}.safetensors")
     if out.suffix != ".safetensors":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from chaindiff.evaluation.report import METRICS, sections
 from chaindiff.io.digest import digest, file_digest
+from chaindiff.io.files import read_within, regular
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.page import Page, Picture, StageRow, write_report
 from chaindiff.specs.load import LOCK
@@ -20,14 +21,14 @@ def shows(assembly: Assembly, banner: str = "") -> str:
     """A fingerprint of all that the page is made of, but for the seconds that sampling took."""
     out = assembly.out
     files = [out / LOCK, out / METRICS, *sorted(out.glob("evaluation/*.png")), *sorted(out.glob("samples/*/grid.png"))]
-    found = {str(path.relative_to(out)): file_digest(path) for path in files if path.exists()}
+    found = {str(path.relative_to(out)): file_digest(path) for path in files if path.is_file()}
     return digest([found, banner, version("chain-diffusion-models")])
 
 
 def is_current(path: Path, assembly: Assembly, banner: str = "") -> bool:
     """Whether the page is there and shows what there is now, with the chain's picture beside it."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as page:
+        with regular(path).open(encoding="utf-8", errors="replace") as page:
             return f'"{shows(assembly, banner)}"' in page.read(1000) and path.with_name("chain.svg").exists()
     except OSError:
         return False
@@ -37,7 +38,11 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
     """One self-contained HTML file: chain, grids, costs, provenance and the locked recipe."""
     recipe, found, samples = assembly.recipe, sampled.plan, sampled.samples
     pictures = [
-        Picture(variable.name, grid.read_bytes(), f"{variable}, the first {min(samples.count, 64)} of {samples.count}")
+        Picture(
+            variable.name,
+            read_within(assembly.out, grid),
+            f"{variable}, the first {min(samples.count, 64)} of {samples.count}",
+        )
         for variable in reversed(samples.variables)
         if variable.kind == "image" and (grid := samples.folder / variable.name / "grid.png").exists()
     ]
@@ -68,7 +73,7 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
         rows,
         sections(assembly.out),
         provenance,
-        (assembly.out / LOCK).read_text(),
+        read_within(assembly.out, assembly.out / LOCK).decode(),
         shows(assembly, banner),
     )
     write_report(path, page)

@@ -7,6 +7,7 @@ import posixpath
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
-from chaindiff.data.sources import METADATA, Source, open_source
+from chaindiff.data.sources import IMAGES, METADATA, Source, open_source
 from chaindiff.io.code import create
 from chaindiff.io.digest import fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import regular
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.recipe import Data, DataSpec
 
@@ -115,7 +117,9 @@ class ImageData:
         """
         self._check(name)
         known = {value for row in self._siblings for value in values(row, name)}
-        ordered = sorted(known, key=int) if all(value.isdecimal() for value in known) else sorted(known)
+        ordered = (
+            sorted(known, key=int) if all(value.isdecimal() and len(value) < 20 for value in known) else sorted(known)
+        )
         position = {value: index for index, value in enumerate(ordered)}
         for file, row in zip(self.names, self._rows, strict=True):
             if len(values(row, name)) != 1:
@@ -167,7 +171,7 @@ class ImageData:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused below
-                image = Image.open(io.BytesIO(content))
+                image = open_image(io.BytesIO(content))
         except Exception as error:  # PIL's readers raise whatever the format's parser raises
             raise self._unreadable(name, error) from error
         limit = Image.MAX_IMAGE_PIXELS
@@ -192,6 +196,12 @@ class ImageData:
             reason = "the format is unknown" if self._source.read(name) else "the file is empty"
         hint = "the file may be truncated: replace it, or remove it (and its row of the metadata)"
         return UserError(f"not a readable image: {reason}", self._source.where(name), hint)
+
+
+def open_image(file: io.BytesIO | Path) -> Image.Image:
+    """An image of a known format, whatever its name says: PIL would start Ghostscript for PostScript. Raises as PIL."""
+    file = regular(file) if isinstance(file, Path) else file
+    return Image.open(file, formats=sorted({*IMAGES.values()}))
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

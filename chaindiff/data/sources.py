@@ -17,13 +17,18 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
+from pydantic_core import from_json
+
 from chaindiff.io.digest import digest, unchanged
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import cache_folder, write_whole
+from chaindiff.io.files import cache_folder, regular, user_path, write_whole
 from chaindiff.io.progress import say
 
 ASSETS = Path(__file__).parents[1] / "assets"
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGES = {  # by suffix, with PIL's name of the format
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF",
+    ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM",
+}  # fmt: skip
 METADATA = {"dataset.json", "metadata.jsonl"}
 
 # A zip declares the unpacked size of a file, and zipfile reads no further. Larger files are refused unread, and so are
@@ -44,7 +49,7 @@ def open_source(path: str) -> Source:
     Raises UserError if the path holds no data.
     """
     embedded = {file.stem: file for file in sorted(ASSETS.glob("*.zip"))}
-    file = embedded.get(path) or Path(path).expanduser()
+    file = embedded.get(path) or user_path(path, "data.path")
     if file.is_dir():
         return Folder(file)
     if _is_zip(file):
@@ -60,7 +65,7 @@ def _is_zip(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with file.open("rb") as opened:
+        with regular(file).open("rb") as opened:
             return zipfile.is_zipfile(opened)
     except OSError as error:
         raise UserError(f"the data cannot be read: {error.strerror}", str(file)) from error
@@ -88,12 +93,9 @@ class Folder:
         return names
 
     def read(self, name: str) -> bytes:
-        status = self._status(name)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError("cannot be read: it is not a regular file", self.where(name))
-        _refuse_size(status.st_size, _limit(name), self.where(name))
+        _refuse_size(self._status(name).st_size, _limit(name), self.where(name))
         try:
-            return (self.path / name).read_bytes()
+            return regular(self.path / name).read_bytes()
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
@@ -137,7 +139,7 @@ class Zip:
         # A forked process would share the file's position with its parent, so it reopens the zip.
         if self._open is None or self._open[0] != os.getpid():
             try:
-                self._open = os.getpid(), zipfile.ZipFile(self.path)
+                self._open = os.getpid(), zipfile.ZipFile(regular(self.path))
             except Exception as error:  # a damaged zip directory may raise nearly anything
                 raise UserError(f"the zip cannot be opened: {error}", str(self.path), _AGAIN) from error
         return self._open[1]
@@ -191,7 +193,7 @@ Source = Folder | Zip
 
 def _known(memo: Path) -> dict[str, list[int]]:
     try:
-        known = json.loads(memo.read_text("utf-8"))
+        known = from_json(regular(memo).read_bytes())
         return {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 4}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,8 +44,11 @@ class OpenClip(Embedding):
     @cached_property
     def model(self) -> Any:
         """The open_clip model, in float32 and eval mode, without gradients for its weights."""
+        return self._loaded(self.files.create).float().eval().requires_grad_(False).to(self.device)
+
+    def _loaded(self, load: Callable[[], Any]) -> Any:
         try:
-            model = self.files.create()
+            return load()
         except UserError:
             raise
         except Exception as error:  # open_clip raises many types for files that do not fit a model
@@ -55,7 +58,6 @@ class OpenClip(Embedding):
                 f"variables.{self.name}.encoder",
                 "the weights may belong to another model, or the file may be incomplete",
             ) from error
-        return model.float().eval().requires_grad_(False).to(self.device)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class OpenClipText(OpenClip):
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self.files.tokenizer()
+        return self._loaded(self.files.tokenizer)
 
     @cached_property
     def features_identity(self) -> dict[str, Any]:

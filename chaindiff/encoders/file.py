@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chaindiff.encoders.embedding import Embedding
 from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import regular, user_path
 from chaindiff.specs.recipe import FileSpec
 
 CHUNK = 4096  # rows checked at once
@@ -32,7 +32,8 @@ class FileVectors(Embedding):
 
     def __init__(self, name: str, spec: FileSpec, shape: Sequence[int], sigma_data: float, kind: str):
         super().__init__(name, spec, shape, sigma_data, kind)
-        self.path, self.where = Path(spec.path).expanduser(), f"variables.{name}.encoder.path"
+        self.where = f"variables.{name}.encoder.path"
+        self.path = user_path(spec.path, self.where)
 
     def features(self, x: Any) -> Tensor:
         raise UserError(f"'{self.name}' comes from the file {self.path}, which cannot encode anything", self.where)
@@ -69,7 +70,7 @@ class FileVectors(Embedding):
         return features
 
     def _safetensors(self) -> tuple[Tensor, list[str] | None]:
-        with safe_open(self.path, "pt") as file:  # its tensors stay mapped when it is closed
+        with safe_open(regular(self.path), "pt") as file:  # its tensors stay mapped when it is closed
             held = list(file.keys())
             only = held[0] if len(held) == 1 else None
             named = next((name for name in ("features", self.name) if name in held), only)
@@ -84,7 +85,7 @@ class FileVectors(Embedding):
             return file.get_tensor(named), None if names is None else self._names(names)
 
     def _names(self, text: str) -> list[str]:
-        names = json.loads(text)
+        names = from_json(text)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"`names` in the metadata of {self.path} is not a JSON list of file names", self.where)
         if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -92,7 +93,7 @@ class FileVectors(Embedding):
         return names
 
     def _numpy(self) -> tuple[Tensor, None]:
-        array = np.load(self.path, mmap_mode="c", allow_pickle=False)  # "c": nothing is written to the file
+        array = np.load(regular(self.path), mmap_mode="c", allow_pickle=False)  # "c": nothing is written to the file
         if array.dtype.kind not in "fiu":
             raise ValueError(f"its dtype is {array.dtype}")
         native = array.dtype in (np.float16, np.float32, np.float64)

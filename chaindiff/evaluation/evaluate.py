@@ -21,7 +21,7 @@ from chaindiff.io.progress import say, shown
 from chaindiff.recipe.assembly import Assembly, default_out
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
 from chaindiff.specs.merge import nest
-from chaindiff.specs.yaml import Node, assignment
+from chaindiff.specs.yaml import assignment, wrap
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sweep:
 
     def overrides(self) -> Iterable[tuple[Any, dict[str, Any]]]:
         for value in self.values:
-            yield value, nest(self.field.split("."), Node(value, None)).plain()
+            yield value, nest(self.field.split("."), wrap(value, None)).plain()
 
 
 @dataclass
@@ -81,8 +81,8 @@ class Rows:
         label += f", given {', '.join(told)}" * bool(told)
         return [
             Row(
-                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, out or self.out,
-                self.compiled,
+                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split,
+                out or self.out, self.compiled,
             )
             for seed in (seeds or self.seeds)
         ]  # fmt: skip
@@ -144,15 +144,12 @@ def baseline_rows(make: Rows, recipe: str) -> list[Row]:
     for name in chain.plan([make.of], list(given)).plan.unused:
         del given[name]
     run, label = default_out(other), other.recipe.name
+    own = run if run.is_dir() else None  # a recipe without a run of its own takes the weights of this one
     if other.path.name == LOCK:
         label = other.spoken
-    elif run.is_dir() and label == make.loaded.recipe.name:
-        label = str(run)  # two runs of one recipe
-    return make(
-        label,
-        loaded=other.override({"sample": {"given": given}}) if given else other,
-        out=run if run.is_dir() else None,  # a recipe that has no run of its own is measured with the weights of this
-    )
+    elif own and label == make.loaded.recipe.name:
+        label = str(own)  # two runs of one recipe
+    return make(label, loaded=other.override({"sample": {"given": given}}) if given else other, out=own)
 
 
 # ------------------------------------------------------------ everything in one go

@@ -23,7 +23,7 @@ from chaindiff.evaluation.judge_networks import SIZE, TRUNKS
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.io.files import cache_folder
+from chaindiff.io.files import cache_folder, regular
 from chaindiff.specs.recipe import OpenClipSpec
 
 JUDGES = Path(__file__).parents[1] / "assets" / "judges"
@@ -57,7 +57,7 @@ def extractor(name: str, weights: Path | None = None) -> Extractor:
 def _pixels(name: str, argument: str, weights: Path | None) -> Extractor:
     if weights is not None:
         raise UserError(f"the extractor '{name}' has no weights", str(weights))
-    if argument and not (argument.isdecimal() and int(argument)):
+    if argument and not (argument.isdecimal() and len(argument) < 5 and int(argument)):
         raise UserError(f"'{name}': expected pixels:SIDE, say pixels:16")
     size = int(argument or 32)
     return Extractor(name, "pixels", nn.Identity(), size, 3 * size**2)
@@ -94,7 +94,7 @@ def _inception(name: str, argument: str, weights: Path | None) -> Extractor:
     with _reading(name, weights):
         if _is_torchscript(weights):
             # The published script's `layers` take scaled images of 299 x 299; what precedes them is its own resizing.
-            module = torch.jit.load(str(weights), map_location="cpu").layers
+            module = torch.jit.load(str(regular(weights)), map_location="cpu").layers
         else:
             torch.save(_tensors(weights), state := io.BytesIO())  # it would unpickle, and run, whatever is in a file
             state.seek(0)
@@ -198,16 +198,16 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """A state dictionary: safetensors, or a pickle of tensors alone, which executes nothing."""
     if path.suffix == ".safetensors":
         return tensorfile.load(path)[0]
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(regular(path), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("it holds more than named tensors")
     return dict(state)  # without notes of versions: files may lack a batch norm's count of batches
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(regular(path)):
         return False
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(regular(path)) as archive:
         return any(Path(member).name == "constants.pkl" for member in archive.namelist())
 
 

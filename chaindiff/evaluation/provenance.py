@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular
 
 
 class Figure(BaseModel):
@@ -38,6 +40,40 @@ class Figure(BaseModel):
         if hasattr(value, "low"):
             return cls(metric=metric, value=value.value, low=value.low, high=value.high, **about)
         return cls(metric=metric, value=value, **about)
+
+
+class Line(Figure):
+    """A figure in metrics.json: of which row and variable it is, and what else stands beside it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    row: str
+    variable: str = Field(alias="of")
+
+
+class Part(BaseModel):
+    """A part of an evaluation as the page shows it."""
+
+    title: str
+    note: str
+    table: list[list[str]]
+    pictures: dict[str, str]
+
+
+class Evaluation(BaseModel):
+    parts: list[Part] = []
+    figures: list[Line]
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """What an evaluation left in metrics.json; None if there was none. Raises UserError for anything else there."""
+    try:
+        return Evaluation.model_validate_json(regular(path).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        hint = "delete it and evaluate the run again"
+        raise UserError("is not the output of an evaluation", str(path), hint) from error
 
 
 LIKE = ("metric", "reference", "split", "count", "encoder", "encoder_identity", "resize")

@@ -8,11 +8,14 @@ from operator import add, sub
 from pathlib import Path
 from typing import Any
 
+from chaindiff.evaluation.provenance import Part, read_evaluation
 from chaindiff.evaluation.rows import Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import SCALE, Measured, Results, Table, figures_table, judges_of, link_costs, number
 from chaindiff.evaluation.vectors import vector_report
-from chaindiff.io.files import write_whole
+from chaindiff.io.errors import UserError
+from chaindiff.io.files import read_within, write_whole
+from chaindiff.io.progress import say
 from chaindiff.show import plots
 from chaindiff.show.images import grid, png_bytes
 from chaindiff.show.page import Picture, Section
@@ -107,18 +110,16 @@ class Report:
 
 def sections(out: Path) -> list[Section]:
     """The parts of an evaluation for the page of a run; none if there was no evaluation."""
-    path = out / METRICS
-    if not path.exists():
+
+    def pictures(part: Part) -> list[Picture]:
+        return [Picture(name, read_within(out, out / "evaluation" / file)) for name, file in part.pictures.items()]
+
+    try:
+        found = read_evaluation(out / METRICS)
+        return [Section(p.title, p.note, p.table, pictures(p)) for p in found.parts] if found else []
+    except (UserError, OSError) as error:  # what was sampled is shown all the same
+        say(f"the page shows no evaluation: {error}")
         return []
-    return [
-        Section(
-            part["title"],
-            part["note"],
-            part["table"],
-            [Picture(name, (out / "evaluation" / file).read_bytes()) for name, file in part["pictures"].items()],
-        )
-        for part in json.loads(path.read_text())["parts"]
-    ]
 
 
 def provenance(rows: Sequence[Measured]) -> str:

@@ -5,8 +5,7 @@ Samples are stored on disk in chunks, so that an interrupted evaluation resumes 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from chaindiff.evaluation.oracle import DataValues, oracle, split_of
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
+from chaindiff.io.metadata import about
 from chaindiff.io.shards import Shards, Stored
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.execution import chosen_execution, depends_on, prepare
@@ -149,7 +149,7 @@ class Row:
     @cached_property
     def training_images(self) -> dict[str, int | None]:
         """The images that each running stage has seen, in the order in which stages run; `trained_images`."""
-        return {n: trained_images(tensorfile.metadata(self.assembly.stages[n].weights())) for n in self.plan.running}
+        return {n: trained_images(self.assembly.stages[n].weights()) for n in self.plan.running}
 
     @property
     def training_pflop(self) -> float | None:
@@ -182,11 +182,11 @@ class Row:
         }
 
 
-def trained_images(kept: Mapping[str, str]) -> int | None:
+def trained_images(weights: Path) -> int | None:
     """The images behind a stage's weights, by the file's metadata: what was seen, not what the recipe asked for.
 
     None for imported weights, and for those that began as another network's: what that has seen is unknown.
     """
-    images = int(kept.get("images", 0))
-    begun = json.loads(kept.get("stage", "{}")).get("init")
-    return None if "imported" in kept or begun is not None or not images else images
+    kept = about(tensorfile.metadata(weights), weights)
+    begun = kept.stage is not None and kept.stage.init is not None
+    return None if kept.imported is not None or begun else kept.images or None

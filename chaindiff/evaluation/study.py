@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from chaindiff.data.items import Data
@@ -28,7 +28,7 @@ from chaindiff.evaluation.rows import CHUNK, Row
 from chaindiff.evaluation.vectors import alignment
 from chaindiff.io.digest import digest, fingerprint
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import write_whole
+from chaindiff.io.files import regular, write_whole
 from chaindiff.io.progress import shown
 from chaindiff.io.shards import Shards, Stored
 from chaindiff.recipe.assembly import Assembly
@@ -137,18 +137,19 @@ class Study:
         """Fréchet distance, KID, precision, recall, density, coverage of a row by every judge; and by those that read
         texts, how far samples agree with the captions of the images that they were made for."""
         against = reference or self.data(row, self.reference)
-        found: list[Figure] = []
+        found, kept = list[Figure](), TypeAdapter(list[Figure])
         for judge in [*self.judges, PATCHES]:
             encoder = "" if judge == PATCHES else self.judge(judge).identity
             texts = self._captions(row, judge)  # a data set's digest does not cover them
             depends = [row.key, row.count, against.key, judge, encoder, *([digest(texts)] if texts else [])]
             path = self.folder / "figures" / f"{digest(depends)}.json"
-            if not path.exists():
+            try:
+                measured = kept.validate_json(regular(path).read_bytes())
+            except (OSError, ValidationError):
                 measured = self._patches(row, against) if judge == PATCHES else self._measure(row, against, judge)
                 measured += self._alignment(row, judge, texts) if texts else []
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, json.dumps([figure.model_dump() for figure in measured]).encode())
-            found += [Figure(**plain) for plain in json.loads(path.read_text())]
+                write_whole(path, kept.dump_json(measured))
+            found += measured
         return found
 
     def _measure(self, row: Row, against: DataImages, judge: str) -> list[Figure]:

@@ -97,6 +97,8 @@ def cell(row: Measured, metric: str, judge: str) -> str:
 
 def number(value: float) -> str:
     """Three digits, never in powers of ten."""
+    if not math.isfinite(value):
+        return str(value)
     rounded = float(f"{value:.3g}")  # first, so that 9.999 is 10.0 and not 10.00
     if rounded == 0:
         return "0"

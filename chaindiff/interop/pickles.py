@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular
 
 Table = Mapping[str, Callable[[str, tuple], Any]]  # a global's name -> what stands for a call of it
 
+LARGEST = 128  # bits of a whole number, at most; those of storages' headers have 80
 DIMENSIONS = 8  # of a tensor, at most
 HEADER = 200  # opcodes in one part of a storage's header, at most; torch writes about 20
 
@@ -224,6 +226,8 @@ def interpret(stream: IO[bytes], table: Table, persistent: bool = False, most: i
             raise Refused(f"more than {most} opcodes in a header")
         name = opcode.name
         if name in LITERALS:
+            if type(argument) is int and abs(argument) >> LARGEST:
+                raise Refused(f"a whole number of {argument.bit_length()} bits")
             stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name])
@@ -301,7 +305,7 @@ def read_pickle(path: Path) -> Any:
     Raises UserError if the file is missing, empty, truncated or not a pickle, or holds anything not on the list.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with regular(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content[:1] != b"\x80":
                 raise Refused("it does not start like one")
             return interpret(content, SNAPSHOT)  # type: ignore[arg-type]  (mmap reads like a file)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular
 
 
 def fingerprint(value: Any) -> str:
@@ -37,5 +38,5 @@ def unchanged(status: os.stat_result) -> tuple[int, int, int]:
 
 @cache
 def _file_digest(path: Path, *unchanged: int) -> str:
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 LONGEST = 2000  # characters of one line of a message: a file's whole text may stand where a name was expected
+
+# What moves the cursor, colours or reorders a terminal's text, and what cannot be printed at all; lines may end.
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def quoted(text: str) -> str:
+    """Text that a terminal shows as it is: control characters in names, classes and files as escapes (`\\x1b`)."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+@cache
+def note(text: str) -> None:
+    """A line for the person, once, that stops nothing; on stderr, for stdout may be read by a program."""
+    print(quoted(f"note: {text}"), file=sys.stderr)
 
 
 class UserError(Exception):
     """A mistake in a recipe, on the command line or in data; the command line prints it and exits with status 2."""
 
     def __init__(self, message: str, where: str | None = None, hint: str | None = None):
-        self.message, self.where, self.hint = message, where, hint
-        super().__init__(message)
+        self.message, self.where, self.hint = quoted(message), where and quoted(where), hint and quoted(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from chaindiff.io.errors import quoted
+
 EVERY = 20.0  # seconds between lines where there is no terminal
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal; nothing when quiet."""
-    get_console().print(text, highlight=False, markup=False, soft_wrap=True)
+    get_console().print(quoted(text), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:

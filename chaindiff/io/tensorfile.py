@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import whole
+from chaindiff.io.files import regular, whole
+from chaindiff.io.metadata import DAMAGED
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -42,13 +43,13 @@ def remove_leftovers(folder: Path) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular(path), "pt") as file:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"there is no weights file {path}") from error
     except (SafetensorError, OSError) as error:
-        hint = "copy or download it again; if a run wrote it, delete it to retrain that stage"
-        raise UserError(f"{path} is not a complete safetensors file: {error}", hint=hint) from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path} is not a complete safetensors file: {reason}", hint=DAMAGED) from error
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

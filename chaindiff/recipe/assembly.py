@@ -24,6 +24,7 @@ from chaindiff.recipe.encoder import LazyMap, RecipeEncoder
 from chaindiff.recipe.stage import RecipeStage, check_fitted
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
+from chaindiff.specs.recipe import OpenClipSpec, VariableSpec
 from chaindiff.specs.yaml import display
 
 
@@ -52,6 +53,18 @@ class Assembly:
         """The weights files of stages that have any to learn; raises what `RecipeStage.weights` raises."""
         outlines = self.chain().stages.outlines
         return {name: self.stages[name].weights() for name in names if learns(outlines[name])}
+
+    @cached_property
+    def coders(self) -> dict[str, VariableSpec]:
+        """The variables to build encoders of: a model of the hub at the revision that the run's lock names."""
+        specs = dict(self.recipe.variables)
+        models = self.loaded.lock.get("models")
+        for name, model in models.items() if isinstance(models, dict) else ():
+            encoder = specs[name].encoder if name in specs else None
+            if isinstance(encoder, OpenClipSpec) and str(model).partition("@")[0] == encoder.model:
+                pinned = encoder.model_copy(update={"model": model})
+                specs[name] = specs[name].model_copy(update={"encoder": pinned})
+        return specs
 
     @contextmanager
     def located(self, place: str | None = None) -> Iterator[None]:

@@ -16,6 +16,7 @@ from chaindiff.encoders import Encoder, FileVectors, build_encoder
 from chaindiff.encoders.clip_files import placed
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest, file_digest
+from chaindiff.io.files import user_path
 from chaindiff.specs.recipe import FileSpec, OpenClipSpec
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class RecipeEncoder:
     def build(self) -> Encoder:
         """The encoder as it is now. Raises UserError if its statistics were not fitted yet."""
         with self.assembly.located():
-            return build_encoder(self.name, self.assembly.recipe.variables, self.path)
+            return build_encoder(self.name, self.assembly.coders, self.path)
 
     @property
     def file_name(self) -> str:
@@ -56,16 +57,17 @@ class RecipeEncoder:
 
     @property
     def path(self) -> Path:
-        """Where the fitted statistics lie: shipped, in the run, or in one whose weights it uses."""
+        """Where the fitted statistics lie: shipped, in the run, or in one whose weights the recipe names."""
         own = self.assembly.out / "encoders" / self.file_name
         if (found := registry.shipped(self.assembly.variables[self.name].identity)) is not None:
             return found
         for home in self.assembly.homes:
             if (path := home / "encoders" / own.name).exists():
                 return path
-        using = [stage for stage in self.assembly.stages.values() if self.name in {v.name for v in stage.variables}]
-        weights = [path for stage in using if (path := stage.find_weights()) is not None and len(path.parents) > 2]
-        files = [path.parents[2] / "encoders" / own.name for path in weights]
+        named = [stage for stage in self.assembly.stages.values() if stage.spec.weights is not None]
+        weights = [stage.find_weights() for stage in named if self.name in {v.name for v in stage.variables}]
+        runs = [path.parents[2] for path in weights if path is not None and path.match("stages/*/weights.safetensors")]
+        files = [run / "encoders" / own.name for run in runs]
         return next((file for file in files if file.exists()), own)
 
     @property
@@ -76,7 +78,7 @@ class RecipeEncoder:
         if isinstance(encoder, OpenClipSpec):
             found = placed(encoder, variables[encoder.of].kind == "text")
             return {f"the {what} of the encoder of '{self.name}'": digest for what, digest in found.items()}
-        if isinstance(encoder, FileSpec) and (path := Path(encoder.path).expanduser()).is_file():
+        if isinstance(encoder, FileSpec) and (path := user_path(encoder.path)).is_file():
             return {f"the vectors of '{self.name}'": file_digest(path)}
         return {}
 

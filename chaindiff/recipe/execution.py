@@ -16,8 +16,10 @@ from chaindiff.chain.chain import Chain
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value
+from chaindiff.encoders.clip_files import pinned
 from chaindiff.io.digest import digest, file_digest
 from chaindiff.recipe.assembly import Assembly
+from chaindiff.specs.recipe import OpenClipSpec
 from chaindiff.specs.stage import StageSpec
 
 COMPILE_PAYS = 3e13  # floating-point operations of a whole run; below, compiling takes longer than it saves
@@ -84,10 +86,13 @@ def lock_of(
         samples = digest({**depends, "execution": execution})
         if samples == before.get("samples"):
             break  # else it is another request: how it is executed is decided again
+    encoders = {name: spec.encoder for name, spec in assembly.coders.items()}
+    models = {n: model for n, spec in encoders.items() if isinstance(spec, OpenClipSpec) and (model := pinned(spec))}
     return {
         "samples": samples,
         "count": assembly.recipe.sample.count,
         "execution": execution,
+        **({"models": models} if models else {}),
         "weights": depends["weights"],
         "given": depends["given"],
         "threads": torch.get_num_threads(),

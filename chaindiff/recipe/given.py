@@ -17,6 +17,7 @@ from chaindiff.data import ImageData, open_data
 from chaindiff.data.sources import IMAGES, Folder
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import regular, user_path
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.recipe import DataSpec, FileSpec
 
@@ -81,7 +82,7 @@ def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Pat
         assembly.recipe.variables[variable.name].encoder is None or all(map(_is_number, classes))
     ):
         return torch.tensor([_class(assembly, variable, one, where) for one in classes])
-    path = Path(str(value)).expanduser()
+    path = user_path(str(value), where)
     if not path.exists():
         raise UserError(
             f"there is no file or folder {path}",
@@ -172,8 +173,8 @@ def _images(path: Path, variable: Variable) -> Tensor:
 def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
-        tensors = load_file(path)
+            return torch.from_numpy(np.load(regular(path), allow_pickle=False)).float()
+        tensors = load_file(regular(path))
     except Exception as error:  # the readers raise many kinds of errors for other or truncated files
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} is not a complete .safetensors or .npy file of numbers: {reason}", where) from error

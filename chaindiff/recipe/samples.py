@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from chaindiff.chain.chain import Chain
 from chaindiff.chain.variable import Variable
+from chaindiff.data.images import open_image
 from chaindiff.io.errors import UserError
 from chaindiff.io.shards import Shards
 from chaindiff.show.images import grid, save_png, to_image, to_uint8
@@ -114,7 +114,7 @@ class Samples(Shards):
 def read_image(path: Path) -> Tensor:
     """An image file as [channels, height, width] in [-1, 1]. Raises UserError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
     except Exception as error:  # PIL raises many kinds of errors for truncated or other files
         raise UserError(

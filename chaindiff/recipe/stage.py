@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -22,9 +21,14 @@ from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
 from chaindiff.io import tensorfile
 from chaindiff.io.code import create
-from chaindiff.io.digest import digest
+from chaindiff.io.digest import digest, file_digest
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import user_path
+from chaindiff.io.metadata import Trained, about
+from chaindiff.io.processes import processes
 from chaindiff.specs.code import CodeSpec
+from chaindiff.specs.load import LOCK, load_recipe
+from chaindiff.specs.lock import write_lock
 from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
 from chaindiff.training.begin import begin_from, other_preconditioning
 
@@ -135,7 +139,7 @@ class RecipeStage:
         assert isinstance(stage, nn.Module)
         stage.to_empty(device="cpu")
         tensors, kept = tensorfile.load(path)
-        if isinstance(stage, Diffusion) and (wrong := other_preconditioning(stage, kept)):
+        if isinstance(stage, Diffusion) and (wrong := other_preconditioning(stage, about(kept, path))):
             raise UserError(f"stage '{self.name}': {path} is of another network: {wrong[0]}")
         tensorfile.fill(stage, tensors, str(path))
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,17 +152,29 @@ class RecipeStage:
         return self.assembly.out / "stages" / self.name
 
     def known_weights(self) -> Iterator[Path]:
-        """The recipe's own file, this run's, the shipped file, and those of runs beside this one."""
+        """The file that the recipe names, or this stage's in the run that it names; else this run's, and the shipped.
+
+        Raises UserError if the run that the recipe names has not trained this stage.
+        """
         if self.spec.weights is not None:
-            yield Path(self.spec.weights).expanduser()
+            named = user_path(self.spec.weights, self.assembly.loaded.where(f"stages.{self.name}.weights"))
+            yield self._of_run(named) if named.is_dir() else named
             return
         for own in (home / "stages" / self.name / "weights.safetensors" for home in self.assembly.homes):
             if own.exists() and tensorfile.metadata(own).get("identity") == self.identity:
                 yield own
         if (shipped := registry.shipped(self.identity)) is not None:
             yield shipped
-        beside = sorted(self.assembly.out.parent.glob("*/stages/*/weights.safetensors"))
-        yield from (path for path in beside if identity_of(path) == self.identity)
+
+    def _of_run(self, run: Path) -> Path:
+        for path in sorted(run.glob("stages/*/weights.safetensors")):
+            if tensorfile.metadata(path).get("identity") == self.identity:
+                return path
+        raise UserError(
+            f"stage '{self.name}': no stage of the run {run} was trained like this one, on the same data",
+            self.assembly.loaded.where(f"stages.{self.name}.weights"),
+            "name a weights file, RUN/stages/STAGE/weights.safetensors, to take one that was trained otherwise",
+        )
 
     def find_weights(self) -> Path | None:
         """The first of the known files that was not trained on other content."""
@@ -180,10 +196,10 @@ class RecipeStage:
         """What has other content now than when the stage in a file was trained."""
         return changed(kept, self.content) if "content" in kept else []
 
-    def refitted(self, trained: Mapping[str, Mapping[str, str]]) -> list[str]:
+    def refitted(self, trained: Mapping[str, Trained]) -> list[str]:
         """The variables whose statistics are not those that the weights were trained with."""
         encoders = {v.name: self.assembly.encoders[v.name] for v in self.variables if v.name in self.assembly.encoders}
-        then = {name: trained[name]["fitted"] for name, e in encoders.items() if name in trained and e.complete}
+        then = {name: trained[name].fitted for name, e in encoders.items() if name in trained and e.complete}
         return [f"the statistics of '{n}'" for n, old in then.items() if old and encoders[n].digest not in ("", old)]
 
     def weights(self) -> Path:
@@ -193,7 +209,8 @@ class RecipeStage:
             raise UserError(
                 f"stage '{self.name}' has no weights yet",
                 where(f"stages.{self.name}"),
-                f"train it: chaindiff train {self.assembly.loaded.spoken} --stage {self.name}",
+                f"train it: chaindiff train {self.assembly.loaded.spoken} --stage {self.name}\n"
+                f"  or take it from a run that has it: --set stages.{self.name}.weights=RUN",
             )
         if not path.exists():
             raise UserError(
@@ -201,11 +218,19 @@ class RecipeStage:
                 where(f"stages.{self.name}.weights"),
                 "correct the path, or leave it out: the stage's own weights are found, or trained",
             )
+        locked = self.assembly.loaded.digests.get(self.name)
+        if locked is not None and locked != (found := file_digest(path)):
+            raise UserError(
+                f"stage '{self.name}': {path} is not the file that this run was made with: its sha256 is "
+                f"{found[:12]}..., not {str(locked)[:12]}...",
+                where("lock.weights"),
+                f"put that file back, or say that you want this one: --set stages.{self.name}.weights={path}",
+            )
         kept = tensorfile.metadata(path)
-        trained = trained_on(path, kept)
+        trained = trained_on(path)
         refuse_changed(path, [*self.changed(kept), *self.refitted(trained)])
         for variable in self.variables:
-            if variable.name not in trained or trained[variable.name]["identity"] != variable.identity:
+            if variable.name not in trained or trained[variable.name].identity != variable.identity:
                 raise UserError(
                     f"stage '{self.name}': the weights in {path} were not trained on this '{variable.name}'",
                     where(f"variables.{variable.name}"),
@@ -214,15 +239,23 @@ class RecipeStage:
                 )
         return path
 
+    def unlock(self) -> None:
+        """The run's lock no longer names the stage's weights: they are being trained."""
+        self.assembly.loaded.digests.pop(self.name, None)
+        if (self.assembly.out / LOCK).exists() and processes().is_main_process:
+            kept = load_recipe(self.assembly.out)
+            if kept.digests.pop(self.name, None) is not None:
+                write_lock(self.assembly.out, kept.recipe, kept.lock)
+
     @property
     def unfinished(self) -> bool:
         """Whether this run has begun to train the stage, and was stopped before it wrote the weights."""
         state, weights = (self.folder / f"{what}.safetensors" for what in ("state", "weights"))
         if not state.exists():
             return False
-        kept = tensorfile.metadata(state)
-        written = tensorfile.metadata(weights).get("images") if weights.exists() else None
-        return int(kept.get("images", 0)) < int(kept.get("total", 0)) or written != kept.get("images")
+        kept = about(tensorfile.metadata(state), state)
+        written = about(tensorfile.metadata(weights), weights).images if weights.exists() else None
+        return kept.images < kept.total or written != kept.images
 
     def check_begin(self, fresh: bool = False) -> None:
         """Check that the stage, if yet to be trained, can start from its `init`, of which only the header is read.
@@ -232,7 +265,7 @@ class RecipeStage:
         if self.spec.init is not None and not self.unfinished and (fresh or next(self.known_weights(), None) is None):
             stage = self.on_meta()
             with self.assembly.located(f"stages.{self.name}.init"):
-                begin_from(stage, Path(self.spec.init).expanduser())
+                begin_from(stage, user_path(self.spec.init))
 
 
 def check_fitted(weights: Mapping[str, Path]) -> None:
@@ -240,7 +273,7 @@ def check_fitted(weights: Mapping[str, Path]) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for stage, path in weights.items():
         kept = tensorfile.metadata(path)
-        facts = {f"fits of '{variable}'": entry["fitted"] for variable, entry in trained_on(path, kept).items()}
+        facts = {f"fits of '{variable}'": entry.fitted for variable, entry in trained_on(path).items()}
         facts |= {f"versions of {what}": d for what, d in trained_content(kept).items() if what not in (DATA, "rows")}
         for what, fact in facts.items():
             other, before = seen.setdefault(what, (stage, fact))
@@ -251,21 +284,8 @@ def check_fitted(weights: Mapping[str, Path]) -> None:
                 )
 
 
-def trained_on(path: Path, kept: dict[str, str]) -> dict[str, dict[str, str]]:
+def trained_on(path: Path) -> dict[str, Trained]:
     """The variables that a stage was trained on, by its file's metadata. Raises UserError if it names none."""
-    try:
-        found = json.loads(kept.get("variables", "{}"))
-        named = bool(found) and all({"identity", "fitted"} <= entry.keys() for entry in found.values())
-    except (ValueError, AttributeError):
-        named = False
-    if not named:
-        raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")
-    return found
-
-
-def identity_of(path: Path) -> str | None:
-    """The identity of the stage in a file of another run; None for a damaged one, which is not this run's error."""
-    try:
-        return tensorfile.metadata(path).get("identity")
-    except UserError:
-        return None
+    if found := about(tensorfile.metadata(path), path).variables:
+        return found
+    raise UserError(f"{path} is not the weights file of a stage", hint="its metadata names no variables")

@@ -17,8 +17,9 @@ from chaindiff.edm.random import Draws
 from chaindiff.encoders import Embedding, Encoder, FileVectors, build_encoder
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import cache_folder
+from chaindiff.io.files import cache_folder, user_path
 from chaindiff.io.memory import noted
+from chaindiff.io.metadata import about
 from chaindiff.io.processes import processes, share
 from chaindiff.io.progress import Bar, shown
 from chaindiff.recipe.assembly import Assembly
@@ -46,22 +47,24 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     images, total, content = 0, spec.train.images, {**part.content, **content_of(assembly.data)}
     tensors: dict[str, Tensor] | None = None
     if state.exists():
-        kept = tensorfile.metadata(state)
-        refuse_changed(state, part.changed(kept))
-        images, total = int(kept.get("images", 0)), int(kept.get("total", total))
+        metadata = tensorfile.metadata(state)
+        refuse_changed(state, part.changed(metadata))
+        kept = about(metadata, state)
+        images, total = kept.images, kept.total or total
         if more and not part.unfinished:
             total = images + more
     elif more and start is not None:
         tensors, kept = tensorfile.load(start)
         refuse_changed(start, part.changed(kept))
-        images = int(kept.get("images", 0))
+        images = about(kept, start).images
         total = images + more
     elif spec.init is not None:
         with assembly.located(f"stages.{name}.init"):
-            begin_from(stage, Path(spec.init).expanduser())
+            begin_from(stage, user_path(spec.init))
     if tensors is not None:
         tensorfile.fill(stage, tensors, str(start))
     batches = prepare(assembly, name)
+    part.unlock()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     steps = train(
         stage,
@@ -128,7 +131,7 @@ def prepare(assembly: Assembly, name: str) -> Batches:
             queue.append(source)
         path = assembly.encoders[variable].path
         with assembly.located():
-            encoder = build_encoder(variable, recipe.variables, path if path.exists() else None)
+            encoder = build_encoder(variable, assembly.coders, path if path.exists() else None)
         if isinstance(encoder, Embedding):
             caches[variable] = embed(assembly, encoder, name)
             state.wait_for_everyone()  # every shard is there, and all have seen whether there were statistics
@@ -136,7 +139,7 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                 if state.is_main_process:
                     fit(encoder, caches[variable], path)
                 state.wait_for_everyone()
-                encoder = build_encoder(variable, recipe.variables, path)
+                encoder = build_encoder(variable, assembly.coders, path)
         encoders[variable] = encoder
     labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
     for label in labels:

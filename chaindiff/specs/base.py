@@ -13,6 +13,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 # Larger values could not be built, or even planned, in reasonable time and memory.
 UpToThousand = Annotated[int, Field(gt=0, le=1_000)]
 UpToMillion = Annotated[int, Field(gt=0, le=1_000_000)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]  # whose square is a number in single precision too
+NonNegative = Annotated[float, Field(ge=0, le=1e12)]
 
 Problems = Iterator[tuple[str, str]]  # a field, dotted, and what is wrong with it
 PROBLEM = "problem"  # pydantic's error type for our own messages

@@ -8,7 +8,7 @@ from typing import Any
 
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.base import Problems
-from chaindiff.specs.clip_models import known_models, model_folder
+from chaindiff.specs.clip_models import HUB, known_models, model_folder
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.recipe import (
     A,
@@ -69,8 +69,8 @@ def _variables(recipe: Recipe) -> Problems:
         if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
             yield f"{path}.shape", f"images in the data have 3 channels (RGB), not {variable.shape[0]}"
         model = encoder.model if isinstance(encoder, OpenClipSpec) else None
-        if model is not None and model_folder(model) is None and model not in (known := known_models()):
-            yield f"{path}.encoder.model", f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
+        if model is not None and (problem := _model(model)):
+            yield f"{path}.encoder.model", problem
         for field, coder in (("encoder", encoder), ("decoder", variable.decoder)):
             if coder is not None and not isinstance(coder, FileSpec):
                 source = recipe.variables.get(coder.of)
@@ -86,6 +86,16 @@ def _variables(recipe: Recipe) -> Problems:
             depth[name] = 1 + depth[edges[name][0]] if name in edges else 0
         if deep := next((name for name in edges if depth[name] > _DEEPEST), None):
             yield f"variables.{deep}.{field}", f"{field}s are chained more than {_DEEPEST} deep"
+
+
+def _model(model: str) -> str | None:
+    """What is wrong with the name or folder of an open_clip model."""
+    try:
+        if not model.startswith(HUB) and model_folder(model) is None and model not in (known := known_models()):
+            return f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
+    except UserError as error:
+        return error.message
+    return None
 
 
 def _coder(coder: Encoder | Decoder, source: VariableSpec, variable: VariableSpec) -> Iterator[str]:

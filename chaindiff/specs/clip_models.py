@@ -6,15 +6,20 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from chaindiff.io.files import user_path
+
 EMBEDDED = Path(__file__).parents[1] / "assets"
 CONFIG = "open_clip_config.json"
+HUB = "hf-hub:"  # before a repository of the hub, `org/name` or `org/name@revision`
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder that a recipe's `model` refers to, whether it exists or not; None for an open_clip model's name."""
+    """The folder that a recipe's `model` refers to, there or not; None for a name of open_clip's or the hub's."""
+    if model.startswith(HUB):
+        return None
     if (EMBEDDED / model / CONFIG).is_file():
         return EMBEDDED / model
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     return folder if "/" in model or folder.is_dir() else None
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.errors import UserError, did_you_mean, note
 from chaindiff.specs.check import check
 from chaindiff.specs.code import HINT, code_in
 from chaindiff.specs.merge import merge, nest, refuse_strangers, spread
 from chaindiff.specs.recipe import Recipe
 from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.validate import raise_all, validate
-from chaindiff.specs.yaml import Node, assignment, describe, read, wrap
+from chaindiff.specs.yaml import Node, assignment, describe, display, read, wrap
 
 LOCK = "recipe.lock.yaml"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -47,6 +47,12 @@ class Loaded:
         return self.node.deepest(path.split(".")).where
 
     @property
+    def digests(self) -> dict[str, Any]:
+        """Of the weights with which the run was made, by stage: those that no override has named since."""
+        found = self.lock.get("weights")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def spoken(self) -> str:
         """The recipe as a command names it: by its bare name if it is shipped, else by its path or its run's."""
         shipped = self.path.parent == SHIPPED / _FOLDERS["recipe"]
@@ -58,7 +64,7 @@ class Loaded:
         """This recipe with more overrides, nested mappings, merged and checked like the first ones."""
         layer = spread(wrap(changes, "override"), self.node, Recipe)
         refuse_strangers(self.node, layer)
-        return _finish(merge(self.node, layer, Recipe), self.path, self.lock, self.allow_code)
+        return _finish(merge(self.node, layer, Recipe), self.node, self.path, self.lock, self.allow_code)
 
     def refuse_code(self) -> None:
         """Raises UserError if the recipe names code that was not allowed. Called before anything is built."""
@@ -85,10 +91,14 @@ def load_recipe(source: str | Path, changes: Sequence[str] = (), allow_code: boo
     layers = [nest(*assignment(text)) for text in changes]
     if overrides:
         layers.append(wrap(overrides, "keyword argument"))
-    return _finish(_assemble(recipe, layers, path), path, lock.plain(), allow_code)
+    return _finish(_assemble(recipe, layers, path), recipe, path, lock.plain(), allow_code)
 
 
-def _finish(tree: Node, path: Path, lock: dict[str, Any], allow_code: bool) -> Loaded:
+def _finish(tree: Node, before: Node, path: Path, lock: dict[str, Any], allow_code: bool) -> Loaded:
+    if isinstance(digests := lock.get("weights"), dict):  # of weights that nobody has named since
+        said, now = (node.fields("stages") for node in (before, tree))
+        kept = {n for n in now if n in said and said[n].get("weights") is now[n].get("weights")}
+        lock = {**lock, "weights": {name: digest for name, digest in digests.items() if name in kept}}
     loaded = Loaded(validate(Recipe, tree), path, tree, lock, allow_code)
     check(loaded.recipe, loaded.where)
     return loaded
@@ -103,9 +113,11 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
     # A bare word means a recipe or card of that name, never some file without a suffix.
     names = [name] if plain else [*([name] if os.path.basename(name) != name else []), f"{name}.yaml", f"{name}.yml"]
     folders = [folder for root in _roots(near) for folder in (root, root / _FOLDERS[what])]
-    for path in (folder / candidate for folder in folders for candidate in names):
-        if os.path.isfile(path):
-            return path
+    found = [path for path in (folder / candidate for folder in folders for candidate in names) if os.path.isfile(path)]
+    if found:
+        if not plain and names[0] != name and SHIPPED in found[-1].parents and not found[0].samefile(found[-1]):
+            note(f"the {what} '{name}' is {display(found[0])}, not the shipped one of that name")
+        return found[0]
     for folder in folders:
         if reason := _unfit(folder / name, what):
             raise UserError(f"{source} {reason[0]}", where, reason[1])
@@ -129,7 +141,7 @@ def _unfit(path: Path, what: What) -> tuple[str, str | None] | None:
         return f"is a link to {os.readlink(path)}, which does not exist", None
     except OSError as error:
         return f"cannot be read: {error.strerror}", None
-    return "is not a regular file", None
+    return f"has a {LOCK} that is not a regular file" if path.name == LOCK else "is not a regular file", None
 
 
 def available(what: What, near: Path | None = None) -> dict[str, Path]:

@@ -8,11 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
 )
 
-from chaindiff.specs.base import Name, Problems, Spec, UpToMillion
+from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
@@ -68,10 +67,11 @@ class OpenClipSpec(Spec):
     kind: Literal["open_clip"]
     of: Name
     model: str = Field(
-        description="an open_clip model name, `clip_emoji` (embedded), or a folder with open_clip_config.json"
+        description="an open_clip model name, `clip_emoji` (embedded), a folder with open_clip_config.json, or such a "
+        "repository of the hub: `hf-hub:ORG/NAME`, or `hf-hub:ORG/NAME@REVISION` to pin a branch, tag or commit"
     )
     pretrained: str | None = Field(
-        default=None, description="an open_clip tag, or a weights file; none for a local folder"
+        default=None, description="an open_clip tag, or a weights file; none for a folder and for `hf-hub:`"
     )
     interpolation: Literal["bilinear", "bicubic"] | None = Field(
         default=None, description="antialiased resize to the model's own resolution; none: the model's own filter"
@@ -154,7 +154,7 @@ class VariableSpec(Spec):
     of: str | None = Field(
         default=None, description="for a label or text: the field of metadata.jsonl; none: the variable's name"
     )
-    sigma_data: PositiveFloat = Field(default=0.5, description="standard deviation of the clean values, per element")
+    sigma_data: Positive = Field(default=0.5, description="standard deviation of the clean values, per element")
 
     @property
     def reads(self) -> str | None:

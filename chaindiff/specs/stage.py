@@ -11,9 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     ValidationInfo,
     field_validator,
@@ -21,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from chaindiff.io.errors import did_you_mean
-from chaindiff.specs.base import Name, Probability, Problems, Spec, UpToMillion, UpToThousand
+from chaindiff.specs.base import Name, NonNegative, Positive, Probability, Problems, Spec, UpToMillion, UpToThousand
 from chaindiff.specs.code import CODE, OURS_OR_CODE, CodeSpec, Ours, Theirs, is_code
 
 # ---------------------------------------------------------------- networks
@@ -99,7 +97,7 @@ class LinkSpec(Spec):
     presence: bool = Field(
         default=True, description="give the network an indicator of absence where needed; false: as in EDM's format"
     )
-    noise: NonNegativeFloat = Field(
+    noise: NonNegative = Field(
         default=0.0,
         description="largest level of noise-conditioning augmentation in training (0: none), given to the network",
     )
@@ -130,8 +128,8 @@ class VpSpec(Spec):
     """The variance-preserving formulation (Song et al. 2021b; EDM, table 1): its network, or its training noise."""
 
     kind: Literal["vp"]
-    beta_d: PositiveFloat = 19.9
-    beta_min: PositiveFloat = 0.1
+    beta_d: Positive = 19.9
+    beta_min: Positive = 0.1
     eps: Annotated[float, Field(gt=0, lt=1)] = Field(default=1e-5, description="smallest time of training")
 
 
@@ -139,8 +137,8 @@ class VeSpec(Spec):
     """The variance-exploding formulation (Song et al. 2021b; EDM, table 1): its network, or its training noise."""
 
     kind: Literal["ve"]
-    sigma_min: PositiveFloat = 0.02
-    sigma_max: PositiveFloat = 100.0
+    sigma_min: Positive = 0.02
+    sigma_max: Positive = 100.0
 
     def problems(self) -> Problems:
         if self.sigma_min >= self.sigma_max:
@@ -176,7 +174,7 @@ class NoiseSpec(Spec):
 
     kind: Literal["lognormal"] = "lognormal"
     mean: float = -1.2
-    std: PositiveFloat = 1.2
+    std: Positive = 1.2
 
 
 class LogitNormalSpec(Spec):
@@ -184,7 +182,7 @@ class LogitNormalSpec(Spec):
 
     kind: Literal["logit_normal"]
     mean: float = 0.0
-    std: PositiveFloat = 1.0
+    std: Positive = 1.0
 
 
 class UniformTimeSpec(Spec):
@@ -225,7 +223,7 @@ class AugmentSpec(Spec):
 
     probability: Probability = 0.0
     flip: bool = True
-    colour: NonNegativeFloat = Field(default=0.0, description="strength of the colour jitter; 0: none")
+    colour: NonNegative = Field(default=0.0, description="strength of the colour jitter; 0: none")
     variants: NonNegativeInt = Field(
         default=0, description="augmented variants per image that embeddings are cached for; 0: embed at every step"
     )
@@ -237,25 +235,23 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class OptimizerSpec(Spec):
     kind: Literal["adam", "adamw"] = "adam"
-    lr: PositiveFloat = 1e-4
+    lr: Positive = 1e-4
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
     warmup: NonNegativeInt = Field(default=0, description="images over which the learning rate rises linearly")
     decay: NonNegativeInt = Field(
         default=0, description="images at the end over which the learning rate falls to 0 as a cosine"
     )
-    clip: NonNegativeFloat = Field(default=1.0, description="largest gradient norm; 0: none")
+    clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: none")
 
 
 class EmaSpec(Spec):
     """Exponential moving average of the weights, with EDM's half-life and warm-up."""
 
     kind: Literal["exponential"] = "exponential"
-    half_life: NonNegativeFloat = Field(default=500_000, description="in images")
-    rampup: NonNegativeFloat | None = Field(
-        default=0.05, description="half-life is at most this share of the images so far"
-    )
+    half_life: NonNegative = Field(default=500_000, description="in images")
+    rampup: NonNegative | None = Field(default=0.05, description="half-life is at most this share of the images so far")
 
 
 RelativeStd = Annotated[float, Field(gt=0, lt=12**-0.5)]  # the bound is that of the plain average
@@ -305,16 +301,17 @@ class TrainSpec(Spec):
 class ChurnSpec(Spec):
     """EDM's stochastic sampler (algorithm 2)."""
 
-    amount: NonNegativeFloat = Field(default=0.0, description="S_churn")
-    min: NonNegativeFloat = Field(default=0.0, description="S_min")
-    max: PositiveFloat | None = Field(default=None, description="S_max; none: no limit")
-    noise: PositiveFloat = Field(default=1.0, description="S_noise")
+    amount: NonNegative = Field(default=0.0, description="S_churn")
+    min: NonNegative = Field(default=0.0, description="S_min")
+    max: Positive | None = Field(default=None, description="S_max; none: no limit")
+    noise: Positive = Field(default=1.0, description="S_noise")
 
     def problems(self) -> Problems:
         if self.max is not None and self.min > self.max:
             yield "min", f"{self.min:g} should not be above churn.max, {self.max:g}"
 
 
+_RANGE = 700  # of logarithms of numbers
 # sigma_min and sigma_max of EDM's sampler by discretisation (its published defaults); vp: times from 0.001 to 1
 _LEVELS = {
     "edm": (0.002, 80.0),
@@ -328,7 +325,7 @@ _LEVELS = {
 class LinkSampling(Spec):
     """What sampling does to one given variable."""
 
-    noise: NonNegativeFloat = Field(default=0.0, description="noise level of its conditioning augmentation")
+    noise: NonNegative = Field(default=0.0, description="noise level of its conditioning augmentation")
     keep: NonNegativeInt | None = Field(
         default=None, description="entries of the vector that are given; none: the most used in training"
     )
@@ -352,23 +349,23 @@ class SamplerSpec(Spec):
     schedule: Literal["linear", "vp", "ve", "iddpm", "cosine", "logsnr", "flow"] = Field(
         default="linear", description="sigma(t) and s(t) of the equation that is solved; linear: sigma = t, s = 1"
     )
-    sigma_min: PositiveFloat | None = Field(
+    sigma_min: Positive | None = Field(
         default=None,
         description="last level above 0; none: as published with the discretisation (edm: 0.002), or what the "
         "parametrisation allows",
     )
-    sigma_max: PositiveFloat | None = Field(default=None, description="first level; none: likewise (edm: 80)")
-    rho: PositiveFloat = Field(default=7.0, description="concentration of the edm discretisation at low levels")
+    sigma_max: Positive | None = Field(default=None, description="first level; none: likewise (edm: 80)")
+    rho: Positive = Field(default=7.0, description="concentration of the edm discretisation at low levels")
     churn: ChurnSpec = ChurnSpec()
     eta: Probability = Field(
         default=0.0,
         description="noise added by ddim (1: ancestral sampling) and dpmpp_2m (1: DPM-Solver++ SDE); 0: none",
     )
-    guidance: PositiveFloat | dict[Name, PositiveFloat] = Field(
+    guidance: Positive | dict[Name, Positive] = Field(
         default=1.0,
         description="classifier-free guidance scale, or one for each given variable that can be absent; 1: off",
     )
-    guidance_interval: tuple[NonNegativeFloat, PositiveFloat] | None = Field(
+    guidance_interval: tuple[NonNegative, Positive] | None = Field(
         default=None, description="guide only where the level is above the first and at most the second; none: always"
     )
     links: dict[Name, LinkSampling] = Field(default={}, description="what sampling does to given variables, by name")
@@ -394,6 +391,8 @@ class SamplerSpec(Spec):
             yield "sigma_min", f"{low:g} should be below sigma_max, {high:g}"
         elif low >= high:
             yield "sigma_max", f"{high:g} should be above sigma_min, {low:g}"
+        if max(abs(math.log(low)), abs(math.log(high))) > _RANGE * self.rho:
+            yield "rho", f"{self.rho:g} is too small: the levels to its inverse power are beyond every number"
         if self.rho != type(self).model_fields["rho"].default and self.discretisation != "edm":
             yield "rho", f"shapes the steps of discretisation edm alone, not of {self.discretisation}"
         if self.eta and self.solver not in ("ddim", "dpmpp_2m"):
@@ -467,7 +466,11 @@ class StageSpec(Spec):
     augment: AugmentSpec = AugmentSpec()
     train: TrainSpec
     sample: SamplerSpec = SamplerSpec()
-    weights: str | None = Field(default=None, description="a weights file; none: the shipped file or the run's own")
+    weights: str | None = Field(
+        default=None,
+        description="a weights file, or the directory of a run that trained this stage; none: the run's own or the "
+        "shipped file",
+    )
     init: str | None = Field(default=None, description="a weights file that training starts from")
 
     @field_validator("network")

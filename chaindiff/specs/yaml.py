@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import regular
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 50, 100_000
 MAX_INT = 2**63 - 1
@@ -99,7 +100,7 @@ def read(path: Path) -> Node:
     """The top-level mapping of a YAML file. Raises UserError with file and line for anything else."""
     name = display(path)
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", name) from error

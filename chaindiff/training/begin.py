@@ -5,13 +5,11 @@ The stage then starts as the same function (VCDM, section 4; GLIDE, section 2.4,
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -23,6 +21,7 @@ from chaindiff.chain.formulation import preconditioning
 from chaindiff.edm.precondition import IDDPM
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.metadata import About, about
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.stage import LinkSpec, Precondition
 
@@ -71,14 +70,15 @@ def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, st
     """
     # A bare network's file (an imported one) names parameters without the stage's prefix.
     known = {k if k.startswith(("network.", "conditioner.")) else f"network.{k}": v for k, v in tensors.items()}
-    problems = other_preconditioning(stage, kept)
+    said = about(kept, where)
+    problems = other_preconditioning(stage, said)
     new: list[str] = []
     left = [AUGMENT] if AUGMENT in known and AUGMENT not in stage.state_dict() else []
     own = stage.state_dict()
     for name, value in own.items():
         given = known.get(name)
         if name == LABEL and given is not None:
-            own[name], fresh, wrong = _label(stage, value, given, kept)
+            own[name], fresh, wrong = _label(stage, value, given, said)
             new += fresh
             problems += wrong
         elif given is not None and given.shape == value.shape:
@@ -109,26 +109,17 @@ def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, st
     return Begun(tuple(new), tuple(left))
 
 
-def other_preconditioning(stage: Diffusion, kept: Mapping[str, str]) -> list[str]:
+def other_preconditioning(stage: Diffusion, said: About) -> list[str]:
     """What the file says of its preconditioning, against the stage's; files of bare tensors name none."""
-    said = _fields(kept, "precondition") or _fields(kept, "stage").get("precondition")
-    if said is None:
+    kept = said.precondition or (said.stage and said.stage.precondition)
+    if kept is None:
         return []
     try:
-        spread = float(kept.get("sigma_data", stage.target.sigma_data))
-        trained = preconditioning(TypeAdapter(Precondition).validate_python(said), spread)
+        spread = said.sigma_data or stage.target.sigma_data
+        trained = preconditioning(TypeAdapter(Precondition).validate_python(kept), spread)
     except ValueError:
-        return [f"it was trained with an unknown preconditioning: {said!s:.80}"]
+        return [f"it was trained with an unknown preconditioning: {kept!s:.80}"]
     return [] if trained == stage.precondition else [f"it was trained with {trained}, not {stage.precondition}"]
-
-
-def _fields(kept: Mapping[str, str], name: str) -> dict[str, Any]:
-    """A mapping in the metadata; an empty one where there is none."""
-    try:
-        found = json.loads(kept.get(name, "{}"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _widens(stage: Diffusion, name: str, value: Tensor, given: Tensor) -> bool:
@@ -160,13 +151,11 @@ def columns(links: Iterable[Link]) -> dict[str, range]:
     return found
 
 
-def _label(
-    stage: Diffusion, value: Tensor, given: Tensor, kept: Mapping[str, str]
-) -> tuple[Tensor, list[str], list[str]]:
+def _label(stage: Diffusion, value: Tensor, given: Tensor, said: About) -> tuple[Tensor, list[str], list[str]]:
     """The label projection with the file's columns in their places: the tensor, what is new, what is wrong."""
     ours = columns(stage.conditioner)
     width, total = given.shape[1], value.shape[1]
-    theirs = _trained_columns(stage, kept, width)
+    theirs = _trained_columns(stage, said, width)
     if theirs is None:  # columns without names: as a whole, or of the one variable that is as wide
         alike = [name for name, place in ours.items() if len(place) == width]
         if width == total:
@@ -201,19 +190,18 @@ def _label(
     return weight, fresh, []
 
 
-def _trained_columns(stage: Diffusion, kept: Mapping[str, str], width: int) -> dict[str, range] | None:
+def _trained_columns(stage: Diffusion, said: About, width: int) -> dict[str, range] | None:
     """The columns of a stage's file, which names what the stage was conditioned on; None where that is unknown."""
-    identities = {name: entry["identity"] for name, entry in _fields(kept, "variables").items()}
     ours = {link.variable.name: link.variable for link in stage.conditioner}
     links = []
-    for said in _fields(kept, "stage").get("given", []):
-        said = {key: value for key, value in said.items() if not key.startswith("sample_")}  # of earlier versions
-        try:
-            spec = LinkSpec(**said)
+    for given in said.stage.given if said.stage else ():
+        try:  # earlier versions said there what sampling does to the variable
+            spec = LinkSpec(**{key: value for key, value in given.items() if not key.startswith("sample_")})
         except ValidationError:  # a file of another version
             return None
         variable = ours.get(spec.variable)
-        if variable is None or variable.identity != identities.get(spec.variable):
+        trained = said.variables.get(spec.variable)
+        if variable is None or trained is None or variable.identity != trained.identity:
             return None
         links.append(Link(variable, spec, stage.target))
     found = columns(links)

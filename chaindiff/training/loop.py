@@ -27,10 +27,12 @@ from chaindiff.edm.ema import Average
 from chaindiff.edm.random import Draws, seed
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.metadata import DAMAGED, about
 from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
 from chaindiff.training import snapshots
 
 Batches = Callable[[list[int]], dict[str, Tensor]]  # sample numbers -> variables and augment_labels
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of every parameter, kept by Adam and AdamW
 COMPILE_PAYS = 50_000  # images; a cold compilation takes as long as some thousands of them
 
 
@@ -81,12 +83,19 @@ def restore(
     tensorfile.fill(stage, part("model."), where)
     for name, ema in emas.items():
         tensorfile.fill(ema.model, part(f"{name}."), where)
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = list(stage.parameters())
-    for key, value in part("optimizer.").items():
-        index, name = int(key.split(".", 1)[0]), key.split(".", 1)[1]
-        like = parameters[index]  # moments in the parameter's memory format are many times faster
-        state.setdefault(index, {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+    state, kept, names = {}, part("optimizer."), ("step", *MOMENTS)
+    for index, like in enumerate(stage.parameters()):
+        own = {name: kept.pop(f"{index}.{name}") for name in names if f"{index}.{name}" in kept}
+        if not own:
+            continue  # a parameter that no loss has reached yet
+        fits = len(own) == len(names) and own["step"].numel() == 1 and 1 <= float(own["step"]) < math.inf
+        if not fits or any(own[name].shape != like.shape for name in MOMENTS):
+            raise UserError(f"{where}: the optimizer's state of parameter {index} does not fit it", hint=DAMAGED)
+        # Moments in the parameter's memory format are many times faster.
+        moments = {name: torch.empty_like(like).copy_(own[name]) for name in MOMENTS}
+        state[index] = {"step": own["step"].float().reshape(()), **moments}
+    if kept:
+        raise UserError(f"{where}: the optimizer's state holds the unknown '{min(kept)}'", hint=DAMAGED)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -163,7 +172,7 @@ def train(
             )
         refuse_changed(state_path, changed(kept, metadata.get("content", {})))
         restore(tensors, stage, emas, optimizer, str(state_path))
-        images = int(kept["images"])
+        images = about(kept, state_path).images
         del tensors
     name = str(stage.name)
     model, optimizer = accelerator.prepare(prepare(stage, spec, total - images), optimizer)

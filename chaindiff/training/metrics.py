@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 # Protobuf makes these classes when it is imported.
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
@@ -16,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import UNWRITABLE, write_whole
+from chaindiff.io.files import UNWRITABLE, regular, write_whole
 
 
 class Metrics:
@@ -28,9 +31,8 @@ class Metrics:
         self.board = folder / "tensorboard" / name
         self.board.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["images"] <= images]
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in _lines(self.path) if _seen(line) <= images]
+            write_whole(self.path, b"".join(line + b"\n" for line in kept))
         self._event(images, file_version="brain.Event:2")
         self._event(images + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was after
 
@@ -43,6 +45,26 @@ class Metrics:
         record = io.BytesIO()
         RecordWriter(record).write(Event(step=images, wall_time=time.time(), **what).SerializeToString())
         append(self.board, record.getvalue())
+
+
+class _Line(BaseModel):
+    images: int
+
+
+def _seen(line: bytes) -> float:
+    """The images after which a line was written; without end for what is no line of ours."""
+    try:
+        return _Line.model_validate_json(line).images
+    except ValidationError:  # cut short, or another program's
+        return math.inf
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return regular(path).read_bytes().split(b"\n")
+    except OSError as error:
+        hint = "remove it: it only shows how the training went"
+        raise UserError(f"cannot read {path}: {error.strerror or error}", hint=hint) from error
 
 
 def append(path: Path, data: bytes) -> None:

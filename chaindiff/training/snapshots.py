@@ -14,6 +14,7 @@ from torch import Tensor
 from chaindiff.edm.ema import UNIFORM, Average, PowerEma, coefficients, gamma_of
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.metadata import about
 
 TOLERANCE = 0.1  # relative L2 error of a profile beyond which a reconstruction is refused
 
@@ -61,10 +62,11 @@ class Snapshot:
     @classmethod
     def read(cls, path: Path) -> Snapshot:
         """Raises UserError if the file is broken, or not a snapshot."""
-        kept = tensorfile.metadata(path)
-        if "sigma_rel" not in kept or "profile_error" in kept:
+        metadata = tensorfile.metadata(path)
+        kept = about(metadata, path)
+        if kept.sigma_rel is None or kept.profile_error is not None:
             raise UserError(f"{path} is not a snapshot of a power-function average")
-        return cls(path, int(kept["images"]), float(kept["sigma_rel"]), kept)
+        return cls(path, kept.images, kept.sigma_rel, metadata)
 
 
 @dataclass(frozen=True)
