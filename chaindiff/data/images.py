@@ -200,8 +200,7 @@ class ImageData:
 
 def open_image(file: io.BytesIO | Path) -> Image.Image:
     """An image of a known format, whatever its name says: PIL would start Ghostscript for PostScript. Raises as PIL."""
-    file = regular(file) if isinstance(file, Path) else file
-    return Image.open(file, formats=sorted({*IMAGES.values()}))
+    return Image.open(regular(file) if isinstance(file, Path) else file, formats=sorted({*IMAGES.values()}))
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

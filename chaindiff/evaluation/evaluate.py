@@ -81,8 +81,8 @@ class Rows:
         label += f", given {', '.join(told)}" * bool(told)
         return [
             Row(
-                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split,
-                out or self.out, self.compiled,
+                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, out or self.out,
+                self.compiled,
             )
             for seed in (seeds or self.seeds)
         ]  # fmt: skip

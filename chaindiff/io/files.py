@@ -69,7 +69,7 @@ def read_within(folder: Path, path: Path) -> bytes:
     """A regular file below a folder. Raises UserError for a link or a `..` that leads out of it, and for no file."""
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         raise UserError("is no file of this run, so the page does not show it", str(path), "delete it, or its name")
-    return path.read_bytes()
+    return regular(path).read_bytes()
 
 
 def cache_folder() -> Path:

@@ -45,15 +45,6 @@ class Assembly:
         """The same run with other settings."""
         return Assembly(self.loaded.override(changes), self.out)
 
-    def held(self) -> Loaded | None:
-        """The recipe that the run's directory was last used with, and what it resolved; None for a new run."""
-        return load_recipe(self.out) if (self.out / LOCK).exists() else None
-
-    def weights(self, names: Iterable[str]) -> dict[str, Path]:
-        """The weights files of stages that have any to learn; raises what `RecipeStage.weights` raises."""
-        outlines = self.chain().stages.outlines
-        return {name: self.stages[name].weights() for name in names if learns(outlines[name])}
-
     @cached_property
     def coders(self) -> dict[str, VariableSpec]:
         """The variables to build encoders of: a model of the hub at the revision that the run's lock names."""
@@ -65,6 +56,15 @@ class Assembly:
                 pinned = encoder.model_copy(update={"model": model})
                 specs[name] = specs[name].model_copy(update={"encoder": pinned})
         return specs
+
+    def held(self) -> Loaded | None:
+        """The recipe that the run's directory was last used with, and what it resolved; None for a new run."""
+        return load_recipe(self.out) if (self.out / LOCK).exists() else None
+
+    def weights(self, names: Iterable[str]) -> dict[str, Path]:
+        """The weights files of stages that have any to learn; raises what `RecipeStage.weights` raises."""
+        outlines = self.chain().stages.outlines
+        return {name: self.stages[name].weights() for name in names if learns(outlines[name])}
 
     @contextmanager
     def located(self, place: str | None = None) -> Iterator[None]:

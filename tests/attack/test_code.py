@@ -321,7 +321,9 @@ def test_a_run_that_trained_another_stage_is_refused(here: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["../../secret.png", "{outside}/secret.png", "link.png", "folder/secret.png", "pipe"])
-def test_a_page_embeds_files_of_its_own_run_alone(file: str, tmp_path: Path) -> None:
+def test_a_page_embeds_files_of_its_own_run_alone(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import os
 
     run, secret = tmp_path / "run", tmp_path / "secret.png"
@@ -332,13 +334,14 @@ def test_a_page_embeds_files_of_its_own_run_alone(file: str, tmp_path: Path) -> 
     os.mkfifo(run / "evaluation/pipe")
     (run / "evaluation/own.png").write_bytes(b"own")
 
-    def picture(name: str) -> bytes:
+    def shown(name: str) -> list[bytes]:
         part = {"title": "t", "note": "", "table": [], "pictures": {"x": name}}
-        (run / "metrics.json").write_text(json.dumps({"parts": [part]}))
-        return sections(run)[0].pictures[0].png
+        (run / "metrics.json").write_text(json.dumps({"parts": [part], "figures": []}))
+        return [picture.png for section in sections(run) for picture in section.pictures]
 
-    assert picture("own.png") == b"own"
-    assert "is no file of this run" in refusal(lambda: picture(file.format(outside=tmp_path)))
+    assert shown("own.png") == [b"own"]
+    assert shown(file.format(outside=tmp_path)) == []
+    assert "is no file of this run" in " ".join(capsys.readouterr().out.split())
 
 
 # ------------------------------------------------------------ 5. the terminal
