@@ -170,7 +170,8 @@ def test_samples_of_another_seed_are_replaced_where_that_is_said(command: Comman
     assert (status, error) == (
         2,
         f"error: the samples in {again}/samples are of other settings (sample.seed)\n"
-        "  --replace deletes them and samples again; --out FOLDER keeps them and samples there\n",
+        "  --replace deletes them and samples again; --out FOLDER keeps them and samples there, with the weights of "
+        f'this run if you add --set "stages.*.weights={again}"\n',
     )
     assert pictures(again) == pictures(finished)
     status, said, _ = command("run", "--set", "sample.seed=1", "--replace", out=again)

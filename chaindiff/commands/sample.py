@@ -163,7 +163,8 @@ def other_samples(assembly: Assembly) -> UserError:
     told = ", ".join([*found][:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     return UserError(
         f"the samples in {assembly.out / 'samples'} are of other {f'settings ({told})' if told else 'weights'}",
-        hint="--replace deletes them and samples again; --out FOLDER keeps them and samples there",
+        hint="--replace deletes them and samples again; --out FOLDER keeps them and samples there, with the weights of "
+        f'this run if you add --set "stages.*.weights={assembly.out}"',
     )
 
 

@@ -144,15 +144,12 @@ def baseline_rows(make: Rows, recipe: str) -> list[Row]:
     for name in chain.plan([make.of], list(given)).plan.unused:
         del given[name]
     run, label = default_out(other), other.recipe.name
+    own = run if run.is_dir() else None  # a recipe without a run of its own takes the weights of this one
     if other.path.name == LOCK:
         label = other.spoken
-    elif run.is_dir() and label == make.loaded.recipe.name:
-        label = str(run)  # two runs of one recipe
-    return make(
-        label,
-        loaded=other.override({"sample": {"given": given}}) if given else other,
-        out=run if run.is_dir() else None,  # a recipe that has no run of its own is measured with the weights of this
-    )
+    elif own and label == make.loaded.recipe.name:
+        label = str(own)  # two runs of one recipe
+    return make(label, loaded=other.override({"sample": {"given": given}}) if given else other, out=own)
 
 
 # ------------------------------------------------------------ everything in one go
