@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores out
@@ -34,16 +33,6 @@ HOOK = install_import_hook(
 )
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-
-FIXTURES = Path(__file__).parent / "fixtures"
-
-
-def fixture(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of reference numbers."""
-    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 @pytest.fixture(autouse=True)

@@ -211,9 +211,10 @@ def test_trained_and_given_and_two_contents_refused(here, capsys) -> None:
     Path("clip.safetensors").rename("moved.safetensors")
     assert chaindiff("sample", "r.yaml") == 0, "sampling needs no file"
     save_file({"clip": torch.zeros(2, WIDTH)}, "given.safetensors")
-    assert chaindiff("sample", "r.yaml", "--out", "runs/given", "--given", "clip=given.safetensors") == 0
+    weights = ["--set", "stages.image.weights=runs/vectors"]
+    assert chaindiff("sample", "r.yaml", "--out", "runs/given", "--given", "clip=given.safetensors", *weights) == 0
     capsys.readouterr()
-    assert chaindiff("sample", "r.yaml", "--out", "runs/photo", "--given", "clip=images/0.png") == 2
+    assert chaindiff("sample", "r.yaml", "--out", "runs/photo", "--given", "clip=images/0.png", *weights) == 2
     error = capsys.readouterr().err
     assert "--given clip: images/0.png cannot be encoded: 'clip' is of clip.safetensors, which knows only" in error
     assert "give numbers: a .safetensors or .npy file with [rows, 6]" in error

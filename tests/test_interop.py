@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fixture
 from exact import call
+from fixture_files import fixture
 from published import module, snapshot
 from torch import Tensor, nn
 

@@ -39,11 +39,10 @@ def test_a_failed_lock_leaves_the_old_one(here, monkeypatch):
     recipe = load_recipe(RECIPE).recipe
     path = write_lock(here, recipe, {"run": 1})
 
-    def full(self, *arguments, **options):
-        self.touch()
-        raise OSError(28, "No space left on device", str(self))
+    def full(handle):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("chaindiff.io.files.os.fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*recipe.lock.yaml: No space left on device"):
         write_lock(here, recipe, {"run": 2})
     assert os.listdir(here) == ["recipe.lock.yaml"] and load_recipe(path).lock == {"run": 1}

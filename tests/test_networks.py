@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import fixture
 from exact import call
+from fixture_files import fixture
 
 from chaindiff.chain.conditioning import Given, Link, training_level
 from chaindiff.chain.diffusion import Diffusion

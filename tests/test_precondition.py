@@ -10,8 +10,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import fixture
 from exact import Mixture, OneVariable, distance, last
+from fixture_files import fixture
 from recipe_text import changed, message, write
 from torch import Tensor, nn
 

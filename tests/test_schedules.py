@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import fixture
+from fixture_files import fixture
 
 from chaindiff.edm.levels import (
     Path,

@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import fixture
 from exact import Gaussians, JointGaussian, Mixture, distance, last, noise_of, two_modes
+from fixture_files import fixture
 from torch import Tensor
 
 from chaindiff.edm.ema import Ema

@@ -215,8 +215,8 @@ def _is_torchscript(path: Path) -> bool:
 def _reading(name: str, path: Path) -> Iterator[None]:
     """Turn the many errors that libraries raise for a file of another network into UserErrors."""
     try:
-        if zipfile.is_zipfile(path):  # as torch writes them, never packed
-            with zipfile.ZipFile(path) as archive:
+        if zipfile.is_zipfile(regular(path)):  # as torch writes them, never packed
+            with zipfile.ZipFile(regular(path)) as archive:
                 if (size := sum(member.file_size for member in archive.infolist())) > 2 * path.stat().st_size:
                     raise ValueError(f"they would expand to {size >> 20} MiB")
         yield

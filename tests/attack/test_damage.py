@@ -19,7 +19,6 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import normal
 from chaindiff.evaluation.report import sections
-from chaindiff.evaluation.study import _kept
 from chaindiff.io import files, tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.shards import Shards
@@ -150,12 +149,6 @@ def test_a_shard_is_looked_into_once(tmp_path, monkeypatch) -> None:
     opened: list[Path] = []
     monkeypatch.setattr(tensorfile.zlib, "crc32", lambda *arguments: opened.append(tmp_path))
     assert len(shards["a"][:]) == 2 and not opened
-
-
-@pytest.mark.parametrize("content", ["", "[", "{}", "[3]", '[{"metric": "kid"}]', "[" * 100_000])
-def test_damaged_figures_are_measured_again(tmp_path, content) -> None:
-    (tmp_path / "f.json").write_text(content)
-    assert _kept(tmp_path / "f.json") is None
 
 
 # ------------------------------------------------------------ training states

@@ -147,7 +147,7 @@ def test_replacing_deletes_what_chaindiff_wrote_alone(here: Path, command: Comma
 def test_a_request_that_fails_after_the_check_can_be_made_again(here: Path, command: Command, monkeypatch) -> None:
     whole = state(here / "samples")
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise UserError("cannot write")
 
     with monkeypatch.context() as patch:
