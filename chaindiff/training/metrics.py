@@ -52,7 +52,7 @@ class Metrics:
         append(self.board, record.getvalue())
 
 
-class _Line(BaseModel):
+class _Line(BaseModel, strict=True):
     images: int
 
 
