@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def find(source: str | Path, what: What, near: Path | None = None, where: str | 
     folders = [folder for root in _roots(near) for folder in (root, root / _FOLDERS[what])]
     found = [path for path in (folder / candidate for folder in folders for candidate in names) if os.path.isfile(path)]
     if found:
-        if not plain and names[0] != name and SHIPPED in found[-1].parents and not found[0].samefile(found[-1]):
+        shadows = not plain and names[0] != name and SHIPPED in found[-1].parents
+        if shadows and not filecmp.cmp(found[0], found[-1], shallow=False):
             note(f"the {what} '{name}' is {display(found[0])}, not the shipped one of that name")
         return found[0]
     for folder in folders:

@@ -241,7 +241,9 @@ def test_what_shadows_a_shipped_recipe_is_announced(here: Path, chaindiff: Calla
 
 def test_what_shadows_a_shipped_card_is_announced(here: Path, chaindiff: Callable) -> None:
     (here / "stages").mkdir()
-    shutil.copy(PACKAGE.parent / "stages/ddpmpp_emoji16.yaml", here / "stages")
+    copy = Path(shutil.copy(PACKAGE.parent / "stages/ddpmpp_emoji16.yaml", here / "stages"))
+    assert chaindiff("show", "vcdm_emoji16")[2] == "", "the same words shadow nothing"
+    copy.write_text(copy.read_text() + "# mine\n")
     status, _, told = chaindiff("show", "vcdm_emoji16")
     expected = "note: the card 'ddpmpp_emoji16' is stages/ddpmpp_emoji16.yaml, not the shipped one of that name\n"
     assert (status, told) == (0, expected)
