@@ -281,6 +281,32 @@ def plan(
 
 
 @app.command()
+def bench(
+    names: Annotated[list[str], typer.Argument(metavar="[NAMES]", help="Cases or groups (default: all).")] = [],  # noqa: B006
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Fewer are made where each takes seconds.")] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="Three repeats: to see that it works.")] = False,
+    results: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all times to it.")] = None,
+    earlier: Annotated[
+        Path | None, typer.Option("--compare", metavar="FILE", help="Name what is slower than in this --json.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List what can be measured.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast chaindiff is here; exit with 1 if --compare finds it slower."""
+    from chaindiff.bench.suite import CASES, chosen
+
+    if listed:
+        for name in chosen(names):
+            print(f"{name:16}  {CASES[name].group:10}  {CASES[name].about}")
+        return
+    chosen(names)  # a mistake is told before torch is imported
+    _, compared = _work("commands.bench", quiet).bench(names, repeats, quick, results, earlier)
+    if compared is not None and compared.slower:
+        raise typer.Exit(1)
+
+
+@app.command()
 def ema(
     stage: Annotated[Path, typer.Argument(metavar="RUN/stages/STAGE", show_default=False)],
     std: Annotated[float, typer.Option("--std", help="Its relative width, sigma_rel in EDM2, such as 0.07.")],

@@ -1,0 +1,24 @@
+"""Everything that a checkout measures: the package's cases, and those below."""
+
+from __future__ import annotations
+
+from chaindiff.bench import suite
+from chaindiff.bench.suite import Case
+
+WORKS, PROCESSES = "benchmarks.works", "benchmarks.processes"
+CASES = suite.CASES | {
+    "sample-32": Case("sampling", "64 images of 32x32 by a DDPM++, 11 evaluations", "images", WORKS),
+    "overhead-image": Case("overhead", "sampling 64 images of 16x16, and its network alone", "evaluations", WORKS),
+    "overhead-prior": Case("overhead", "sampling 64 embeddings, and its network alone", "evaluations", WORKS),
+    "norm-silu": Case("kernels", "GroupNorm, then SiLU, of [64, 64, 32, 32] channels-last", "calls", WORKS),
+    "affine-update": Case("kernels", "one row of a solver's table on [64, 3, 32, 32] in float64", "calls", WORKS),
+    "precondition": Case("kernels", "the denoiser of 64 images around a network that costs nothing", "images", WORKS),
+    "noise": Case("kernels", "noise of 64 samples of [3, 32, 32], each by its own key", "images", WORKS, "host"),
+    "cache": Case("data", "filling an embedding cache with 256 images; reading 128 of its rows", "rows", WORKS),
+    "batches": Case("data", "128 images of 64x64, read and augmented for training", "images", WORKS),
+    "resolve-line": Case("planning", "a chain whose stages are given the one before", "plans", WORKS, "host"),
+    "resolve-fan": Case("planning", "a chain whose stages are given the five before", "plans", WORKS, "host"),
+    "resolve-middle": Case("planning", "the same, with five variables of its middle given", "plans", WORKS, "host"),
+    "start": Case("commands", "starting, planning, finding nothing to do", "commands", PROCESSES, "process"),
+    "run": Case("commands", "the process of `chaindiff run vcdm_emoji`", "images", PROCESSES, "process"),
+}

@@ -1,0 +1,88 @@
+"""What the suite measures of ours: networks, training, sampling, encoding."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from chaindiff.bench.timing import Side
+from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.variable import Variable
+from chaindiff.data import augment, open_data
+from chaindiff.networks.interface import Condition
+from chaindiff.recipe.load import load
+from chaindiff.specs.stage import AugmentSpec, UNetSpec
+from chaindiff.training.objects import train
+
+BATCH, STEPS = 64, 3
+SMALL = UNetSpec(kind="unet", channels=32, mult=[1, 2, 2], blocks=2, dropout=0.0)  # 1.75 M parameters
+FFHQ = UNetSpec(kind="unet", dropout=0.05)  # 61.8 M
+AUGMENT = AugmentSpec(probability=0.12, variants=1)
+EAGER = "chaindiff, eager float32"
+WAYS = {"chaindiff": ("compile", "bf16"), EAGER: ("eager", "float32")}
+quietly = torch.no_grad()
+
+
+def stage(spec: UNetSpec | nn.Module, size: int, **more: Any) -> Diffusion:
+    """A stage with initial weights."""
+    torch.manual_seed(0)
+    return Diffusion(Variable("image", "image", (3, size, size)), network=spec, **more).eval()
+
+
+def executed(made: Diffusion, execution: str = "eager", precision: str = "float32") -> Diffusion:
+    """The stage, executed in this way."""
+    made.autocast = torch.bfloat16 if precision == "bf16" else None
+    if execution == "compile":
+        made.network.compile()
+    return made
+
+
+def denoised(spec: UNetSpec | nn.Module, size: int, batch: int, *how: str) -> Side:
+    """One evaluation of a stage's denoiser."""
+    made, x, sigma = stage(spec, size), torch.randn(batch, 3, size, size), torch.rand(batch) + 0.1
+    cost = made.cost(["image"])
+    run = partial(executed(made, *how).denoise, {"image": x}, {"image": sigma}, Condition())
+    return Side(quietly(run), batch, {"parameters": cost.parameters, "flops": cost.flops} if cost.flops else {})
+
+
+def evaluate_32() -> dict[str, Side]:
+    ways = {**WAYS, "chaindiff, eager bf16": ("eager", "bf16")}
+    return {name: denoised(SMALL, 32, BATCH, *how) for name, how in ways.items()}
+
+
+def evaluate_ffhq64() -> dict[str, Side]:
+    return {"chaindiff": denoised(FFHQ, 64, 4, "eager", "bf16"), EAGER: denoised(FFHQ, 64, 4)}
+
+
+def train_32() -> dict[str, Side]:
+    data = open_data("emoji64")
+
+    def seconds(execution: str, precision: str, made: Diffusion) -> float:
+        """Of a step, from the first to the last but one: the last writes files."""
+        stamps: list[float] = []
+        said = {"images": BATCH * (STEPS + 2), "batch": BATCH, "execution": execution, "precision": precision}
+        train(made, data, augment=AUGMENT, progress=lambda _: stamps.append(time.perf_counter()), **said)
+        return (stamps[-2] - stamps[0]) / STEPS
+
+    made = {name: stage(SMALL, 32, augment_dim=augment.GEOMETRIC) for name in WAYS}
+    return {name: Side(partial(seconds, *how, made[name]), BATCH) for name, how in WAYS.items()}
+
+
+def sample_16() -> dict[str, Side]:
+    return {"chaindiff": Side(partial(load("edm_emoji16").sample, BATCH, solver="dpmpp_2m", steps=6), BATCH)}
+
+
+def chain() -> dict[str, Side]:
+    """In Python: as the recipe says, and by EDM's solver."""
+    sample = load("vcdm_emoji").sample
+    heun = partial(sample, BATCH, solver="heun", steps=18)
+    return {"chaindiff": Side(partial(sample, BATCH), BATCH), "chaindiff, Heun 18": Side(heun, BATCH)}
+
+
+def encode() -> dict[str, Side]:
+    encoder, images = load("vcdm_emoji").encoders["clip"], open_data("emoji64").pixels(range(256), 64)
+    return {"chaindiff": Side(quietly(partial(encoder, images)), len(images))}
