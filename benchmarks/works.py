@@ -19,7 +19,7 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.graph import Producer, resolve
 from chaindiff.data import augment, open_data
 from chaindiff.data.items import Items
-from chaindiff.edm.random import Draws, normal_batch
+from chaindiff.edm.random import Draws
 from chaindiff.edm.solvers import Row
 from chaindiff.networks.blocks import GroupNorm
 from chaindiff.networks.interface import Condition
@@ -74,7 +74,7 @@ def precondition() -> dict[str, Side]:
 def noise() -> dict[str, Side]:
     shape, random = (3, 32, 32), np.random.default_rng(0)
     return {
-        "chaindiff": Side(partial(normal_batch, shape, range(BATCH), 0, "image", "start"), BATCH),
+        "chaindiff": Side(partial(Draws(range(BATCH), 0, "image").normal, "start", shape=shape), BATCH),
         "torch, one generator": Side(partial(torch.randn, BATCH, *shape), BATCH),
         "numpy, one generator": Side(partial(random.standard_normal, (BATCH, *shape)), BATCH),
     }
