@@ -69,7 +69,7 @@ def train_32() -> dict[str, Side]:
         return (stamps[STEPS] - stamps[0]) / STEPS
 
     made = {name: stage(SMALL, 32, augment_dim=augment.GEOMETRIC) for name in WAYS}
-    return {name: Side(partial(seconds, *how, made[name]), BATCH) for name, how in WAYS.items()}
+    return {name: Side(partial(seconds, *how, made[name]), BATCH, warm=1) for name, how in WAYS.items()}
 
 
 def sample_16() -> dict[str, Side]:

@@ -14,7 +14,7 @@ from chaindiff.bench.suite import CASES, Case, CaseResult, Results, SideResult, 
 from chaindiff.bench.timing import Side, machine, measure
 from chaindiff.chain.plan import amount
 from chaindiff.evaluation.tables import Table, plain
-from chaindiff.io.progress import say
+from chaindiff.io.progress import say, silenced
 
 Peers = Callable[[str], Mapping[str, Side]]
 HEAD = ["", "a second", "time", "spread", "FLOP/s", "parameters", "FLOP", "memory", "of the first's time"]
@@ -40,7 +40,8 @@ def bench(
     for name in asked:
         case = cases[name]
         own = getattr(import_module(case.home), name.replace("-", "_"))()
-        sides = measure({**own, **peers(name)}, case.beside, *((3, 0.5) if quick else (repeats, 2.0)))
+        with silenced():  # training and commands tell how far they are
+            sides = measure({**own, **peers(name)}, case.beside, *((3, 0.5) if quick else (repeats, 2.0)))
         found.cases[name] = CaseResult(group=case.group, about=case.about, unit=case.unit, sides=sides)
         say(f"\n{name}: {case.about}\n{plain(table(found.cases[name]))}")
         if json is not None:  # after each, in case the next is interrupted

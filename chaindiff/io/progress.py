@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +17,17 @@ EVERY = 20.0  # seconds between lines where there is no terminal
 def say(text: str) -> None:
     """A line for the person at the terminal; nothing when quiet."""
     get_console().print(quoted(text), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Nothing is said, and no bar shown, while this lasts."""
+    console = get_console()
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 class Bar:
