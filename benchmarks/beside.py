@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
-from benchmarks.works import HEUN
+from benchmarks.works import FEW, HEUN
 from chaindiff.bench.timing import Side
 from chaindiff.bench.works import AUGMENT, BATCH, FFHQ, SMALL, quietly, stage
 from chaindiff.data import augment, open_data
@@ -87,7 +87,12 @@ def _evaluations(spec: UNetSpec, size: int, batch: int, edm: Path | None) -> dic
         if isinstance(network, str):
             found[name] = Side(missing=network)
         else:
-            found[name] = Side(quietly(partial(denoiser(network.eval()), x, sigma)), batch, facts(network, size))
+            found[name] = Side(
+                quietly(partial(denoiser(network.eval()), x, sigma)),
+                batch,
+                facts(network, size),
+                warm=1 if size == 64 else 2,
+            )
     return found
 
 
@@ -109,7 +114,7 @@ def train_32(edm: Path | None) -> dict[str, Side]:
         if isinstance(network, str):
             found[name] = Side(missing=network)
         else:
-            found[name] = Side(_step(network.train(), data, told=name.startswith("EDM")), BATCH)
+            found[name] = Side(_step(network.train(), data, told=name.startswith("EDM")), BATCH, warm=1)
     return found
 
 
@@ -150,7 +155,7 @@ def sample_32(edm: Path | None) -> dict[str, Side]:
         if isinstance(network, str):
             found[name] = Side(missing=network)
         else:
-            found[name] = Side(quietly(loops.get(name, _heun_loop)(network.eval())), BATCH)
+            found[name] = Side(quietly(loops.get(name, _heun_loop)(network.eval())), FEW, warm=1)
             if isinstance(network, peers.Published):
                 found["k-diffusion, EDM's network"] = _k_diffusion(network)
     return found
@@ -163,10 +168,10 @@ def _k_diffusion(network: nn.Module) -> Side:
         return Side(missing=f"not installed: {INSTALL['k-diffusion']}")
 
     def run() -> Tensor:
-        x = torch.randn(BATCH, 3, 32, 32) * LEVELS[0]
+        x = torch.randn(FEW, 3, 32, 32) * LEVELS[0]
         return sampling.sample_heun(denoiser(network), x, torch.tensor(LEVELS), disable=True)
 
-    return Side(quietly(run), BATCH)
+    return Side(quietly(run), FEW, warm=1)
 
 
 def _heun_loop(network: nn.Module) -> Callable[[], Tensor]:
@@ -174,7 +179,7 @@ def _heun_loop(network: nn.Module) -> Callable[[], Tensor]:
     denoise = denoiser(network)
 
     def run() -> Tensor:
-        x = torch.randn(BATCH, 3, 32, 32).double() * LEVELS[0]
+        x = torch.randn(FEW, 3, 32, 32).double() * LEVELS[0]
         for now, after in pairwise(LEVELS):
             slope = (x - denoise(x, torch.full((1,), now)).double()) / now
             ahead = x + (after - now) * slope
@@ -194,7 +199,7 @@ def _diffusers_loop(network: nn.Module) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         scheduler.set_timesteps(2 * HEUN - 1)
-        x = torch.randn(BATCH, 3, 32, 32) * scheduler.init_noise_sigma
+        x = torch.randn(FEW, 3, 32, 32) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x).prev_sample
         return x
@@ -209,4 +214,4 @@ def _denoising_loop(_: nn.Module) -> Callable[[], Tensor]:
     home.tqdm = lambda steps, **_: steps  # no bar
     network = peers.denoising(32, learned_sinusoidal_cond=True).eval()
     model: Any = home.ElucidatedDiffusion(network, image_size=32, num_sample_steps=HEUN)
-    return lambda: model.sample(batch_size=BATCH)
+    return lambda: model.sample(batch_size=FEW)

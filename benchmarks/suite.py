@@ -7,7 +7,7 @@ from chaindiff.bench.suite import Case
 
 WORKS, PROCESSES = "benchmarks.works", "benchmarks.processes"
 CASES = suite.CASES | {
-    "sample-32": Case("sampling", "64 images of 32x32 by a DDPM++, 11 evaluations", "images", WORKS),
+    "sample-32": Case("sampling", "16 images of 32x32 by a DDPM++, 11 evaluations", "images", WORKS),
     "overhead-image": Case("overhead", "sampling 64 images of 16x16, and its network alone", "evaluations", WORKS),
     "overhead-prior": Case("overhead", "sampling 64 embeddings, and its network alone", "evaluations", WORKS),
     "norm-silu": Case("kernels", "GroupNorm, then SiLU, of [64, 64, 32, 32] channels-last", "calls", WORKS),

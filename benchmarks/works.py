@@ -28,7 +28,7 @@ from chaindiff.recipe.load import load
 from chaindiff.specs.load import load_recipe
 from chaindiff.training.cache import EmbeddingCache
 
-HEUN = 6  # steps: 11 evaluations
+HEUN, FEW = 6, 16  # steps (11 evaluations), images
 
 # ---------------------------------------------------------------- kernels
 
@@ -85,11 +85,12 @@ def noise() -> dict[str, Side]:
 
 def sample_32() -> dict[str, Side]:
     made = {name: executed(stage(SMALL, 32), *how) for name, how in WAYS.items()}
-    return {name: Side(partial(_sampled, it, {}, solver="heun", steps=HEUN), BATCH) for name, it in made.items()}
+    runs = {name: partial(_sampled, it, {}, FEW, solver="heun", steps=HEUN) for name, it in made.items()}
+    return {name: Side(run, FEW, warm=1) for name, run in runs.items()}
 
 
-def _sampled(made: Diffusion, given: dict[str, Tensor], **sampler: Any) -> None:
-    draws = Draws(range(BATCH), 0, 0, made.name, dtype=torch.float64)
+def _sampled(made: Diffusion, given: dict[str, Tensor], count: int = BATCH, **sampler: Any) -> None:
+    draws = Draws(range(count), 0, 0, made.name, dtype=torch.float64)
     for _ in made.sample(given, draws, sampler=sampler):
         pass
 
