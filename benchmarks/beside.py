@@ -82,17 +82,13 @@ def denoiser(network: Callable[..., Tensor], *told: Tensor) -> Denoise:
 
 
 def _evaluations(spec: UNetSpec, size: int, batch: int, edm: Path | None) -> dict[str, Side]:
-    x, sigma, found = torch.randn(batch, 3, size, size), torch.rand(batch) + 0.1, {}
+    x, sigma, found = torch.randn(batch, 3, size, size), torch.rand(batch) + 0.1, dict[str, Side]()
     for name, network in others(size, spec, edm):
         if isinstance(network, str):
             found[name] = Side(missing=network)
-        else:
-            found[name] = Side(
-                quietly(partial(denoiser(network.eval()), x, sigma)),
-                batch,
-                facts(network, size),
-                warm=1 if size == 64 else 2,
-            )
+            continue
+        run = quietly(partial(denoiser(network.eval()), x, sigma))
+        found[name] = Side(run, batch, facts(network, size), warm=1 if size == 64 else 2)
     return found
 
 

@@ -71,7 +71,7 @@ class Published(nn.Module):
         return x @ self.weights[f"{at}/weight"].t() + self.weights[f"{at}/bias"]
 
     def _norm(self, x: Tensor, at: str) -> Tensor:
-        groups = min(32, x.shape[1] // 4)
+        groups = next(g for g in range(min(32, x.shape[1] // 4), 0, -1) if x.shape[1] % g == 0)
         return F.group_norm(x, groups, self.weights[f"{at}/weight"], self.weights[f"{at}/bias"], 1e-6)
 
     def _conv(self, x: Tensor, at: str, resample: str = "") -> Tensor:

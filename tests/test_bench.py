@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from benchmarks import beside, page, peers, suite
+from benchmarks import works as own
 from benchmarks.__main__ import main as whole_suite
 from chaindiff import cli
 from chaindiff.bench import regressions, timing, works
@@ -279,6 +281,26 @@ def test_edms_own_file_is_executed_only_when_it_is_given(tmp_path):
     file.write_text("class SongUnet: pass\n")
     with pytest.raises(UserError, match=r"does not make EDM's SongUNet: module .* has no attribute 'SongUNet'"):
         peers.authors(tmp_path, unet, 8, spec)
+
+
+TINY = UNetSpec(kind="unet", channels=8, mult=[1, 1], blocks=1, attention=[])
+
+
+@pytest.mark.parametrize("name", [name for name, case in suite.CASES.items() if case.home != suite.PROCESSES])
+def test_every_side_of_every_case_works_at_a_tiny_size(name, monkeypatch):
+    """Installed peers too; nothing is compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for module in (works, own, beside):
+        for constant, value in {"SMALL": TINY, "FFHQ": TINY, "BATCH": 2, "FEW": 2, "STEPS": 1, "HEUN": 2}.items():
+            monkeypatch.setattr(module, constant, value, raising=False)
+        if hasattr(module, "executed"):
+            monkeypatch.setattr(module, "executed", lambda made, *how: made)
+    monkeypatch.setattr(beside, "LEVELS", [1.0, 0.1, 0.0])
+    case = suite.CASES[name]
+    sides = {**getattr(import_module(case.home), name.replace("-", "_"))(), **beside.sides(name)}
+    assert any(side.startswith("chaindiff") for side in sides)
+    for side in sides.values():
+        assert side.missing or side.time() > 0
 
 
 # ---------------------------------------------------------------- the page
