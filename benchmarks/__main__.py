@@ -31,11 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--edm", type=Path, metavar="FOLDER", help="a checkout of NVlabs/edm, whose code is executed")
     parser.add_argument("--write", type=Path, metavar="JSON", help="measure nothing: write docs/performance.md of this")
     parser.add_argument("--quality", type=Path, metavar="JSON", help="with --write: output of benchmarks.equal_quality")
+    parser.add_argument("--note", default="", help="with --write: what else a reader should know, such as other load")
     parser.add_argument("--docs", type=Path, default=Path("docs"), metavar="FOLDER", help="where the page goes")
     asked = parser.parse_args(arguments)
     try:
         if asked.write is not None:
-            print(f"wrote {write_page(read(asked.write), asked.docs, asked.quality)}")
+            print(f"wrote {write_page(read(asked.write), asked.docs, asked.quality, asked.note)}")
             return 0
         for name in (names := chosen(asked.names, CASES)):
             if asked.list:

@@ -26,7 +26,7 @@ Generated: do not edit. To measure again, on your own machine:
 ```
 pip install -e ".[peers]"                       # diffusers, denoising-diffusion-pytorch
 pip install --no-deps k-diffusion torchdiffeq torchsde trampoline   # its own dependencies hold numpy below 2
-python -m benchmarks --json speed.json          # {minutes:.0f} minutes; add --edm FOLDER for a checkout of NVlabs/edm
+python -m benchmarks --json speed.json          # takes minutes; --edm FOLDER adds a checkout of NVlabs/edm
 python -m benchmarks --write speed.json         # this page
 python -m benchmarks --compare speed.json       # later: names what is slower than then, beyond noise
 ```
@@ -44,9 +44,9 @@ Ratios within one run count; absolute times are this machine's, and other work o
 """
 
 
-def write_page(results: Results, docs: Path, quality: Path | None = None) -> Path:
+def write_page(results: Results, docs: Path, quality: Path | None = None, note: str = "") -> Path:
     """Write the page. `quality`: the output of `benchmarks.equal_quality`; raises UserError if it is something else."""
-    parts = [_head(results), "## Against peers\n", markdown(versus(results)), ""]
+    parts = [_head(results), *([f"**{note}**\n"] if note else []), "## Against peers\n", markdown(versus(results)), ""]
     for name in PLOTTED:
         if name in results.cases and (png := plot(results.cases[name])):
             write_whole(docs / PICTURES / f"{name}.png", png)
@@ -64,13 +64,12 @@ def write_page(results: Results, docs: Path, quality: Path | None = None) -> Pat
 def _head(results: Results) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in results.machine.items())
     versions = ", ".join(f"{key} {value}" for key, value in results.versions.items())
-    seconds = sum(sum(side.seconds) for case in results.cases.values() for side in case.sides.values())
     work = [case.sides for name, case in results.cases.items() if name.startswith("evaluate")]
     ours = [(sides["chaindiff"].facts["flops"], other.facts) for sides in work for other in sides.values()]
     shares = [facts["flops"] / own for own, facts in ours if "flops" in facts]
     flops = f"{min(shares, default=1):.0%} to {max(shares, default=1):.0%}"
     said = {"machine": f"Machine: {machine}.", "versions": f"Versions: {versions}.", "date": results.date}
-    return HEAD.format(**said, minutes=max(1.0, seconds / 30), flops=flops)
+    return HEAD.format(**said, flops=flops)
 
 
 def versus(results: Results) -> Table:

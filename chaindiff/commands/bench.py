@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,7 @@ from chaindiff.chain.plan import amount
 from chaindiff.evaluation.tables import Table, plain
 from chaindiff.io.progress import say, silenced
 
+PACKAGES = ("chain-diffusion-models", "torch", "numpy", "diffusers", "denoising-diffusion-pytorch", "k-diffusion")
 Peers = Callable[[str], Mapping[str, Side]]
 HEAD = ["", "a second", "time", "spread", "FLOP/s", "parameters", "FLOP", "memory", "of the first's time"]
 
@@ -35,7 +37,10 @@ def bench(
     Raises UserError for unknown names, and a file of something else.
     """
     asked, before = chosen(names, cases), None if against is None else read(against)
-    versions = {name: version(name) for name in ("chain-diffusion-models", "torch", "numpy")}
+    versions = dict[str, str]()
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     found = Results(date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", machine=machine(), versions=versions, cases={})
     for name in asked:
         case = cases[name]
