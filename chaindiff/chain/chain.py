@@ -130,9 +130,10 @@ class Chain:
 
     def generated(self, given: Sequence[str] = ()) -> list[str]:
         """The variables that stages generate and what is decoded from them, without the given ones."""
-        names = [name for stage in self.stages.outlines.values() for name in stage.generates]
-        for _ in self.decoders:  # they may decode each other's outputs, in any order
-            names += [d.name for d in self.decoders.values() if d.of in names and d.name not in names]
+        names = dict.fromkeys(name for stage in self.stages.outlines.values() for name in stage.generates)
+        # Decoders may decode each other's outputs, in any order.
+        while new := [d.name for d in self.decoders.values() if d.of in names and d.name not in names]:
+            names |= dict.fromkeys(new)
         return [name for name in names if name not in given]
 
     def plan(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> ChainPlan:

@@ -27,15 +27,20 @@ class ChainPlan:
         moving = {step.producer.name: step.outputs for step in self.plan.steps if step.producer.kind == "stage"}
         return {name: self.chain.cost(name, moving.get(name)) for name in self.chain.stages}
 
-    @property
+    @cached_property
     def running(self) -> list[str]:
         """Names of the stages that run, in order."""
         return [s.producer.name for s in self.plan.steps if s.producer.kind == "stage"]
 
     def share(self, stage: str) -> float:
         """The stage's share of the request's floating-point operations."""
-        total = sum(self.costs[name].total_flops for name in self.running)
-        return self.costs[stage].total_flops / total if stage in self.running and total else 0.0
+        return self._shares.get(stage, 0.0)
+
+    @cached_property
+    def _shares(self) -> dict[str, float]:
+        flops = {name: self.costs[name].total_flops for name in self.running}
+        total = sum(flops.values()) or 1
+        return {name: own / total for name, own in flops.items()}
 
     def facts(self) -> dict[str, Any]:
         """The plan and its costs as plain data: for one sample, bytes in float32."""
