@@ -23,7 +23,9 @@ from chaindiff.chain.variable import Variable, difference
 from chaindiff.edm.denoiser import State
 from chaindiff.edm.random import Draws, generator
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import folder_path
 from chaindiff.io.memory import noted
+from chaindiff.io.processes import sole_writer
 
 if TYPE_CHECKING:
     from chaindiff.chain.plan import ChainPlan
@@ -343,8 +345,9 @@ class Chain:
         """Write the chain with its weights into a folder that `chaindiff.load` reads anywhere."""
         from chaindiff.chain.saving import save_chain
 
-        folder = Path(folder)
-        (save_chain if self.origin is None else self.origin.save)(self, folder)
+        folder = folder_path(folder)
+        with sole_writer(folder):
+            (save_chain if self.origin is None else self.origin.save)(self, folder)
         return folder
 
 
