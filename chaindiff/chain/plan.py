@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaindiff.chain.graph import Plan
 from chaindiff.chain.stage import Cost
+from chaindiff.io.errors import in_lines
 from chaindiff.show.drawing import Arrow, Box, chain_svg
 
 if TYPE_CHECKING:
@@ -77,34 +78,34 @@ class ChainPlan:
     def __str__(self) -> str:
         given = f", given {', '.join(self.plan.given)}" if self.plan.given else ""
         variables = self.chain.variables
-        lines = [f"{self.chain.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
+        said = [f"{self.chain.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
         if not self.plan.steps:
-            lines.append("nothing runs: everything that is wanted is given")
+            said.append("nothing runs: everything that is wanted is given")
         for number, step in enumerate(self.plan.steps, 1):
             made = ", ".join(str(variables.get(v, v)) for v in step.outputs)
-            lines.append(
+            said.append(
                 f"{number}. {step.producer.kind} {step.producer.name}: {made} from {', '.join(step.inputs) or '-'}"
             )
             if step.producer.kind == "stage":
                 cost, share = self.costs[step.producer.name], self.share(step.producer.name)
                 total, once = amount(cost.total_flops), amount(cost.flops)
-                lines += [
+                said += [
                     f"     {cost.how}; NFE {cost.nfe}; {cost.parameters:,} parameters",
                     f"     {total}FLOP a sample ({once}FLOP x {cost.nfe}), {share:.1%} of all",
                     f"     memory {amount(cost.weight_bytes)}B + {amount(cost.activation_bytes)}B a sample",
                 ]
             if step.drop:
-                lines.append(f"     then drops {', '.join(step.drop)}")
+                said.append(f"     then drops {', '.join(step.drop)}")
         facts = self.facts()
         weights, peak = amount(facts["weight_bytes"]), amount(facts["activation_bytes"])
-        lines += [
+        said += [
             "",
             f"in all: NFE {facts['nfe']}, {amount(facts['total_flops'])}FLOP a sample, weights {weights}B, "
             f"activations {peak}B a sample (float32)",
         ]
         if self.plan.unused:
-            lines.append(f"given but not needed: {', '.join(self.plan.unused)}")
-        return "\n".join(lines)
+            said.append(f"given but not needed: {', '.join(self.plan.unused)}")
+        return in_lines(*said)
 
     def sketch(self) -> str:
         """The steps in one line: clip -> image16 -> image; given variables in brackets."""

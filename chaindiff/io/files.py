@@ -50,12 +50,21 @@ def regular(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
     What is checked is what was opened, so that nothing can take its place. Raises OSError, as opening it would, for a
     file that is not there, a directory, and everything else.
     """
+    with suppress(FileNotFoundError):
+        _refuse_others(os.stat(path), path)  # before anything is opened: opening a device may do something
     handle = os.open(path, (os.O_RDONLY if mode == "rb" else APPEND) | os.O_NONBLOCK, 0o666)
-    kind = os.fstat(handle).st_mode
-    if stat.S_ISREG(kind):
+    try:
+        _refuse_others(os.fstat(handle), path)
         return open(handle, mode)
-    os.close(handle)
-    raise OSError(errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL, "it is not a regular file", str(path))
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def _refuse_others(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(number, "it is not a regular file", str(path))
 
 
 def regular_path(path: Path) -> Path:
@@ -67,9 +76,9 @@ def regular_path(path: Path) -> Path:
 def read_whole(path: Path, most: int = TEXT_BYTES) -> bytes:
     """All of a regular file. Raises OSError for one of more than `most` bytes, and what `regular` raises."""
     with regular(path) as file:
-        if len(data := file.read(most + 1)) > most:
+        if (size := os.fstat(file.fileno()).st_size) > most:
             raise OSError(errno.EFBIG, f"it is larger than {most >> 20} MiB", str(path))
-    return data
+        return file.read(size)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
 from chaindiff.data.items import Data
 from chaindiff.encoders import build_decoder
-from chaindiff.io.errors import UserError
+from chaindiff.io.errors import Lines, UserError
 from chaindiff.io.files import folder_path
 from chaindiff.recipe.column import Column
 from chaindiff.recipe.encoder import LazyMap, RecipeEncoder
@@ -78,7 +78,7 @@ class Assembly:
             if field is None:
                 raise UserError(error.message, display(self.loaded.path), error.hint) from error
             if field.split(".")[0] in type(self.recipe).model_fields:
-                raise UserError(f"{field}: {error.message}", self.loaded.where(field), error.hint) from error
+                raise UserError(Lines(f"{field}: {error.message}"), self.loaded.where(field), error.hint) from error
             raise
 
     @cached_property

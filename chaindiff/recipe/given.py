@@ -174,10 +174,8 @@ def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(regular_path(path), allow_pickle=False)).float()
         tensors, _ = tensorfile.load(path)
-    except UserError as error:
-        raise UserError(error.message, where, error.hint) from error
     except Exception as error:  # the readers raise many kinds of errors for other or truncated files
-        reason = str(error) or type(error).__name__
+        reason = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{path} is not a complete .safetensors or .npy file of numbers: {reason}", where) from error
     if variable.name in tensors:
         return tensors[variable.name].float()

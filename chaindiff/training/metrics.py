@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import UNWRITABLE, read_whole, write_whole
+from chaindiff.io.files import UNWRITABLE, read_whole, regular, write_whole
 from chaindiff.io.progress import say
 
 
