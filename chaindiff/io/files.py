@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, BinaryIO, Literal
+from typing import IO, Literal, cast
 
 from chaindiff.io.errors import UserError
 
@@ -44,7 +45,7 @@ def folder_path(path: str | os.PathLike[str]) -> Path:
     return user_path(path)
 
 
-def regular(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
+def regular(path: Path, mode: Literal["rb", "ab"] = "rb") -> BufferedIOBase:
     """A regular file, open: a pipe keeps its reader waiting, and a device may have no end.
 
     What is checked is what was opened, so that nothing can take its place. Raises OSError, as opening it would, for a
@@ -55,7 +56,7 @@ def regular(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
     handle = os.open(path, (os.O_RDONLY if mode == "rb" else APPEND) | os.O_NONBLOCK, 0o666)
     try:
         _refuse_others(os.fstat(handle), path)
-        return open(handle, mode)
+        return cast(BufferedIOBase, open(handle, mode))
     except OSError:
         os.close(handle)
         raise
