@@ -290,7 +290,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Three repeats: to see that it works.")] = False,
     results: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all times to it.")] = None,
     earlier: Annotated[
-        Path | None, typer.Option("--compare", metavar="FILE", help="Name what is slower than in this --json.")
+        Path | None, typer.Option("--compare", metavar="JSON", help="Name what is slower than in it.")
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List what can be measured.")] = False,
     quiet: Quiet = False,

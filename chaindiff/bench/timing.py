@@ -23,10 +23,9 @@ ENOUGH = 0.02  # seconds: shorter calls are timed several at a time
 
 @dataclass
 class Side:
-    """One way to do a case's work. `run` does it once, and returns the seconds if it measures them itself.
+    """One way to do a case's work: `run` does it once, and returns the seconds if it measures them itself.
 
-    `count` is what a call makes; `facts` hold parameters, FLOPs of one image and the like; `missing` says why it cannot
-    run; `warm` calls come before those that are timed; `keeps` lives as long as the side.
+    A call makes `count`; `warm` calls are not timed; `missing` says why it cannot run; `keeps` lives as long as it.
     """
 
     run: Callable[[], Any] = bool

@@ -18,7 +18,6 @@ from chaindiff.evaluation.tables import Table, plain
 from chaindiff.io.progress import say, silenced
 
 PACKAGES = ("chain-diffusion-models", "torch", "numpy", "diffusers", "denoising-diffusion-pytorch", "k-diffusion")
-Peers = Callable[[str], Mapping[str, Side]]
 HEAD = ["", "a second", "time", "spread", "FLOP/s", "parameters", "FLOP", "memory", "of the first's time"]
 
 
@@ -29,7 +28,7 @@ def bench(
     json: Path | None = None,
     against: Path | None = None,
     cases: Mapping[str, Case] = CASES,
-    peers: Peers = lambda case: {},
+    peers: Callable[[str], Mapping[str, Side]] = lambda case: {},
 ) -> tuple[Results, Comparison | None]:
     """Measure the cases of these names or groups, print tables, write JSON, and compare with the file `against`.
 
