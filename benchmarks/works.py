@@ -89,7 +89,7 @@ def sample_32() -> dict[str, Side]:
     return {name: Side(run, FEW, warm=1) for name, run in runs.items()}
 
 
-def _sampled(made: Diffusion, given: dict[str, Tensor], count: int = BATCH, **sampler: Any) -> None:
+def _sampled(made: Diffusion, given: dict[str, Tensor], count: int, **sampler: Any) -> None:
     draws = Draws(range(count), 0, 0, made.name, dtype=torch.float64)
     for _ in made.sample(given, draws, sampler=sampler):
         pass
@@ -112,7 +112,7 @@ def _overhead(name: str, given: dict[str, Tensor], steps: int = 10) -> dict[str,
         for _ in range(steps):
             made.network({name: x}, {name: level}, condition)
 
-    whole = Side(partial(_sampled, made, given, solver="dpmpp_2m", steps=steps), steps)
+    whole = Side(partial(_sampled, made, given, BATCH, solver="dpmpp_2m", steps=steps), steps)
     return {"chaindiff": whole, "its network alone": Side(quietly(alone), steps)}
 
 

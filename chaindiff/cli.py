@@ -289,9 +289,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Fewer are made where each takes seconds.")] = 10,
     quick: Annotated[bool, typer.Option("--quick", help="Three repeats: to see that it works.")] = False,
     results: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all times to it.")] = None,
-    earlier: Annotated[
-        Path | None, typer.Option("--compare", metavar="JSON", help="Name what is slower than in it.")
-    ] = None,
+    earlier: Annotated[Path | None, typer.Option("--compare", metavar="JSON", help="Name what is slower.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="List what can be measured.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
