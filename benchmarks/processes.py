@@ -15,7 +15,10 @@ from chaindiff.io.errors import UserError
 
 PYTHON, CHAINDIFF = [sys.executable, "-c"], [sys.executable, "-m", "chaindiff"]
 # As EDM samples, in half its steps: before solver, precision and execution were chosen for speed.
-PLAIN = ["sample.execution=eager", "sample.precision=float32", "stages.*.sample={solver: heun, steps: 18}"]
+PLAIN = [
+    *("sample.execution=eager", "sample.precision=float32"),
+    *("stages.*.sample.solver=heun", "stages.*.sample.steps=18"),
+]
 CACHES = ("CHAINDIFF_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
