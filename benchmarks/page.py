@@ -13,7 +13,7 @@ from chaindiff.bench.suite import CaseResult, Results
 from chaindiff.commands.bench import ratio, table
 from chaindiff.evaluation.tables import Table, markdown
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import regular, write_whole
+from chaindiff.io.files import read_whole, write_whole
 from chaindiff.show.plots import bars
 
 PICTURES = "pictures/performance"
@@ -99,7 +99,7 @@ def plot(case: CaseResult) -> bytes | None:
 
 def _quality(path: Path) -> Iterable[str]:
     try:
-        rows: list[Mapping[str, Any]] = json.loads(regular(path).read_text())["rows"]
+        rows: list[Mapping[str, Any]] = json.loads(read_whole(path))["rows"]
         judges = [*rows[0]["fd"]]
         cells = [
             [

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.io.files import regular, write_whole
+from chaindiff.io.files import read_whole, write_whole
 from chaindiff.specs.base import Positive, Spec
 
 
@@ -75,7 +75,7 @@ class Results(Spec):
 def read(path: Path) -> Results:
     """Results of an earlier run. Raises UserError if the file holds none."""
     try:
-        return Results.model_validate_json(regular(path).read_bytes())
+        return Results.model_validate_json(read_whole(path))
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".strip(": ")
