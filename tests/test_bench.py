@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,20 +135,19 @@ def test_sides_take_turns_beside_the_reference(monkeypatch):
 
 
 def test_short_calls_are_timed_several_at_a_time_and_long_ones_less_often(monkeypatch):
+    """By a clock of our own, so that a busy machine changes nothing."""
+    clock, calls = [0.0], {"short": 0, "long": 0}
+
+    def take(name: str, seconds: float) -> None:
+        calls[name] += 1
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setitem(timing.REFERENCES, "host", lambda: 1.0)
-    calls = [0, 0]
-
-    def short() -> None:
-        calls[0] += 1
-        time.sleep(0.001)
-
-    def long() -> None:
-        calls[1] += 1
-        time.sleep(0.03)
-
-    found = measure({"short": Side(short), "long": Side(long)}, "host", 50, turn=0.001)
-    assert calls[0] > 3 * 5 and calls[1] == 2 + len(found["long"].seconds) and 3 <= len(found["long"].seconds) < 10
-    assert min(found["short"].seconds) >= 0.001 and min(found["long"].seconds) >= 0.03
+    sides = {"short": Side(lambda: take("short", 2**-10)), "long": Side(lambda: take("long", 2**-5))}
+    found = measure(sides, "host", 50, turn=2**-8)  # 0.195 s for all, 0.05 s a turn
+    assert found["long"].seconds == [2**-5] * 4 and found["short"].seconds == [2**-10] * 4
+    assert calls == {"long": 2 + 4, "short": 2 + 4 * 21}  # 21 short calls are 20 ms
 
 
 # ---------------------------------------------------------------- comparing
