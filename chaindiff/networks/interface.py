@@ -52,7 +52,18 @@ class Interface:
     label_span: float = 1.0
 
     @property
+    def grid(self) -> str | None:
+        """The variable that given images are concatenated with: the largest image or map, if there is one."""
+        return largest_grid(self.variables)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the one variable that is generated."""
         (shape,) = self.variables.values()
         return shape
+
+
+def largest_grid(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The name of the shape [channels, height, width] with the most pixels, the first of equal ones."""
+    grids = {name: shape[1] * shape[2] for name, shape in shapes.items() if len(shape) == 3}
+    return max(grids, key=grids.__getitem__, default=None)
