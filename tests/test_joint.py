@@ -259,7 +259,7 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("stages.both.generates=[image16]", "a joint network generates one image and one or more vectors, not 'ima"),
+        ("stages.both.generates=[image16]", "a joint network generates one image or map and one or more vectors, not"),
         ("stages.both.generates=[clip, image16, image]", "not 'clip' (vector), 'image16' (image), 'image' (image)"),
         ("stages.both.joint.pure=0.9", "stages.both.joint.pure: 0.9 and exact, 0.2, should sum to at most 1"),
         ("stages.both.network.vector.heads=7", "both.network.vector.width: should be even and a multiple of heads (7)"),

@@ -34,6 +34,7 @@ from chaindiff.specs.stage import (
     NoiseLevels,
     Precondition,
     SamplerSpec,
+    largest_grid,
     published_noise,
 )
 from chaindiff.specs.validate import config
@@ -127,9 +128,9 @@ class Diffusion(nn.Module):
 
     @property
     def target(self) -> Variable:
-        """The variable that given images are resized to: the image that is generated, if any."""
-        found = list(self.generates.values())
-        return next((variable for variable in found if variable.kind == "image"), found[0])
+        """The variable that given images are resized to: the largest image or map that is generated, if any."""
+        grid = largest_grid({name: variable.shape for name, variable in self.generates.items()})
+        return self.generates[grid] if grid else next(iter(self.generates.values()))
 
     @property
     def conditionals(self) -> frozenset[frozenset[str]]:

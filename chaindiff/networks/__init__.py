@@ -30,11 +30,15 @@ def build(
         return Transformer(interface, **spec.model_dump(exclude={"kind"}))
     if isinstance(spec, JointNetworkSpec):
         if sorted(map(len, shapes))[-2:] != [1, 3] or {len(s) for s in shapes} != {1, 3}:
-            raise UserError(f"a joint network generates one image or map and vectors, not shapes {[*map(list, shapes)]}")
+            raise UserError(
+                f"a joint network generates one image or map and vectors, not shapes {[*map(list, shapes)]}"
+            )
         image, vector = (part.model_dump(exclude={"kind"}) for part in (spec.image, spec.vector))
         return Joint(interface, image=image, vector=vector, seen=spec.seen)
     if len(shapes) > 1:
-        raise UserError(f"a {spec.kind} generates one variable, not {len(shapes)}; use a transformer or a joint network")
+        raise UserError(
+            f"a {spec.kind} generates one variable, not {len(shapes)}; use a transformer or a joint network"
+        )
     shape, settings = interface.shape, spec.model_dump(exclude={"kind"})
     length, width = interface.context or (0, 0)
     told = {"label_dim": interface.label_dim, "augment_dim": interface.augment_dim, "context_dim": width}

@@ -40,7 +40,7 @@ def sincos(places: Float[Tensor, "tokens axes"], width: int) -> Float[Tensor, "t
 
 
 def rotate(x: Float[Tensor, "batch heads tokens c"], angle: Float[Tensor, "tokens half"]) -> Tensor:
-    """Rotary positions (Su et al. 2021): pairs of features turned, so that q k depends on differences of angles only."""
+    """Rotary positions (Su et al. 2021): pairs of features turned, so that q k depends on differences of angles."""
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     one, other = x.chunk(2, dim=-1)
     return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
@@ -59,6 +59,17 @@ def normalised(x: Float[Tensor, "*rows width"], norm: Norm) -> Float[Tensor, "*r
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, norm: Norm) -> Tensor:
     """adaLN (Peebles & Xie 2023, section 3.2)."""
     return torch.addcmul(shift, normalised(x, norm), scale + 1)
+
+
+class RmsNorm(nn.Module):
+    """Of queries and keys, in their own precision, with a weight for every feature."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-6)
 
 
 class Mlp(nn.Module):
@@ -85,17 +96,17 @@ class Part(nn.Module):
         self.heads = heads
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (RmsNorm(width // heads) if qk_norm else nn.Identity() for _ in "qk")
         self.mlp = Mlp(width, ratio, gated)
 
     def project(self, x: Float[Tensor, "batch tokens width"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [batch, heads, tokens, features]."""
         q, k, v = rearrange(self.qkv(x), "b n (qkv heads c) -> qkv b heads n c", qkv=3, heads=self.heads)
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+        return self.q_norm(q), self.k_norm(k), v
 
 
 class JointBlock(nn.Module):
-    """Every stream is normalised, projected and transformed by its own part, and attends to all streams and the context.
+    """Every stream is normalised, projected and transformed by its own part, and attends to all and the context.
 
     With one part, all streams share its weights. Context tokens are extra keys and values, as in the U-Net.
     """

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.edm.denoiser import State
+from chaindiff.specs.stage import largest_grid
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Condition:
 
     labels: Float[Tensor, "batch label_dim"] | None = None
     images: Float[Tensor, "batch channels height width"] | None = None
-    context: Float[Tensor, "batch tokens width"] | None = None
+    context: Float[Tensor, "batch tokens features"] | None = None
     augment: Float[Tensor, "batch augment_dim"] | None = None
 
 
@@ -53,7 +54,7 @@ class Interface:
 
     @property
     def grid(self) -> str | None:
-        """The variable that given images are concatenated with: the largest image or map, if there is one."""
+        """The variable that given images are concatenated with: the largest image or map, if any."""
         return largest_grid(self.variables)
 
     @property
@@ -61,9 +62,3 @@ class Interface:
         """The shape of the one variable that is generated."""
         (shape,) = self.variables.values()
         return shape
-
-
-def largest_grid(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The name of the shape [channels, height, width] with the most pixels, the first of equal ones."""
-    grids = {name: shape[1] * shape[2] for name, shape in shapes.items() if len(shape) == 3}
-    return max(grids, key=grids.__getitem__, default=None)

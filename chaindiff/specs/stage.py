@@ -111,7 +111,9 @@ class TransformerSpec(Spec):
             elif height % known[name] or width % known[name]:
                 problem = f"patches of {known[name]} do not divide '{name}', which is {height} x {width}"
                 yield place.format(name), problem
-        sides = {name: (grid[1] // known[name], grid[2] // known[name]) for name, grid in grids.items() if name in known}
+        sides = {
+            name: (grid[1] // known[name], grid[2] // known[name]) for name, grid in grids.items() if name in known
+        }
         if self.streams == "merged" and len(set(sides.values())) > 1:
             listed = ", ".join(f"'{name}' has {h} x {w}" for name, (h, w) in sides.items())
             yield "streams", f"merged needs as many patches of every image and map, but {listed}"
@@ -142,6 +144,26 @@ JointNetwork = partial(JointNetworkSpec, kind="joint")
 
 
 # ---------------------------------------------------------------- stages
+
+
+def largest_grid(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The name of the image or map, [channels, height, width], with the most pixels, the first of equal ones.
+
+    What a stage is given in the form of channels is concatenated with this one of the variables that it generates.
+    """
+    grids = {name: shape[1] * shape[2] for name, shape in shapes.items() if len(shape) == 3}
+    return max(grids, key=grids.__getitem__, default=None)
+
+
+def no_channels(name: str, shape: Sequence[int], target: str, size: Sequence[int]) -> str | None:
+    """Why a given map cannot be channels of the generated variable, if it cannot; an image is resized."""
+    if [*shape[1:]] == [*size[1:]]:
+        return None
+    (_, height, width), grid = shape, " x ".join(map(str, size[1:])) or "no grid at all"
+    return (
+        f"the map '{name}' has a grid of {height} x {width}, and '{target}' {grid}: a given map becomes channels of "
+        "what is generated, which needs the same size; maps are not resized"
+    )
 
 
 def _by_default(kind: str) -> BeforeValidator:
@@ -597,7 +619,7 @@ class StageSpec(Spec):
                     yield field, "is for stages that generate several variables together; this one generates one"
             if isinstance(self.network, JointNetworkSpec):
                 alone = f"'{self.generates[0]}' alone" if self.generates else "one variable"
-                yield "generates", f"a joint network generates one image and one or more vectors, not {alone}"
+                yield "generates", f"a joint network generates one image or map and one or more vectors, not {alone}"
             return
         if joint.exact + joint.pure > 1:
             yield "joint.pure", f"{joint.pure:g} and exact, {joint.exact:g}, should sum to at most 1"
