@@ -500,7 +500,9 @@ def test_an_image_a_vector_and_a_map_together(streams: str) -> None:
     assert {name: out.shape for name, out in chain.sample(3, want=[*shapes]).items()} == shapes
     for known in shapes:
         value = torch.rand(3, *shapes[known][1:])
-        out = chain.sample(3, given={known: value, "kind": torch.tensor([0, 1, 1])}, want=[name for name in shapes if name != known])
+        out = chain.sample(
+            3, given={known: value, "kind": torch.tensor([0, 1, 1])}, want=[name for name in shapes if name != known]
+        )
         assert all(out[name].isfinite().all() and out[name].shape == shapes[name] for name in out)
     assert stage.cost(["image"]).flops > 0
 
