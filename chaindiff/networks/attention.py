@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -124,7 +124,8 @@ class JointBlock(nn.Module):
         context: bool = False,
     ):
         super().__init__()
-        self.heads, self.norm, self.qk_norm = heads, norm, qk_norm
+        self.norm: Norm = norm
+        self.heads, self.qk_norm = heads, qk_norm
         self.parts = nn.ModuleList(Part(width, heads, ratio, gated, qk_norm) for _ in range(parts))
         self.context_kv = nn.Linear(width, 2 * width) if context else None
 
@@ -136,7 +137,7 @@ class JointBlock(nn.Module):
         context: Float[Tensor, "batch _ width"] | None = None,
     ) -> list[Tensor]:
         """The streams after this block; `told` modulates each, `angle` holds the rotary positions of all of them."""
-        parts = [self.parts[number % len(self.parts)] for number in range(len(streams))]
+        parts: list[Any] = [self.parts[number % len(self.parts)] for number in range(len(streams))]
         changes = [part.modulation(c)[:, None].chunk(6, dim=-1) for part, c in zip(parts, told, strict=True)]
         projected = [
             part.project(modulated(x, shift, scale, self.norm))

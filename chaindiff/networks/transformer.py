@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chaindiff.edm.denoiser import State
-from chaindiff.networks.attention import JointBlock, Norm, angles, cells, modulated, sincos
+from chaindiff.networks.attention import JointBlock, Norm, Part, angles, cells, modulated, sincos
 from chaindiff.networks.blocks import PositionalEmbedding
 from chaindiff.networks.interface import Condition, Interface
 
@@ -45,7 +45,8 @@ class Transformer(nn.Module):
         streams: Literal["own", "shared", "merged"] = "own",
     ):
         super().__init__()
-        self.width, self.head_width, self.norm, self.positions = width, width // heads, norm, positions
+        self.norm: Norm = norm
+        self.width, self.head_width, self.positions = width, width // heads, positions
         self.names, self.label_scale = [*interface.variables], 1000 / interface.label_span
         self.pictured = interface.grid if interface.image_channels else None
         # Where a variable's tokens are: the number of a stream and of a segment in it; a segment is a grid or a row.
@@ -94,9 +95,9 @@ class Transformer(nn.Module):
             for layer in group.modules() if group is not None else ():
                 if isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=0.02)
-        modulations = [part.modulation for block in self.blocks for part in block.parts]  # type: ignore[union-attr]
-        for layer in (*modulations, *self.last, *self.out):
-            nn.init.zeros_(layer.weight)
+        parts = [layer for layer in self.modules() if isinstance(layer, Part)]
+        for layer in (*(part.modulation for part in parts), *self.last, *self.out):
+            nn.init.zeros_(layer.get_parameter("weight"))
 
     def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
         """The raw network F of every variable; absent labels count as zeros."""
@@ -139,11 +140,11 @@ class Transformer(nn.Module):
         """What modulates each stream: the levels of its variables, and what is given."""
         told: dict[int, Tensor] = {}
         given = ((self.label, condition.labels), (self.augment, condition.augment))
-        shared = [layer(value) for layer, value in given if layer is not None and value is not None]
+        shared: list[Tensor] = [layer(value) for layer, value in given if layer is not None and value is not None]
         for name, (stream, _), layer in zip(self.names, self.places, self.levels, strict=True):
             # As in the prior: labels that are no times up to 1000 are spread over the sinusoids' range.
             level = layer(self.frequencies(noise[name] * self.label_scale))
-            told[stream] = sum(shared, level) if stream not in told else told[stream] + level
+            told[stream] = sum(shared, start=level) if stream not in told else told[stream] + level
         return [F.silu(told[stream]) for stream in range(len(self.segments))]
 
     def _positions(self, like: Tensor) -> tuple[list[Tensor | float], Tensor | None]:

@@ -50,7 +50,7 @@ def decoder_of(assembly: Assembly, name: str) -> Encoder:
     if source.kind == "map" and isinstance(source.encoder, OpenClipSpec | FileSpec):
         encoder, decode = assembly.encoders[decoder.of].build(), decoder.features
         assert isinstance(encoder, Embedding)
-        decoder.features = lambda values: decode(encoder.features_of(values))
+        decoder.features = lambda x: decode(encoder.features_of(x))
     return decoder
 
 
