@@ -47,7 +47,7 @@ def check(recipe: Recipe, where: Callable[[str], str | None]) -> None:
 
 def outputs(name: str, stage: StageSpec) -> Sequence[str]:
     """The variables that a stage generates: by default the one of its own name."""
-    return stage.generates or [name]
+    return [*(stage.generates or [name])]
 
 
 def _unknown(name: str, recipe: Recipe) -> str:
@@ -195,7 +195,7 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
             yield f"{field}.keep", f"{most} is more than the {variable.shape[0]} entries of '{link.variable}'"
 
     links = {link.variable: link for link in stage.given}
-    yield from ((f"sample.{field}", problem) for field, problem in stage.sample.untrained(links))
+    yield from ((f"sample.{field}", problem) for field, problem in stage.sample.untrained(links, stage.hideable))
 
 
 def _network(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
@@ -204,9 +204,6 @@ def _network(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
     made = [recipe.variables[output] for output in names if output in recipe.variables]
     if network is None or isinstance(network, CodeSpec) or len(made) < len(names):
         return
-    if len(spreads := {variable.sigma_data for variable in made}) > 1:
-        listed = " and ".join(f"{spread:g}" for spread in sorted(spreads))
-        yield "generates", f"variables that are generated together must share one sigma_data, not {listed}"
     if isinstance(network, JointNetworkSpec):
         yield from _joint(network, names, made)
     elif len(names) > 1 and not isinstance(network, TransformerSpec):
