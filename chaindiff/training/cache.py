@@ -34,7 +34,7 @@ class EmbeddingCache(Shards):
         self.variants = spec.variants if augment.active(spec) else 1
         drawn = {**spec.model_dump(), "version": augment.VERSION} if augment.active(spec) else None
         key = fingerprint([encoder.features_identity, data.digest, drawn, size])
-        rows = max(SHARD // getattr(encoder, "positions", 1), 64)
+        rows = max(SHARD // getattr(encoder, "positions", 1), min(SHARD, 64))
         super().__init__(folder / f"{encoder.name}-{key[:16]}", key, len(data) * self.variants, rows)
 
     def build(self, batch: int = 128, mine: Sequence[range] | None = None) -> Iterator[tuple[int, int]]:
