@@ -267,7 +267,7 @@ MISTAKES = [
     ("path: clip.safetensors", "pth: clip.npy", "r.yaml:5: variables.clip.encoder: unknown field 'pth'; did you mean 'path'?"),
     ("path: clip.safetensors", "of: image, path: a.npy", "r.yaml:5: variables.clip.encoder: unknown field 'of'"),
     ("path: clip.safetensors", "path: a.npy, reduce: {kind: pca, k: 3}", "variables.clip.encoder.reduce.k: 3 components do not fit a vector of shape [6]"),
-    ("{kind: vector, shape: [6]", "{kind: image, shape: [3, 8, 8]", "r.yaml:5: variables.clip.encoder.kind: a file provides vectors, or labels by clustering them, not an image"),
+    ("{kind: vector, shape: [6]", "{kind: image, shape: [3, 8, 8]", "r.yaml:5: variables.clip.encoder.kind: a file provides vectors, maps, or labels by clustering vectors, not an image"),
     ("{kind: vector, shape: [6]", "{kind: label, shape: [6]", "variables.clip.encoder.reduce: a label is the nearest cluster of an embedding"),
 ]  # fmt: skip
 

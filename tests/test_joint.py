@@ -239,7 +239,7 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("stages.both.generates=[image16]", "a joint network generates one image and one or more vectors, not 'ima"),
+        ("stages.both.generates=[image16]", "a joint network generates one image or map and one or more vectors, not"),
         ("stages.both.generates=[clip, image16, image]", "not 'clip' (vector), 'image16' (image), 'image' (image)"),
         ("stages.both.path.pure=0.9", "stages.both.path.exact: the shares exact, pure and absent should sum to"),
         ("stages.both.network.vector.heads=7", "both.network.vector.width: should be even and a multiple of heads (7)"),

@@ -234,7 +234,7 @@ def test_another_kind_drops_the_fields_of_the_old_one(here):
     text = message("r.yaml", changes=["stages.image.network.kind=prior"])
     assert text == (
         "--set stages.image.network.kind=prior: stages.image.network.kind: "
-        "a prior generates vectors, not an image; use a unet"
+        "a prior generates vectors, not an image; use a unet or a transformer"
     )
 
 

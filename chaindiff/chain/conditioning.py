@@ -1,4 +1,5 @@
-"""Conditioning by kind of variable: vectors and labels join the noise embedding, images are channels, tokens attention.
+"""Conditioning by kind of variable: vectors and labels join the noise embedding, images and maps are channels, tokens
+attention.
 
 Every link can be absent, and can carry noise whose level is an input of the network (noise-conditioning augmentation;
 Ho et al. 2022, Saharia et al. 2022).
@@ -19,9 +20,10 @@ from torch.nn import functional as F
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.denoiser import expand
 from chaindiff.edm.precondition import noise_label
+from chaindiff.io.errors import UserError
 from chaindiff.networks.blocks import LEVEL_FREQUENCIES, sinusoids
 from chaindiff.networks.interface import Condition
-from chaindiff.specs.stage import LinkSpec
+from chaindiff.specs.stage import LinkSpec, no_channels
 
 LEVEL_WIDTH = 2 * LEVEL_FREQUENCIES + 1
 
@@ -59,6 +61,8 @@ class Link(nn.Module):
         super().__init__()
         self.variable, self.spec = variable, spec
         self.received = (variable.shape[0], *target.shape[1:]) if variable.kind == "image" else variable.shape
+        if variable.kind == "map" and (wrong := no_channels(variable.name, variable.shape, target.name, target.shape)):
+            raise UserError(wrong)
         self.null = nn.Parameter(torch.zeros(self.received)) if spec.null == "learned" else None
         # One-hot among the lengths of `keep`, zeros for none: in place of the presence flag.
         self.lengths = sorted({k for k in spec.keep if k})
@@ -122,7 +126,7 @@ class Conditioner(nn.Module):
 
     @property
     def image_channels(self) -> int:
-        return sum(link.received[0] for link in self if link.variable.kind == "image")
+        return sum(link.received[0] for link in self if link.variable.kind in ("image", "map"))
 
     @property
     def context(self) -> tuple[int, int] | None:
@@ -142,7 +146,7 @@ class Conditioner(nn.Module):
         context: list[Tensor] = []
         for link in self:
             value, told = link(given[link.variable.name], batch, like)
-            kind = {"image": images, "tokens": context}.get(link.variable.kind, labels)
+            kind = {"image": images, "map": images, "tokens": context}.get(link.variable.kind, labels)
             kind.append(value)
             if told is not None:
                 labels.append(told)

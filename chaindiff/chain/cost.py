@@ -95,8 +95,8 @@ def count(network: nn.Module, interface: Interface) -> Counts:
 
     x = {name: torch.empty(1, *shape, device="meta") for name, shape in interface.variables.items()}
     noise = {name: torch.empty(1, device="meta") for name in x}
-    size = next((shape[1:] for shape in interface.variables.values() if len(shape) == 3), ())
-    images = empty(interface.image_channels, *size) if size else None
+    grid = interface.grid
+    images = empty(interface.image_channels, *interface.variables[grid][1:]) if grid else None
     context = empty(*interface.context) if interface.context else None
     condition = Condition(empty(interface.label_dim), images, context, empty(interface.augment_dim))
     counter, peak = FlopCounterMode(display=False), _Peak(*tensors.values())

@@ -36,6 +36,7 @@ from chaindiff.specs.stage import (
     NoiseLevels,
     Precondition,
     SamplerSpec,
+    largest_grid,
     published_noise,
 )
 from chaindiff.specs.validate import config
@@ -142,6 +143,11 @@ class Diffusion(nn.Module):
         said = self.own[name].noise
         return self.noise if said is None else training_noise(said)
 
+    def _label(self, name: str, label: Tensor) -> Tensor:
+        """A variable's noise label at the span of the stage's, for which the network is built."""
+        spans = [getattr(p, "label_span", 1.0) for p in (self.precondition, self.preconditioning(name))]
+        return label if spans[0] == spans[1] else label * (spans[0] / spans[1])
+
     def pure(self, name: str) -> float:
         """The level of a variable at which nothing of it is left."""
         return min(PURE_NOISE, self.preconditioning(name).sigma_max)
@@ -153,9 +159,9 @@ class Diffusion(nn.Module):
 
     @property
     def target(self) -> Variable:
-        """The variable that given images are resized to: the image that is generated, if any."""
-        found = list(self.generates.values())
-        return next((variable for variable in found if variable.kind == "image"), found[0])
+        """The variable that given images are resized to: the largest image or map that is generated, if any."""
+        grid = largest_grid({name: variable.shape for name, variable in self.generates.items()})
+        return self.generates[grid] if grid else next(iter(self.generates.values()))
 
     @property
     def conditionals(self) -> frozenset[frozenset[str]]:
@@ -190,7 +196,7 @@ class Diffusion(nn.Module):
         for name, gone in (absent or {}).items():
             seen[name] = seen[name].masked_fill(gone.reshape(-1, *[1] * (seen[name].ndim - 1)), 0.0)
         with torch.autocast(self.like.device.type, self.autocast, enabled=self.autocast is not None):
-            found = self.network(seen, {name: c.noise for name, c in scales.items()}, condition)
+            found = self.network(seen, {name: self._label(name, c.noise) for name, c in scales.items()}, condition)
         clean, variance = {}, {}
         for name, c in scales.items():
             raw, noisy = found[name], x[name]

@@ -18,7 +18,8 @@ from chaindiff.specs.recipe import FileSpec, OpenClipSpec, VariableSpec
 class Variable:
     """A named random quantity.
 
-    A value is a tensor [batch, *shape]; a label's is an integer [batch] below `shape[0]`. Images lie in [-1, 1].
+    A value is a tensor [batch, *shape]; a label's is an integer [batch] below `shape[0]`. Images lie in [-1, 1];
+    a map is a grid of features that is no image, such as patch tokens or a latent.
     `meaning` says what the numbers are (for an encoder's output: which encoder, of what, how scaled), by default what
     the data holds under this name. `version` is a digest of the encoder's files and statistics, where they are known.
     Two variables may be joined by a link only if they agree in all of this.
@@ -34,6 +35,10 @@ class Variable:
     @classmethod
     def image(cls, name: str, channels: int, size: int) -> Variable:
         return cls(name, "image", (channels, size, size))
+
+    @classmethod
+    def map(cls, name: str, channels: int, height: int, width: int) -> Variable:
+        return cls(name, "map", (channels, height, width))
 
     @classmethod
     def vector(cls, name: str, width: int) -> Variable:

@@ -9,7 +9,7 @@ from chaindiff.specs.load import Loaded
 from chaindiff.specs.recipe import DataSpec, FileSpec, OpenClipSpec, PcaSpec
 from chaindiff.specs.stage import JointNetworkSpec, Network, UNetSpec
 
-CLIP_WIDTH = 128  # of the embedded image-text model
+CLIP_WIDTH, MAP_WIDTH = 128, 320  # of the embedded image-text model and its last features
 CLASSES = 7  # groups of the embedded images
 
 
@@ -28,7 +28,8 @@ def smoke_version(loaded: Loaded) -> Loaded:
             encoder: dict[str, Any] = {"model": "clip_emoji", "pretrained": None}
             if isinstance(spec.encoder, FileSpec):  # whose vectors are of other images
                 encoder |= {"kind": "open_clip", "of": root, **spec.encoder.model_dump(include={"reduce", "scaling"})}
-            variables[name] = {"shape": [spec.shape[0] if kept else CLIP_WIDTH], "encoder": encoder}
+            width = spec.shape[0] if kept else MAP_WIDTH if spec.kind == "map" else CLIP_WIDTH
+            variables[name] = {"shape": [width, *spec.shape[1:]], "encoder": encoder}
         elif spec.kind == "label" and spec.encoder is None and ours_data:
             variables[name] = {"shape": [CLASSES], "of": "group"}
     stages: dict[str, Any] = {}
@@ -67,4 +68,4 @@ def _network(spec: Network) -> dict[str, Any]:
         return {"image": _network(spec.image), "vector": _network(spec.vector), "seen": 8}
     if isinstance(spec, UNetSpec):
         return {"channels": 64 if spec.arch == "adm" else 16, "mult": [1] * len(spec.mult), "blocks": 1}
-    return {"width": 32, "depth": 1, "heads": 2}
+    return {"width": 32, "depth": 1, "heads": 2}  # of priors and transformers

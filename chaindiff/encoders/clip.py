@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from chaindiff.encoders.clip_files import find
 from chaindiff.encoders.embedding import Embedding
@@ -39,7 +40,8 @@ class OpenClip(Embedding):
         self.of, self.source = spec.of, source
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.files = find(spec, f"variables.{name}.encoder")
-        self.check_shape(self.files.width, "the embedding of the model has")
+        if not self.maps:  # of which nothing but the model says how many channels it has
+            self.check_shape(self.files.width, "the embedding of the model has")
 
     @cached_property
     def model(self) -> Any:
@@ -76,11 +78,12 @@ class OpenClip(Embedding):
             "weights": self.files.digest,
             "preprocessing": self.preprocessing,
             "input": list(self.source),
+            **({"grid": self.shape[1:]} if self.maps else {}),
         }
 
 
 class OpenClipImage(OpenClip):
-    """image in [-1, 1] -> embedding, as `encode_image` gives it: not normalised."""
+    """image in [-1, 1] -> embedding, as `encode_image` gives it: not normalised; or the tower's last features."""
 
     tower = "image"
 
@@ -92,9 +95,23 @@ class OpenClipImage(OpenClip):
         mean, std = (torch.tensor(own[name], device=images.device)[:, None, None] for name in ("mean", "std"))
         return ((resize(images, side, own["interpolation"]) + 1) / 2 - mean) / std
 
-    def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
-        out = [self.model.encode_image(self.preprocess(part.to(self.device))) for part in x.float().split(BATCH)]
+    def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width *grid"]:
+        encode = self._map if self.maps else self.model.encode_image
+        out = [encode(self.preprocess(part.to(self.device))) for part in x.float().split(BATCH)]
         return torch.cat(out).to(x.device)
+
+    def _map(self, images: Float[Tensor, "n 3 side side"]) -> Float[Tensor, "n width h w"]:
+        """Patch tokens after the last norm, or a convolutional tower's last features, on the variable's grid."""
+        if not hasattr(self.model.visual, "forward_intermediates"):
+            message = f"open_clip gives no maps of features of the image tower of '{self.spec.model}'"
+            raise UserError(message, f"variables.{self.name}.encoder.model", "choose a ViT or a tower of timm's")
+        options = {"indices": 1, "normalize_intermediates": True, "intermediates_only": True, "output_fmt": "NCHW"}
+        found = self.model.visual.forward_intermediates(images, **options)
+        features, grid = found["image_intermediates"][-1], tuple(self.shape[1:])
+        self.check_shape(features.shape[1], f"the last features of '{self.spec.model}' have", grid)
+        if features.shape[2:] == grid:
+            return features
+        return F.interpolate(features, grid, mode="bilinear", antialias=True, align_corners=False)
 
 
 class OpenClipText(OpenClip):

@@ -25,7 +25,7 @@ HOW = "rows follow the order of the data's images, or `names` in the metadata of
 
 
 class FileVectors(Embedding):
-    """The vectors of a file, which is opened on first use. New images cannot be encoded."""
+    """The vectors or maps of a file, which is opened on first use. New images cannot be encoded."""
 
     spec: FileSpec
     of = ""
@@ -48,7 +48,7 @@ class FileVectors(Embedding):
         return {"kind": "file", "identity": self.spec.called, "content": self.content}
 
     def rows_of(self, names: Sequence[str]) -> FileFeatures:
-        """The vectors of these images. Raises UserError for a file that is missing, damaged or incomplete."""
+        """The rows of these images. Raises UserError for a file that is missing, damaged or incomplete."""
         if not self.path.is_file():
             hint = "write it (docs/how-to/own-encoder.md shows how), or set `path` to its location"
             raise UserError(f"there is no file {self.path}", self.where, hint)
@@ -57,15 +57,16 @@ class FileVectors(Embedding):
         except (SafetensorError, OSError, ValueError, EOFError) as error:
             hint = "expected plain numbers in a .safetensors or .npy file; pickled objects are never read"
             raise UserError(f"{self.path} is not a complete file of numbers: {error}", self.where, hint) from error
-        if numbers.ndim != 2:
-            shape = list(numbers.shape)
-            raise UserError(f"{self.path} holds numbers of shape {shape}; expected [rows, width]", self.where)
-        self.check_shape(numbers.shape[1], f"the vectors in {self.path} have")
+        if numbers.ndim != (4 if self.maps else 2):
+            shape, expected = list(numbers.shape), "[rows, channels, height, width]" if self.maps else "[rows, width]"
+            raise UserError(f"{self.path} holds numbers of shape {shape}; expected {expected}", self.where)
+        kind, chunks = "map" if self.maps else "vector", max(CHUNK // self.positions, 1)
+        self.check_shape(numbers.shape[1], f"the {kind}s in {self.path} have", numbers.shape[2:])
         features = FileFeatures(numbers, self._order(len(numbers), known, names))
-        for number, chunk in enumerate(features.split(CHUNK)):
-            if not bool((finite := chunk.isfinite().all(1)).all()):
-                name = names[number * CHUNK + int((~finite).nonzero()[0])]
-                message = f"the vector of the image '{name}' in {self.path} is not finite (NaN or infinity)"
+        for number, chunk in enumerate(features.split(chunks)):
+            if not bool((finite := chunk.flatten(1).isfinite().all(1)).all()):
+                name = names[number * chunks + int((~finite).nonzero()[0])]
+                message = f"the {kind} of the image '{name}' in {self.path} is not finite (NaN or infinity)"
                 raise UserError(message, self.where)
         return features
 
@@ -126,7 +127,7 @@ class FileFeatures:
     def __len__(self) -> int:
         return len(self.numbers) if self.order is None else len(self.order)
 
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Float[Tensor, "n width"]:
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Float[Tensor, "n width *grid"]:
         rows = rows if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.int64)
         return self.numbers[rows if self.order is None else self.order[rows]].float()
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.edm.denoiser import State
+from chaindiff.specs.stage import largest_grid
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Condition:
 
     labels: Float[Tensor, "batch label_dim"] | None = None
     images: Float[Tensor, "batch channels height width"] | None = None
-    context: Float[Tensor, "batch tokens width"] | None = None
+    context: Float[Tensor, "batch tokens features"] | None = None
     augment: Float[Tensor, "batch augment_dim"] | None = None
 
 
@@ -50,6 +51,11 @@ class Interface:
     context: tuple[int, int] | None = None
     augment_dim: int = 0
     label_span: float = 1.0
+
+    @property
+    def grid(self) -> str | None:
+        """The variable that given images are concatenated with: the largest image or map, if any."""
+        return largest_grid(self.variables)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from chaindiff.networks.unet import UNet
 
 
 class Joint(nn.Module):
-    """One image and any number of vectors, in any order.
+    """One image or map and any number of vectors, in any order.
 
     `image` and `vector` are the settings of the U-Net and of the priors; `seen` is the number of image features
     that the priors receive.
@@ -31,7 +31,7 @@ class Joint(nn.Module):
     def __init__(self, interface: Interface, *, image: dict[str, Any], vector: dict[str, Any], seen: int):
         super().__init__()
         shapes = dict(interface.variables)
-        self.pictured = next(name for name, shape in shapes.items() if len(shape) == 3)
+        self.pictured = str(interface.grid)
         self.channels, size, _ = shapes.pop(self.pictured)
         self.names, widths = [*shapes], [shape[0] for shape in shapes.values()]
         self.label_span, level = interface.label_span, 2 * LEVEL_FREQUENCIES

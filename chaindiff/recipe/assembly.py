@@ -17,11 +17,10 @@ from chaindiff.chain.stage import Stage, Stages, learns
 from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
 from chaindiff.data.items import Data
-from chaindiff.encoders import build_decoder
 from chaindiff.io.errors import Lines, UserError
 from chaindiff.io.files import folder_path
 from chaindiff.recipe.column import Column
-from chaindiff.recipe.encoder import LazyMap, RecipeEncoder
+from chaindiff.recipe.encoder import LazyMap, RecipeEncoder, decoder_of
 from chaindiff.recipe.stage import RecipeStage, check_fitted
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
@@ -128,7 +127,7 @@ class Assembly:
 
         specs = self.recipe.variables
         decoders = [
-            LazyMap(name, spec.decoder.of, lambda name=name: build_decoder(name, specs))
+            LazyMap(name, spec.decoder.of, lambda name=name: decoder_of(self, name))
             for name, spec in specs.items()
             if spec.decoder is not None
         ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chaindiff.assets import registry
-from chaindiff.encoders import Encoder, FileVectors, build_encoder
+from chaindiff.encoders import Embedding, Encoder, FileVectors, build_decoder, build_encoder
 from chaindiff.encoders.clip_files import placed
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest, file_digest
@@ -38,6 +38,20 @@ class LazyMap:
     def __call__(self, value: Tensor) -> Tensor:
         with torch.no_grad():
             return self.built(value)
+
+
+def decoder_of(assembly: Assembly, name: str) -> Encoder:
+    """The decoder of a variable; one that reads a map is given the features that the map's encoder computes.
+
+    A network that decodes latents or features knows nothing of the components and the scaling fitted to them here.
+    """
+    specs, decoder = assembly.recipe.variables, build_decoder(name, assembly.recipe.variables)
+    source = specs[decoder.of]
+    if source.kind == "map" and isinstance(source.encoder, OpenClipSpec | FileSpec):
+        encoder, decode = assembly.encoders[decoder.of].build(), decoder.features
+        assert isinstance(encoder, Embedding)
+        decoder.features = lambda x: decode(encoder.features_of(x))
+    return decoder
 
 
 class RecipeEncoder:

@@ -99,9 +99,10 @@ def keep_recipe(assembly: Assembly) -> None:
 
 def preview(stage: nn.Module, batches: Batches, path: Path) -> None:
     """A grid of samples with the averaged weights and ground-truth conditioning."""
-    if not isinstance(stage, Diffusion) or stage.target.kind != "image":
+    made = stage.generates.values() if isinstance(stage, Diffusion) else ()
+    if (name := next((variable.name for variable in made if variable.kind == "image"), None)) is None:
         return
-    name = stage.target.name
+    assert isinstance(stage, Diffusion)
     batch = batches(list(range(PREVIEWS)))
     draws = Draws(range(PREVIEWS), 0, 0, stage.name, dtype=torch.float64)
     *_, last = stage.sample({v.name: batch[v.name] for v in stage.given}, draws)

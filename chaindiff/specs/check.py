@@ -9,7 +9,7 @@ from typing import Any
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.base import Problems
 from chaindiff.specs.clip_models import HUB, known_models, model_folder
-from chaindiff.specs.code import CodeSpec
+from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.recipe import (
     A,
     DataSpec,
@@ -22,12 +22,21 @@ from chaindiff.specs.recipe import (
     ResizeSpec,
     VariableSpec,
 )
-from chaindiff.specs.stage import JointNetworkSpec, PriorSpec, StageSpec, UNetSpec
+from chaindiff.specs.stage import (
+    JointNetworkSpec,
+    PriorSpec,
+    StageSpec,
+    TransformerSpec,
+    UNetSpec,
+    largest_grid,
+    no_channels,
+)
 from chaindiff.specs.validate import raise_all
 from chaindiff.specs.yaml import describe
 
 _ADM_HEAD = 64  # channels of one attention head
 _DEEPEST = 50  # longest chain of encoders
+FITS = {"unet": ("image", "map"), "prior": ("vector",), "transformer": ("image", "map", "vector", "tokens")}
 
 
 def check(recipe: Recipe, where: Callable[[str], str | None]) -> None:
@@ -103,8 +112,9 @@ def _coder(coder: Encoder | Decoder, source: VariableSpec, variable: VariableSpe
     """What is wrong with the variable that an encoder or a decoder reads."""
     pair = f"{A[source.kind]} to {A[variable.kind]}"
     if isinstance(coder, OpenClipSpec):
-        if source.kind not in ("image", "text") or variable.kind not in ("vector", "label"):
-            yield f"open_clip maps an image or a text to a vector, not {pair}"
+        made = ("vector", "label", "map") if source.kind == "image" else ("vector", "label")
+        if source.kind not in ("image", "text") or variable.kind not in made:
+            yield f"open_clip maps an image or a text to a vector, or an image to a map, not {pair}"
     elif isinstance(coder, ResizeSpec | EnlargeSpec):
         if {source.kind, variable.kind} != {"image"}:
             yield f"resize maps an image to an image, not {pair}"
@@ -147,7 +157,7 @@ def _stages(recipe: Recipe) -> Problems:
         for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
             variable = recipe.variables.get(used)
             made = variable is None or variable.encoder or stage.weights or isinstance(recipe.data, CodeSpec)
-            if variable and variable.kind in ("vector", "tokens") and not made:
+            if variable and variable.kind in ("vector", "tokens", "map") and not made:
                 problem = f"stage '{name}' trains with '{used}', which needs an encoder: data has no {variable.kind}"
                 yield f"variables.{used}", problem
     links = {
@@ -173,8 +183,13 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
             yield field, f"the stage generates '{link.variable}' itself, so it cannot be conditioned on it"
         if variable.kind == "text":
             yield field, f"a network cannot take text; give a variable that encodes '{link.variable}'"
-        if variable.kind == "image" and isinstance(stage.network, PriorSpec):
-            yield field, "a prior takes no images; give a vector that encodes it"
+        if len(variable.shape) == 3 and isinstance(stage.network, PriorSpec):
+            yield field, f"a prior takes no {variable.kind}s; give a vector that encodes it"
+        made = {output: recipe.variables[output].shape for output in outputs(name, stage) if output in recipe.variables}
+        if variable.kind == "map" and made and not is_code(stage.kind):
+            target = largest_grid(made) or next(iter(made))
+            if wrong := no_channels(link.variable, variable.shape, target, made[target]):
+                yield field, wrong
         if link.keep and variable.kind != "vector":
             yield f"{field}.keep", f"counts the entries of a vector, but '{link.variable}' is {A[variable.kind]}"
         elif link.keep and (most := max(link.keep)) > variable.shape[0]:
@@ -192,27 +207,38 @@ def _network(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
         return
     if isinstance(network, JointNetworkSpec):
         yield from _joint(network, names, made)
-        return
-    kind, fits = made[0].kind, {"unet": "image", "prior": "vector"}
-    if len(names) > 1:
-        yield "network.kind", f"a {network.kind} generates one variable, not {len(names)}; use a joint network"
-    elif kind != fits[network.kind]:
-        tail = "".join(f"; use a {other}" for other, thing in fits.items() if thing == kind)
-        yield "network.kind", f"a {network.kind} generates {fits[network.kind]}s, not {A[kind]}{tail}"
+    elif len(names) > 1 and not isinstance(network, TransformerSpec):
+        tail = "use a joint network or a transformer"
+        yield "network.kind", f"a {network.kind} generates one variable, not {len(names)}; {tail}"
+    elif other := next((variable.kind for variable in made if variable.kind not in FITS[network.kind]), None):
+        things = " and ".join(A[kind].split()[-1].removesuffix("s") + "s" for kind in FITS[network.kind])
+        tail = " or a ".join(use for use, kinds in FITS.items() if other in kinds)
+        yield "network.kind", f"a {network.kind} generates {things}, not {A[other]}{tail and f'; use a {tail}'}"
     elif isinstance(network, UNetSpec):
-        yield from _unet(network, made[0].shape[1], "network")
+        yield from _unet(network, made[0].shape, "network")
+    elif isinstance(network, TransformerSpec):
+        given = [recipe.variables.get(link.variable) for link in stage.given]
+        pictured = any(variable is not None and len(variable.shape) == 3 for variable in given)
+        shapes = {name: variable.shape for name, variable in zip(names, made, strict=True)}
+        yield from ((f"network.{field}", problem) for field, problem in network.misfits(shapes, pictured))
 
 
 def _joint(network: JointNetworkSpec, names: Sequence[str], made: list[VariableSpec]) -> Problems:
     kinds = [variable.kind for variable in made]
-    if kinds.count("image") != 1 or kinds.count("vector") != len(kinds) - 1:
+    grids = [variable.shape for variable in made if len(variable.shape) == 3]
+    if len(grids) != 1 or kinds.count("vector") != len(kinds) - 1:
         listed = ", ".join(f"'{name}' ({kind})" for name, kind in zip(names, kinds, strict=True))
-        yield "generates", f"a joint network generates one image and one or more vectors, not {listed}"
+        tail = "a transformer generates any number of each"
+        yield "generates", f"a joint network generates one image or map and one or more vectors, not {listed}; {tail}"
         return
-    yield from _unet(network.image, made[kinds.index("image")].shape[1], "network.image")
+    yield from _unet(network.image, grids[0], "network.image")
 
 
-def _unet(network: UNetSpec, size: int, path: str) -> Problems:
+def _unet(network: UNetSpec, shape: Sequence[int], path: str) -> Problems:
+    _, size, width = shape
+    if size != width:
+        yield f"{path}.kind", f"a unet generates square images and maps, not {size} x {width}"
+        return
     levels = len(network.mult)
     if size % 2 ** (levels - 1):
         yield f"{path}.mult", f"{levels} levels halve the image {levels - 1} times, but {size} pixels do not allow it"

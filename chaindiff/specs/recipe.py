@@ -35,7 +35,7 @@ Data = Annotated[Annotated[DataSpec, Ours] | Annotated[CodeDataSpec, Theirs], OU
 
 
 class PcaSpec(Spec):
-    """The first k principal components of an encoder's output, fitted once on the training data."""
+    """The first k principal components of an encoder's output (a map's channels), fitted once on the training data."""
 
     kind: Literal["pca"]
     k: UpToMillion
@@ -61,7 +61,10 @@ class ResizeSpec(Spec):
 
 
 class OpenClipSpec(Spec):
-    """image or text -> embedding, by an open_clip tower; for a label, its K-means cluster."""
+    """image or text -> embedding, by an open_clip tower; for a label, its K-means cluster.
+
+    A map is the last patch tokens of an image tower, or the last features of a convolutional one, resized to its grid.
+    """
 
     kind: Literal["open_clip"]
     of: Name
@@ -82,9 +85,9 @@ class OpenClipSpec(Spec):
 
 
 class FileSpec(Spec):
-    """Precomputed vectors, one for every image of the data; no other image can be encoded.
+    """Precomputed vectors or maps, one for every image of the data; no other image can be encoded.
 
-    A safetensors file with a tensor [rows, width] (`features`, or of the variable's name) and optionally the images'
+    A safetensors file with a tensor [rows, *shape] (`features`, or of the variable's name) and optionally the images'
     file names as a JSON list under `names` in its metadata, or a .npy file. Without names, rows follow the order of the
     data's file names, which are sorted.
     """
@@ -132,18 +135,28 @@ Decoder = Annotated[Annotated[EnlargeSpec, Ours] | Annotated[CodeEncoderSpec, Th
 
 SHAPES = {
     "image": "[channels, height, width]",
+    "map": "[channels, height, width]",
     "vector": "[elements]",
     "tokens": "[length, width]",
     "label": "[number of classes]",
     "text": "[]",
 }
-A = {"image": "an image", "vector": "a vector", "tokens": "tokens", "label": "a label", "text": "a text"}
+A = {
+    "image": "an image",
+    "map": "a map",
+    "vector": "a vector",
+    "tokens": "tokens",
+    "label": "a label",
+    "text": "a text",
+}
 
 
 class VariableSpec(Spec):
     """A named random quantity of the chain."""
 
-    kind: Literal["image", "vector", "tokens", "label", "text"]
+    kind: Literal["image", "map", "vector", "tokens", "label", "text"] = Field(
+        description="map: a grid of features that is no image, such as a tower's patch tokens or a latent; no range"
+    )
     shape: list[UpToMillion] = []
     encoder: Encoder | None = None
     decoder: Decoder | None = Field(default=None, description="computes it from a generated variable, such as a latent")
@@ -167,9 +180,9 @@ class VariableSpec(Spec):
             return
         if kind == "image" and shape[1] != shape[2]:
             yield "shape", f"images are square, not {shape[1]} x {shape[2]}"
-        if isinstance(encoder, FileSpec) and kind not in ("vector", "label"):
-            yield "encoder.kind", f"a file provides vectors, or labels by clustering them, not {A[kind]}"
-        elif isinstance(encoder, OpenClipSpec | FileSpec) and kind in ("vector", "label"):
+        if isinstance(encoder, FileSpec) and kind not in ("vector", "map", "label"):
+            yield "encoder.kind", f"a file provides vectors, maps, or labels by clustering vectors, not {A[kind]}"
+        elif isinstance(encoder, OpenClipSpec | FileSpec) and kind in ("vector", "map", "label"):
             yield from self._of_reducer(encoder)
         if self.of is not None and kind not in ("label", "text"):
             yield "of", f"only a label or a text is read from a field of the data, not a variable of kind {kind}"
@@ -184,9 +197,11 @@ class VariableSpec(Spec):
     def _of_reducer(self, encoder: OpenClipSpec | FileSpec) -> Problems:
         """What is wrong with the reduction of an embedding to the variable's shape."""
         reduce, size = encoder.reduce, self.shape[0]
-        if self.kind == "vector":
+        if self.kind == "map" and isinstance(reduce, KMeansSpec):
+            yield "encoder.reduce", "clusters whole vectors; the channels of a map are reduced by {kind: pca, k: ...}"
+        elif self.kind in ("vector", "map"):
             if isinstance(reduce, PcaSpec) and reduce.k != size:
-                yield "encoder.reduce.k", f"{reduce.k} components do not fit a vector of shape {self.shape}"
+                yield "encoder.reduce.k", f"{reduce.k} components do not fit {A[self.kind]} of shape {self.shape}"
         elif not isinstance(reduce, KMeansSpec):
             problem = f"a label is the nearest cluster of an embedding: use {{kind: kmeans, k: {size}}}"
             yield "encoder.reduce", problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -69,6 +69,67 @@ class PriorSpec(Spec):
             yield "width", f"should be even and a multiple of heads ({self.heads}), not {self.width}"
 
 
+class TransformerSpec(Spec):
+    """A diffusion transformer (DiT) for one variable or several, each image, map, vector or tokens.
+
+    The defaults are DiT-B/2; with 28 blocks of width 1152 and 16 heads it is DiT-XL/2. LightningDiT has mlp: swiglu,
+    norm: rms, positions: both and patch: 1; ReDi and semantic-first diffusion are such networks with streams: merged.
+    """
+
+    kind: Literal["transformer"]
+    width: Annotated[int, Field(gt=0, le=65_536)] = 768
+    depth: UpToThousand = 12
+    heads: Annotated[int, Field(gt=0, le=65_536)] = 12
+    patch: PositiveInt | dict[Name, PositiveInt] = Field(
+        default=2, description="side of the patches of images and maps: one number, or one for each by name"
+    )
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    ratio: Annotated[float, Field(ge=0.25, le=64)] = Field(
+        default=4.0, description="hidden features of the MLP per feature; swiglu has two thirds of them, twice"
+    )
+    norm: Literal["layer", "rms"] = "layer"
+    positions: Literal["sincos", "rotary", "both"] = Field(
+        default="sincos", description="of the patches: absolute, relative in the attention, or both"
+    )
+    qk_norm: bool = Field(default=False, description="normalise queries and keys")
+    streams: Literal["own", "shared", "merged"] = Field(
+        default="own",
+        description="several variables have their own weights and attend to each other (MMDiT), share the weights, or "
+        "are summed where their grids, which must be equal, have the same place",
+    )
+
+    def problems(self) -> Problems:
+        if self.width % self.heads or self.width % 4:
+            yield "width", f"should be a multiple of 4 and of heads ({self.heads}), not {self.width}"
+        elif self.positions != "sincos" and self.width // self.heads % 4:
+            problem = f"rotary positions need a multiple of 4 features per head, not {self.width // self.heads}"
+            yield "heads", problem
+        if int(self.width * self.ratio * 2 / 3) < 1:
+            yield "ratio", f"{self.ratio:g} leaves no hidden features"
+
+    def misfits(self, shapes: Mapping[str, Sequence[int]], pictured: bool) -> Problems:
+        """Where the network does not fit the shapes that it generates; `pictured`: it is given images or maps."""
+        grids = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+        known = dict.fromkeys(grids, self.patch) if isinstance(self.patch, int) else self.patch
+        place = "patch" if isinstance(self.patch, int) else "patch.{}"
+        for name in (name for name in known if name not in grids):
+            yield place.format(name), f"'{name}' is no image or map of this stage{did_you_mean(name, grids)}"
+        for name, (_, height, width) in grids.items():
+            if name not in known:
+                yield "patch", f"does not name '{name}', which needs one too"
+            elif height % known[name] or width % known[name]:
+                problem = f"patches of {known[name]} do not divide '{name}', which is {height} x {width}"
+                yield place.format(name), problem
+        sides = {
+            name: (grid[1] // known[name], grid[2] // known[name]) for name, grid in grids.items() if name in known
+        }
+        if self.streams == "merged" and len(set(sides.values())) > 1:
+            listed = ", ".join(f"'{name}' has {h} x {w}" for name, (h, w) in sides.items())
+            yield "streams", f"merged needs as many patches of every image and map, but {listed}"
+        if pictured and not grids:
+            yield "kind", "given images and maps are channels of a generated one, which this stage does not have"
+
+
 class JointNetworkSpec(Spec):
     """One network for an image and vectors: a U-Net and priors conditioned on each other's features."""
 
@@ -79,17 +140,39 @@ class JointNetworkSpec(Spec):
 
 
 Network = Annotated[
-    Annotated[UNetSpec | PriorSpec | JointNetworkSpec, Field(discriminator="kind"), Ours] | Annotated[CodeSpec, Theirs],
+    Annotated[UNetSpec | PriorSpec | TransformerSpec | JointNetworkSpec, Field(discriminator="kind"), Ours]
+    | Annotated[CodeSpec, Theirs],
     OURS_OR_CODE,
 ]
 
 # For Python, where the class implies the kind.
 UNet = partial(UNetSpec, kind="unet")
 Prior = partial(PriorSpec, kind="prior")
+Transformer = partial(TransformerSpec, kind="transformer")
 JointNetwork = partial(JointNetworkSpec, kind="joint")
 
 
 # ---------------------------------------------------------------- stages
+
+
+def largest_grid(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The name of the image or map, [channels, height, width], with the most pixels, the first of equal ones.
+
+    What a stage is given in the form of channels is concatenated with this one of the variables that it generates.
+    """
+    grids = {name: shape[1] * shape[2] for name, shape in shapes.items() if len(shape) == 3}
+    return max(grids, key=grids.__getitem__, default=None)
+
+
+def no_channels(name: str, shape: Sequence[int], target: str, size: Sequence[int]) -> str | None:
+    """Why a given map cannot be channels of the generated variable, if it cannot; an image is resized."""
+    if [*shape[1:]] == [*size[1:]]:
+        return None
+    (_, height, width), grid = shape, " x ".join(map(str, size[1:])) or "no grid at all"
+    return (
+        f"the map '{name}' has a grid of {height} x {width}, and '{target}' {grid}: a given map becomes channels of "
+        "what is generated, which needs the same size; maps are not resized"
+    )
 
 
 def _by_default(kind: str) -> BeforeValidator:
@@ -605,7 +688,7 @@ class StageSpec(Spec):
                     yield field, "is for stages that generate several variables together; this one generates one"
             if isinstance(self.network, JointNetworkSpec):
                 alone = f"'{names[0]}' alone" if names else "one variable"
-                yield "generates", f"a joint network generates one image and one or more vectors, not {alone}"
+                yield "generates", f"a joint network generates one image or map and one or more vectors, not {alone}"
             return
         for own in (self.precondition, *(said.precondition for said in (self.generates or {}).values())):
             if own is not None and not isinstance(own, PreconditionSpec):

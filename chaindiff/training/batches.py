@@ -55,6 +55,12 @@ class Batches:
         self.kept: dict[str, Tensor] = {}
         self.wanted, self.spec, self.seed = list(wanted), spec, seed
         self.columns: dict[str, Tensor | list[str]] = {}
+        fixed = [v.name for v in self.wanted if v.kind == "map" and (v.name not in encoders or not encoders[v.name].of)]
+        if root is not None and fixed and augment.active(spec):
+            message = (
+                f"the map '{fixed[0]}' does not follow the augmentation of '{root.name}': it is not computed from it"
+            )
+            raise UserError(message, hint="train without augmentation: augment: {flip: false}")
         texts = {v.name for v in read if v.kind == "text"}
         for v in [*self.wanted, *read]:
             if v.name not in {*encoders, *self.columns, root and root.name}:

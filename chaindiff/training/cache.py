@@ -34,7 +34,8 @@ class EmbeddingCache(Shards):
         self.variants = spec.variants if augment.active(spec) else 1
         drawn = {**spec.model_dump(), "version": augment.VERSION} if augment.active(spec) else None
         key = fingerprint([encoder.features_identity, data.digest, drawn, size])
-        super().__init__(folder / f"{encoder.name}-{key[:16]}", key, len(data) * self.variants, SHARD)
+        rows = max(SHARD // getattr(encoder, "positions", 1), min(SHARD, 64))
+        super().__init__(folder / f"{encoder.name}-{key[:16]}", key, len(data) * self.variants, rows)
 
     def build(self, batch: int = 128, mine: Sequence[range] | None = None) -> Iterator[tuple[int, int]]:
         """`fill`. Raises UserError for an image that cannot be read or whose embedding is not finite."""
@@ -48,7 +49,7 @@ class EmbeddingCache(Shards):
             images = augment.apply(images, augment.draw(self.spec, keys))
         with torch.inference_mode():
             features = self.encoder.features(images).float().cpu()
-        finite = features.isfinite().all(1)
+        finite = features.flatten(1).isfinite().all(1)
         if not finite.all():
             name = self.data.names[indices[int((~finite).nonzero()[0])]]
             raise UserError(f"the embedding '{self.encoder.name}' of the image '{name}' is not finite")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
+
 from chaindiff.encoders import Embedding, Statistics
+from chaindiff.encoders.embedding import rows
 from chaindiff.encoders.statistics import FORMAT
 from chaindiff.io import tensorfile
 from chaindiff.specs.recipe import KMeansSpec
@@ -20,7 +23,10 @@ def fit(encoder: Embedding, features: Features, path: Path) -> Path:
     Raises UserError if the features are not complete, or too few for the reducer.
     """
     reduce = encoder.spec.reduce
-    chunks = partial(features.split, CHUNK)
+
+    def chunks() -> Iterable[Tensor]:
+        return map(rows, features.split(max(CHUNK // encoder.positions, 1)))
+
     if isinstance(reduce, KMeansSpec):
         statistics, explained = Statistics.fit_clusters(chunks, reduce.k, reduce.seed)
     else:
