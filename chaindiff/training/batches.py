@@ -14,7 +14,7 @@ from chaindiff.chain.chain import Encoder
 from chaindiff.chain.variable import Variable
 from chaindiff.data import augment
 from chaindiff.data.items import Data
-from chaindiff.edm.random import generator
+from chaindiff.edm.random import Draws, generator
 from chaindiff.io.errors import UserError
 from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec
@@ -86,7 +86,7 @@ class Batches:
     def __call__(self, samples: list[int]) -> dict[str, Tensor]:
         rows = self.rows(samples)
         if self.spec.variants:
-            variants = [int(generator(self.seed, "variant", s).integers(self.spec.variants)) for s in samples]
+            variants = Draws(samples, self.seed, "variant").integers(below=self.spec.variants).tolist()
             keys = [(self.spec.seed, self.data.names[row], v) for row, v in zip(rows, variants, strict=True)]
         else:
             variants, keys = [0] * len(rows), [(self.seed, "augment", sample) for sample in samples]
