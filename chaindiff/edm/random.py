@@ -1,7 +1,8 @@
 """Randomness that is a pure function of its key: the same numbers for any batch size, rank or order.
 
-Every draw has a key such as (seed, candidate, stage, variable, role, number). It is hashed to the key of a counter-based
-generator (Philox; Salmon et al. 2011) that counts samples and elements, so no draw depends on what was drawn before it.
+Every draw has a key such as (seed, candidate, stage, variable, role, number). It is hashed to the key of a
+counter-based generator (Philox; Salmon et al. 2011) that counts samples and elements, so no draw depends on what was
+drawn before it.
 """
 
 from __future__ import annotations

@@ -101,9 +101,7 @@ def _kernel(samples: Tensor) -> Callable[[int, Tensor, int, torch.dtype], Tensor
 # ------------------------------------------------------------ on the host
 
 
-def _each_chunk(
-    key: int, samples: Tensor, count: int, keep: Callable[[Words, slice, slice], None]
-) -> None:
+def _each_chunk(key: int, samples: Tensor, count: int, keep: Callable[[Words, slice, slice], None]) -> None:
     """Calls `keep` with pairs of words, word0 * 2^32 + word1, for the rows and places that they are of."""
     numbers, blocks = samples.cpu().numpy().astype(np.uint64), -(-count // 4)
     height = max(1, COUNTERS // max(blocks, 1))

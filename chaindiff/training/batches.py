@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -60,7 +60,7 @@ class Batches:
             if v.name not in {*encoders, *self.columns, root and root.name}:
                 field = fields.get(v.name, v.name)
                 self.columns[v.name] = data.field(field) if v.name in texts else _column(data, v, field)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._order = lru_cache(2)(self._shuffled)  # safe between threads
 
     def keep(self, names: Iterable[str]) -> None:
         """Compute these encoders' outputs for every row and hold them in memory: augmentation must not change them."""
@@ -78,10 +78,11 @@ class Batches:
         rows = []
         for sample in samples:
             epoch, place = divmod(sample, len(self.data))
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, generator(self.seed, "order", epoch).permutation(len(self.data))
-            rows.append(int(self._order[place]))
+            rows.append(int(self._order(epoch)[place]))
         return rows
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return generator(self.seed, "order", epoch).permutation(len(self.data))
 
     def __call__(self, samples: list[int]) -> dict[str, Tensor]:
         rows = self.rows(samples)
