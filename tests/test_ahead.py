@@ -193,6 +193,7 @@ def images(samples: list[int]) -> dict[str, Tensor]:
     return {name: torch.zeros(len(samples), *size) for name, size in sizes.items()}
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(("make", "batches"), [(vector_stage, vectors), (unet_stage, images)])
 def test_between_what_is_logged_no_step_waits_for_the_device(tmp_path, monkeypatch, make, batches) -> None:
     with pretended_cuda(monkeypatch) as accelerator:
