@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -49,5 +51,6 @@ def generate(
     if out.numel():
         signed = key - 2**64 if key >= 2**63 else key
         programs = len(samples) * triton.cdiv(triton.cdiv(count, 4), BLOCK)
-        _generate[(programs,)](out, samples, signed, count, BLOCK=BLOCK, NORMAL=dtype.is_floating_point)
+        launch: Any = _generate[(programs,)]
+        launch(out, samples, signed, count, BLOCK=BLOCK, NORMAL=dtype.is_floating_point)
     return out

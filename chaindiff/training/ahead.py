@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -12,7 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(make: Callable[[T], R], items: Iterable[T], bound: int = 2) -> Iterator[R]:
+def ahead(make: Callable[[T], R], items: Iterable[T], bound: int = 2) -> Generator[R, None, None]:
     """`make(item)` for every item, in order; at most `bound` of them are made or held beyond the one in use.
 
     What `make` raises is raised where its result would have come. Closing the iterator, or leaving it by an exception,

@@ -215,7 +215,7 @@ def train(
                     left = torch.tensor((now - since) / (TIMED - WARM) * (total - images) / spec.batch, device=device)
                     execution = "compile" if pays(float(cast(Tensor, accelerator.reduce(left, "mean")))) else "eager"
                     if execution == "compile":
-                        compile_network(stage.network)
+                        compile_network(cast(Diffusion, stage).network)
                 since = now
             mean = None
             if logs:
