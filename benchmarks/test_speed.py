@@ -37,7 +37,7 @@ def test_evaluation_of_the_16x16_network(benchmark, mode: str) -> None:
 
 
 def test_noise_for_a_batch(benchmark) -> None:
-    """Start noise of 64 images of 32x32, one generator per sample."""
+    """Start noise of 64 images of 32x32."""
     noise = benchmark(lambda: normal_batch((3, 32, 32), range(BATCH), 0, "image", "start"))
     assert noise.shape == (BATCH, 3, 32, 32)
 
