@@ -102,7 +102,8 @@ class Link(nn.Module):
             keep = torch.full_like(present, self.lengths[-1], dtype=torch.long) if given.keep is None else given.keep
             keep = keep.to(like.device)[:, None]
             known = known & (torch.arange(self.received[0], device=like.device) < keep)
-            told.append(((keep == torch.tensor(self.lengths, device=like.device)) & present[:, None]).to(like.dtype))
+            which = torch.cat([keep == length for length in self.lengths], dim=1)
+            told.append((which & present[:, None]).to(like.dtype))
         value = torch.where(known, value, null.to(like.dtype))
         if self.tells_level:
             told.append(level_features(sigma) * present[:, None])

@@ -19,7 +19,7 @@ from chaindiff.chain.stage import Cost, Values, evaluating
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State, expand
 from chaindiff.edm.levels import Path, grid, staggered
-from chaindiff.edm.noise import TrainingNoise
+from chaindiff.edm.noise import TrainingNoise, one_of
 from chaindiff.edm.precondition import Preconditioning
 from chaindiff.edm.random import Draws
 from chaindiff.edm.schedules import schedule
@@ -215,15 +215,14 @@ class Diffusion(nn.Module):
         """
         clean = {name: batch[name] for name in self.generates}
         like = next(iter(clean.values()))
-        given = {}
+        draws, given = draws.on(like.device), {}
         for link in self.conditioner:
             name, spec = link.variable.name, link.spec
             present = draws.uniform(f"{name}/present") >= spec.dropout if spec.dropout else None
             sigma = training_level(draws.uniform(f"{name}/level"), spec.noise) if spec.noise else None
             noise = draws.normal(f"{name}/noise", shape=link.received) if spec.noise else None
-            keep = torch.tensor(spec.keep)[draws.integers(f"{name}/keep", below=len(spec.keep))] if spec.keep else None
-            on = [None if t is None else t.to(like.device) for t in (present, sigma, noise, keep)]
-            given[name] = Given(batch[name], *on)
+            keep = one_of(spec.keep, draws.integers(f"{name}/keep", below=len(spec.keep))) if spec.keep else None
+            given[name] = Given(batch[name], present, sigma, noise, keep)
         own = {name: draws if len(clean) == 1 else draws.of(name) for name in clean}
         preconditions = {name: self.preconditioning(name) for name in clean}
         pure = {name: self.pure(name) for name in clean}
@@ -399,7 +398,7 @@ class Diffusion(nn.Module):
             if how.noise and value is not None:
                 if draws is None:
                     raise ValueError(f"sampling noises '{name}': bind needs draws")
-                noise = draws.of(name).normal("link", 0, shape=link.received).to(like)
+                noise = draws.on(like.device).of(name).normal("link", 0, shape=link.received).to(like)
             keep = None if how.keep is None else torch.full((batch,), how.keep, device=like.device)
             values[name] = Given(value, None, sigma, noise, keep)
         fixed = {name: given[name].to(like) for name in self.generates if name in given}
@@ -441,12 +440,12 @@ class Diffusion(nn.Module):
         """
         if self.like.is_meta:
             raise UserError(f"stage '{self.name}' has no weights: it was built for planning only")
-        s, device = self.tuned(sampler), self.like.device
+        s, draws = self.tuned(sampler), draws.on(self.like.device)
         shapes = {name: v.shape for name, v in self.generates.items() if name not in given}
         path = self.path(shapes, s) if path is None else path
 
         def noise(name: str, role: str, number: int) -> Tensor:
-            return draws.of(name).normal(role, number, shape=shapes[name]).to(device)
+            return draws.of(name).normal(role, number, shape=shapes[name])
 
         unit = start or {name: noise(name, "start", 0) for name in shapes}
         x = {name: unit[name] * level for name, level in path.sigma(0).items()}

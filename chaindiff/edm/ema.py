@@ -37,8 +37,8 @@ class Average(Generic[Module]):
     @torch.no_grad()
     def update(self, source: nn.Module, batch: int, images: float) -> None:
         keep = self.keep(batch, images)
-        for mine, theirs in zip(self.model.parameters(), source.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - keep)
+        mine, theirs = list(self.model.parameters()), list(source.parameters())
+        torch._foreach_lerp_(mine, theirs, 1 - keep)  # pyright: ignore[reportPrivateImportUsage]
         for mine, theirs in zip(self.model.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -208,9 +208,9 @@ class Cascaded:
 
 
 def _chosen(shares: Sequence[float], uniform: Float[Tensor, " batch"]) -> Tensor:
-    """Numbers of what was chosen, in proportion to the shares."""
-    whole = torch.tensor([*shares], dtype=torch.float64).cumsum(0)
-    return torch.searchsorted((whole[:-1] / whole[-1]).to(uniform), uniform, right=True)
+    """Numbers of what was chosen, in proportion to the shares; no table waits to be copied to the device."""
+    edges = [*accumulate(shares)]
+    return sum((uniform >= edge / edges[-1] for edge in edges[:-1]), torch.zeros_like(uniform, dtype=torch.long))
 
 
 @dataclass(frozen=True)

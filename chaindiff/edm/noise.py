@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from chaindiff.edm.random import Draws
@@ -63,7 +64,8 @@ class DiscreteLevels:
     levels: int = 1000
 
     def __call__(self, draws: Draws) -> Float[Tensor, " batch"]:
-        return torch.tensor(iddpm_levels(self.levels), dtype=torch.float32)[draws.integers("sigma", below=self.levels)]
+        chosen = draws.integers("sigma", below=self.levels)
+        return _iddpm_table(self.levels, chosen.device)[chosen]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,16 @@ class FlowTime:
 
     def __call__(self, draws: Draws) -> Float[Tensor, " batch"]:
         return Flow().sigma(self.min + draws.uniform("sigma") * (self.max - self.min))
+
+
+@cache
+def _iddpm_table(levels: int, device: torch.device) -> Float[Tensor, " levels"]:
+    return torch.tensor(iddpm_levels(levels), dtype=torch.float32, device=device)
+
+
+def one_of(values: Sequence[int], index: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """The values at these places: arithmetic, since a table would wait to be copied to the device."""
+    return sum((value * (index == place) for place, value in enumerate(values)), torch.zeros_like(index))
 
 
 @dataclass(frozen=True)

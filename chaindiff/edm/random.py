@@ -1,17 +1,22 @@
 """Randomness that is a pure function of its key: the same numbers for any batch size, rank or order.
 
-Every draw has a key such as (seed, sample, candidate, stage, variable, role, number). The key is hashed to the 128-bit
-key of a counter-based generator (Philox; Salmon et al. 2011), so no draw depends on what was drawn before it.
+Every draw has a key such as (seed, candidate, stage, variable, role, number). It is hashed to the key of a
+counter-based generator (Philox; Salmon et al. 2011) that counts samples and elements, so no draw depends on what was
+drawn before it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
+from copy import copy
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from chaindiff.kernels import noise
 
 Key = int | str
 
@@ -33,42 +38,58 @@ def seed(*key: Key) -> int:
 
 def normal(shape: Iterable[int], *key: Key) -> Tensor:
     """Standard normal noise in float64, on the host."""
-    return torch.from_numpy(generator(*key).standard_normal(tuple(shape)))
+    return normal_batch(shape, [0], *key)[0]
 
 
-def normal_batch(shape: Iterable[int], samples: Iterable[int], seed: int, *key: Key) -> Tensor:
-    """Noise for several samples, [len(samples), *shape]; each row depends only on its own sample number."""
-    shape = tuple(shape)
-    return torch.stack([normal(shape, seed, int(sample), *key) for sample in samples])
+def normal_batch(shape: Iterable[int], samples: Iterable[int], *key: Key) -> Tensor:
+    """Noise for several samples in float64, [len(samples), *shape]; each row depends only on its own sample number."""
+    return Draws(samples, *key, dtype=torch.float64).normal(shape=shape)
 
 
 class Draws:
-    """Randomness for a batch of samples, each a pure function of (seed, sample number, key, role).
+    """Randomness for a batch of samples, each a pure function of (seed, key, role, sample number).
 
     `key` names their owner: a stage, and below it (`of`) one of its variables. In training, sample
     numbers count the images seen, so that a step's draws do not depend on ranks or micro-batches; in sampling they
-    are the samples' own. Noise is drawn in float64 and converted to `dtype`.
+    are the samples' own. Numbers are made on a device (`on`), where they are the same to rounding errors: normals in
+    float32, converted to `dtype`.
     """
 
-    def __init__(self, samples: Iterable[int], seed: int, *key: Key, dtype: torch.dtype = torch.float32):
-        self.samples, self.seed, self.key, self.dtype = list(samples), seed, key, dtype
+    def __init__(self, samples: Iterable[int], seed: Key, *key: Key, dtype: torch.dtype = torch.float32):
+        self.samples, self.key, self.dtype = list(samples), (seed, *key), dtype
+        self.numbers = torch.tensor(self.samples, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def of(self, *key: Key) -> Draws:
         """The draws of a part: a stage of a chain, a variable of a stage."""
-        return Draws(self.samples, self.seed, *self.key, *key, dtype=self.dtype)
+        part = copy(self)
+        part.key = (*self.key, *key)
+        return part
+
+    def on(self, device: torch.device) -> Draws:
+        """The same draws, made on a device: nothing there waits for the host."""
+        if device == self.numbers.device:
+            return self
+        moved, first, count = copy(self), self.samples[0] if self.samples else 0, len(self)
+        if self.samples == list(range(first, first + count)):
+            moved.numbers = torch.arange(first, first + count, device=device)
+        else:
+            numbers = torch.tensor(self.samples, dtype=torch.int64, pin_memory=device.type == "cuda")
+            moved.numbers = numbers.to(device, non_blocking=True)
+        return moved
 
     def normal(self, *role: Key, shape: Iterable[int] = ()) -> Tensor:
         """Standard normal, [batch, *shape]."""
-        return normal_batch(shape, self.samples, self.seed, *self.key, *role).to(self.dtype)
+        shape = tuple(shape)
+        found = noise.normal(seed(*self.key, *role), self.numbers, math.prod(shape))
+        return found.view(len(self), *shape).to(self.dtype)
 
     def uniform(self, *role: Key) -> Tensor:
         """Uniform in [0, 1), [batch], float32."""
-        values = [generator(self.seed, sample, *self.key, *role).random() for sample in self.samples]
-        return torch.tensor(values, dtype=torch.float32)
+        return noise.uniform(noise.words(seed(*self.key, *role), self.numbers, 1)[:, 0])
 
     def integers(self, *role: Key, below: int) -> Tensor:
         """Uniform whole numbers from 0 to `below` - 1, [batch]."""
-        return torch.tensor([int(generator(self.seed, s, *self.key, *role).integers(below)) for s in self.samples])
+        return noise.integers(noise.words(seed(*self.key, *role), self.numbers, 2), below)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +14,7 @@ from chaindiff.chain.chain import Encoder
 from chaindiff.chain.variable import Variable
 from chaindiff.data import augment
 from chaindiff.data.items import Data
-from chaindiff.edm.random import generator
+from chaindiff.edm.random import Draws, generator
 from chaindiff.io.errors import UserError
 from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec
@@ -66,7 +66,7 @@ class Batches:
             if v.name not in {*encoders, *self.columns, root and root.name}:
                 field = fields.get(v.name, v.name)
                 self.columns[v.name] = data.field(field) if v.name in texts else _column(data, v, field)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._order = lru_cache(2)(self._shuffled)  # safe between threads
 
     def keep(self, names: Iterable[str]) -> None:
         """Compute these encoders' outputs for every row and hold them in memory: augmentation must not change them."""
@@ -84,15 +84,16 @@ class Batches:
         rows = []
         for sample in samples:
             epoch, place = divmod(sample, len(self.data))
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, generator(self.seed, "order", epoch).permutation(len(self.data))
-            rows.append(int(self._order[place]))
+            rows.append(int(self._order(epoch)[place]))
         return rows
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return generator(self.seed, "order", epoch).permutation(len(self.data))
 
     def __call__(self, samples: list[int]) -> dict[str, Tensor]:
         rows = self.rows(samples)
         if self.spec.variants:
-            variants = [int(generator(self.seed, "variant", s).integers(self.spec.variants)) for s in samples]
+            variants = Draws(samples, self.seed, "variant").integers(below=self.spec.variants).tolist()
             keys = [(self.spec.seed, self.data.names[row], v) for row, v in zip(rows, variants, strict=True)]
         else:
             variants, keys = [0] * len(rows), [(self.seed, "augment", sample) for sample in samples]

@@ -18,6 +18,7 @@ from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import active
 from chaindiff.data.images import ImageData
 from chaindiff.data.items import Data, Items
+from chaindiff.execution.regional import release
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError, did_you_mean
@@ -105,7 +106,8 @@ def _train_stage(
                 progress(step)
         tensorfile.fill(stage, tensorfile.load(place / "weights.safetensors")[0], str(place))
     if isinstance(stage, Diffusion):
-        stage.autocast = None  # the precision was that of training
+        stage.autocast = None  # precision and execution were those of training
+        release(stage.network)
     stage.eval()
 
 
