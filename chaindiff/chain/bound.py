@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
 from chaindiff.edm.denoiser import Levels, Prediction, State
+from chaindiff.edm.precondition import Shared
 from chaindiff.networks.interface import Condition
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ class Bound:
 
     stage: Diffusion
     condition: Condition
+    shared: Shared
     fixed: State = field(default_factory=dict)  # generated variables that are given
+    joined: dict[tuple[int, ...], tuple[Sequence[Bound], Condition]] = field(default_factory=dict)
 
     @property
     def kin(self) -> int:
@@ -38,26 +40,42 @@ class Bound:
 
     def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
         """The predictions of several bound denoisers of this stage, from one call of the network."""
-        like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
-        values, levels = {}, {}
+        like, terms = self.shared.like, len(others)
+        values, scales = {}, {}
         for name in self.stage.generates:
             value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
-            level = level.to(like) if isinstance(level, Tensor) else torch.full((count,), level).to(like)
-            levels[name] = repeat(level, "b -> (terms b)", terms=terms)
-            values[name] = repeat(value, "b ... -> (terms b) ...", terms=terms)
-        found = self.stage.denoise(values, levels, _side_by_side([other.condition for other in others], count))
+            values[name] = _repeated(value, terms)
+            scales[name] = (
+                self.stage.precondition(_repeated(level.to(like), terms))
+                if isinstance(level, Tensor)
+                else self.shared[level]
+            )
+        count = len(next(iter(x.values())))
+        found = self.stage.preconditioned(values, scales, self._side_by_side(others, count))
+        if terms == 1:
+            return [found]
 
         def parts(state: State) -> list[State]:
-            split = {name: rearrange(state[name], "(terms b) ... -> terms b ...", terms=terms) for name in x}
-            return [{name: value[term] for name, value in split.items()} for term in range(terms)]
+            split = {name: state[name].chunk(terms) for name in x}
+            return [{name: parts[term] for name, parts in split.items()} for term in range(terms)]
 
         variances = parts(found.variance) if found.variance else [None] * terms
         return [Prediction(x0, variance) for x0, variance in zip(parts(found.x0), variances, strict=True)]
 
+    def _side_by_side(self, others: Sequence[Bound], count: int) -> Condition:
+        """The conditions of several as one batch, kept for the next step; what is bound without given variables is
+        shared by all rows."""
+        key = (count, *map(id, others))
+        if key not in self.joined:
+            self.joined[key] = others, _joined([other.condition for other in others], count)
+        return self.joined[key][1]
 
-def _side_by_side(conditions: Sequence[Condition], count: int) -> Condition:
-    """Several conditions as one batch; a condition bound without given variables is shared by all rows."""
 
+def _repeated(value: Tensor, times: int) -> Tensor:
+    return value if times == 1 else torch.cat([value] * times)
+
+
+def _joined(conditions: Sequence[Condition], count: int) -> Condition:
     def join(part: str) -> Tensor | None:
         found = [tensor for condition in conditions if (tensor := getattr(condition, part)) is not None]
         whole = [tensor.expand(count, *tensor.shape[1:]) for tensor in found]

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from chaindiff.kernels.sums import expand as expand
+
 # A variable's noisy value, [batch, *shape]: the clean value plus sigma times unit noise.
 State = dict[str, Tensor]
 # A variable's noise level: one for the whole batch (on the host), or one for each sample, [batch].
@@ -39,8 +41,3 @@ class Denoiser(Protocol):
     def evaluations(self, sigma: Levels) -> int:
         """Evaluations of a network that a call at these levels costs."""
         ...
-
-
-def expand(value: Tensor, like: Tensor) -> Tensor:
-    """A level with one entry per sample, reshaped to broadcast against [batch, *shape]."""
-    return value.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from chaindiff.kernels.dispatch import fused, launch, power_of_two
 
 WIDEST = 4096  # channels of a group: a block of the kernel has at least one pixel of a whole group
-BLOCK = 8192  # values of a block
+BLOCK = 4096  # values of a block: 16 for each of 256 threads, which by ptxas fit their registers
 LINE = 64  # bytes that neighbouring values should have, where channels are neighbours in memory
 PROGRAMS = 264  # two for each of an H100's multiprocessors
 

@@ -17,35 +17,28 @@ LARGEST = 65_535  # samples: the second side of CUDA's grid
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """A level with one entry per sample, reshaped to broadcast against [batch, *shape]."""
-    return value.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+    """A number for each sample, [batch], or for all, [], such that it broadcasts against [batch, *shape]."""
+    return _typed(value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value, like.dtype)
 
 
 def weighted_sum(
     *terms: tuple[float | Tensor, Tensor], dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """The sum of weight times value, [batch, *shape]; a weight is a number, [batch], or [1] for the whole batch.
+    """The sum of weight times value, [batch, *shape]; a weight is a number, or a tensor [batch] or [].
 
     The sum has the first value's type, or `dtype`. It is written into `out`, if given, which may be the first value but
     no other.
     """
-    values = [value for _, value in terms]
-    if fused(*values) and len(terms) <= MOST and len(values[0]) <= LARGEST and values[0].numel():
-        weights = {place: weight for place, (weight, _) in enumerate(terms) if isinstance(weight, Tensor)}
-        numbers = [1.0 if isinstance(weight, Tensor) else float(weight) for weight, _ in terms]
-        parts = values, [*weights.values()], [*weights], numbers
-        if out is None:
-            return torch.ops.chaindiff.weighted_sum(*parts, dtype or values[0].dtype)
-        torch.ops.chaindiff.weighted_sum_(out, *parts)
-        return out
-    dtype = dtype or values[0].dtype if out is None else out.dtype
-    (weight, value), *more = terms
-    total = value.to(dtype)
-    own = out is not None or not more or isinstance(weight, Tensor) or weight != 1  # not a value itself
+    (weight, first), *more = terms
+    if fused(first) and _fits([value for _, value in terms]):
+        return _fused_sum(terms, dtype or first.dtype, out)
+    dtype = dtype or first.dtype if out is None else out.dtype
+    total = _typed(first, dtype)
+    own = out is not None or not more or isinstance(weight, Tensor) or weight != 1  # and not a value itself
     if own:
         total = torch.mul(total, expand(weight, total) if isinstance(weight, Tensor) else weight, out=out)
     for weight, value in more:
-        value = value.to(dtype)
+        value = _typed(value, dtype)
         if isinstance(weight, Tensor):
             each = expand(weight, value)
             total = total.addcmul_(value, each) if own else torch.addcmul(total, value, each)
@@ -53,6 +46,25 @@ def weighted_sum(
             total = total.add_(value, alpha=weight) if own else torch.add(total, value, alpha=weight)
         own = True
     return total
+
+
+def _typed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else value.to(dtype)  # to() takes longer to find out
+
+
+def _fits(values: Sequence[Tensor]) -> bool:
+    return fused(*values) and len(values) <= MOST and len(values[0]) <= LARGEST and values[0].numel() > 0
+
+
+def _fused_sum(terms: Sequence[tuple[float | Tensor, Tensor]], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    values = [value for _, value in terms]
+    weights = {place: weight for place, (weight, _) in enumerate(terms) if isinstance(weight, Tensor)}
+    numbers = [1.0 if isinstance(weight, Tensor) else float(weight) for weight, _ in terms]
+    parts = values, [*weights.values()], [*weights], numbers
+    if out is None:
+        return torch.ops.chaindiff.weighted_sum(*parts, dtype)
+    torch.ops.chaindiff.weighted_sum_(out, *parts)
+    return out
 
 
 def weighted_error(
