@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,9 @@ class Bound:
 
     stage: Diffusion
     condition: Condition
-    shared: Shared
+    shared: Mapping[str, Shared]  # coefficients, by generated variable
     fixed: State = field(default_factory=dict)  # generated variables that are given
+    unseen: Mapping[str, Tensor | None] = field(default_factory=dict)  # that it does without: pure noise, or nothing
     joined: dict[tuple[int, ...], tuple[Sequence[Bound], Condition]] = field(default_factory=dict)
 
     @property
@@ -40,23 +41,27 @@ class Bound:
 
     def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
         """The predictions of several bound denoisers of this stage, from one call of the network."""
-        like, terms = self.shared.like, len(others)
-        values, scales = {}, {}
+        like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
+        values, scales, absent = {}, {}, {}
         for name in self.stage.generates:
             value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
-            values[name] = _repeated(value, terms)
-            scales[name] = (
-                self.stage.precondition(_repeated(level.to(like), terms))
-                if isinstance(level, Tensor)
-                else self.shared[level]
-            )
-        count = len(next(iter(x.values())))
-        found = self.stage.preconditioned(values, scales, self._side_by_side(others, count))
-        if terms == 1:
-            return [found]
+            noises = [other.unseen.get(name) for other in others]  # pure noise takes the place of what is not seen
+            if isinstance(level, Tensor) or any(noise is not None for noise in noises):
+                rows = level.to(like) if isinstance(level, Tensor) else like.new_full((count,), level)
+                pure = torch.full_like(rows, self.stage.pure(name))
+                rows = torch.cat([rows if noise is None else pure for noise in noises])
+                scales[name] = self.stage.preconditioning(name)(rows)
+            else:
+                scales[name] = self.shared[name][level]
+            each = [value if noise is None else noise.expand_as(value) for noise in noises]
+            values[name] = value if terms == 1 and noises[0] is None else torch.cat(each)
+            gone = [name in other.unseen and noise is None for other, noise in zip(others, noises, strict=True)]
+            if any(gone):
+                absent[name] = torch.tensor(gone).repeat_interleave(count).to(like.device, non_blocking=True)
+        found = self.stage.preconditioned(values, scales, self._side_by_side(others, count), absent)
 
         def parts(state: State) -> list[State]:
-            split = {name: state[name].chunk(terms) for name in x}
+            split = {name: state[name].chunk(terms) if terms > 1 else [state[name]] for name in x}
             return [{name: parts[term] for name, parts in split.items()} for term in range(terms)]
 
         variances = parts(found.variance) if found.variance else [None] * terms
@@ -69,10 +74,6 @@ class Bound:
         if key not in self.joined:
             self.joined[key] = others, _joined([other.condition for other in others], count)
         return self.joined[key][1]
-
-
-def _repeated(value: Tensor, times: int) -> Tensor:
-    return value if times == 1 else torch.cat([value] * times)
 
 
 def _joined(conditions: Sequence[Condition], count: int) -> Condition:
