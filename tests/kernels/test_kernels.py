@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 def test_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this system")
     tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", HERE / f"interpreted_{name}.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / f"interpreted_{name}.py"],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
