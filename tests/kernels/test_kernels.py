@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["group_norm", "sums", "network"])
+@pytest.mark.parametrize("name", ["group_norm", "sums", pytest.param("network", marks=pytest.mark.slow)])
 def test_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this system")
     tested = subprocess.run(
