@@ -19,6 +19,7 @@ from chaindiff import networks
 from chaindiff.chain.variable import digest
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import cache_folder, regular, write_whole
+from chaindiff.kernels import group_norm
 from chaindiff.networks.interface import Condition, Interface
 
 
@@ -52,8 +53,9 @@ class Counted(nn.Module):
 
 @cache
 def _code() -> str:
-    """A digest of the networks' code."""
-    return digest([regular(path).read_text() for path in sorted(Path(networks.__file__).parent.glob("*.py"))])
+    """A digest of the code of networks and their operations."""
+    folders = [Path(module.__file__).parent for module in (networks, group_norm)]
+    return digest([regular(path).read_text() for folder in folders for path in sorted(folder.glob("*.py"))])
 
 
 class _Peak(TorchDispatchMode):
