@@ -4,6 +4,7 @@ A program has one sample's values in some groups, as blocks [PIXELS, GROUPS, CHA
 time from the cache, as far as they fit. Sums are in float32, and no sum depends on the order of programs.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 import triton
