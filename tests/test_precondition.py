@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import preconditioning, training_noise
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.denoiser import Prediction
+from chaindiff.edm.denoiser import Levels, Prediction, State
 from chaindiff.edm.random import Draws, normal_batch
 from chaindiff.edm.schedules import VP, iddpm_levels
 from chaindiff.edm.solvers import solve
+from chaindiff.guidance.algebra import Wrapper
 from chaindiff.io.errors import UserError
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
@@ -249,8 +250,13 @@ def test_a_discrete_model_samples_on_its_own_levels_alone() -> None:
     assert (known.sigma_min, known.sigma_max) == (iddpm_levels()[-2], iddpm_levels()[0])
     assert known.round(70.0) == min(iddpm_levels(), key=lambda u: abs(u - 70))
     seen = []
-    stage.denoise = lambda x, sigma, *rest: seen.append(float(sigma["x"][0])) or Prediction({"x": x["x"] * 0})
-    last(stage.sample({}, Draws(range(1), 0, dtype=torch.float64), sampler={"churn": {"amount": 10}}))
+
+    class Watched(Wrapper):
+        def __call__(self, x: State, sigma: Levels) -> Prediction:
+            seen.append(sigma["x"])
+            return super().__call__(x, sigma)
+
+    last(stage.sample({}, Draws(range(1), 0), sampler={"churn": {"amount": 10}}, wrap=Watched))
     assert seen and all(np.abs(iddpm_levels() / s - 1).min() < 1e-6 for s in seen)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
 from chaindiff.edm.denoiser import Levels, Prediction, State
+from chaindiff.edm.precondition import Shared
 from chaindiff.networks.interface import Condition
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ class Bound:
 
     stage: Diffusion
     condition: Condition
+    shared: Mapping[str, Shared]  # coefficients, by generated variable
     fixed: State = field(default_factory=dict)  # generated variables that are given
     unseen: Mapping[str, Tensor | None] = field(default_factory=dict)  # that it does without: pure noise, or nothing
+    joined: dict[tuple[int, ...], tuple[Sequence[Bound], Condition]] = field(default_factory=dict)
 
     @property
     def kin(self) -> int:
@@ -40,33 +42,41 @@ class Bound:
     def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
         """The predictions of several bound denoisers of this stage, from one call of the network."""
         like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
-        values, levels, absent = {}, {}, {}
+        values, scales, absent = {}, {}, {}
         for name in self.stage.generates:
             value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
-            level = level.to(like) if isinstance(level, Tensor) else torch.full((count,), level).to(like)
-            values[name] = repeat(value, "b ... -> (terms b) ...", terms=terms)
-            levels[name] = repeat(level, "b -> (terms b)", terms=terms)
-            for place, other in enumerate(others):
-                rows = slice(place * count, (place + 1) * count)
-                if (noise := other.unseen.get(name)) is not None:  # pure noise takes its place
-                    values[name][rows], levels[name][rows] = noise, self.stage.pure(name)
-                elif name in other.unseen:
-                    gone = absent.setdefault(name, torch.zeros_like(levels[name], dtype=torch.bool))
-                    gone[rows] = True
-        condition = _side_by_side([other.condition for other in others], count)
-        found = self.stage.denoise(values, levels, condition, absent)
+            noises = [other.unseen.get(name) for other in others]  # pure noise takes the place of what is not seen
+            if isinstance(level, Tensor) or any(noise is not None for noise in noises):
+                rows = level.to(like) if isinstance(level, Tensor) else like.new_full((count,), level)
+                pure = torch.full_like(rows, self.stage.pure(name))
+                rows = torch.cat([rows if noise is None else pure for noise in noises])
+                scales[name] = self.stage.preconditioning(name)(rows)
+            else:
+                scales[name] = self.shared[name][level]
+            each = [value if noise is None else noise.expand_as(value) for noise in noises]
+            values[name] = value if terms == 1 and noises[0] is None else torch.cat(each)
+            gone = [name in other.unseen and noise is None for other, noise in zip(others, noises, strict=True)]
+            if any(gone):
+                absent[name] = torch.tensor(gone).repeat_interleave(count).to(like.device, non_blocking=True)
+        found = self.stage.preconditioned(values, scales, self._side_by_side(others, count), absent)
 
         def parts(state: State) -> list[State]:
-            split = {name: rearrange(state[name], "(terms b) ... -> terms b ...", terms=terms) for name in x}
-            return [{name: value[term] for name, value in split.items()} for term in range(terms)]
+            split = {name: state[name].chunk(terms) if terms > 1 else [state[name]] for name in x}
+            return [{name: parts[term] for name, parts in split.items()} for term in range(terms)]
 
         variances = parts(found.variance) if found.variance else [None] * terms
         return [Prediction(x0, variance) for x0, variance in zip(parts(found.x0), variances, strict=True)]
 
+    def _side_by_side(self, others: Sequence[Bound], count: int) -> Condition:
+        """The conditions of several as one batch, kept for the next step; what is bound without given variables is
+        shared by all rows."""
+        key = (count, *map(id, others))
+        if key not in self.joined:
+            self.joined[key] = others, _joined([other.condition for other in others], count)
+        return self.joined[key][1]
 
-def _side_by_side(conditions: Sequence[Condition], count: int) -> Condition:
-    """Several conditions as one batch; a condition bound without given variables is shared by all rows."""
 
+def _joined(conditions: Sequence[Condition], count: int) -> Condition:
     def join(part: str) -> Tensor | None:
         found = [tensor for condition in conditions if (tensor := getattr(condition, part)) is not None]
         whole = [tensor.expand(count, *tensor.shape[1:]) for tensor in found]

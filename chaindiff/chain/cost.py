@@ -52,8 +52,10 @@ class Counted(nn.Module):
 
 @cache
 def _code() -> str:
-    """A digest of the networks' code."""
-    return digest([read_whole(path).decode() for path in sorted(Path(networks.__file__).parent.glob("*.py"))])
+    """A digest of the code of networks and of their operations."""
+    package = Path(networks.__file__).parents[1]
+    paths = [path for folder in ("kernels", "networks") for path in sorted((package / folder).glob("*.py"))]
+    return digest([read_whole(path).decode() for path in paths])
 
 
 class _Peak(TorchDispatchMode):

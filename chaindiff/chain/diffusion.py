@@ -17,16 +17,17 @@ from chaindiff.chain.conditioning import Conditioner, Given, Link, training_leve
 from chaindiff.chain.formulation import curves, family, preconditioning, training_noise
 from chaindiff.chain.stage import Cost, Values, evaluating
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State, expand
+from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State
 from chaindiff.edm.levels import Path, grid, staggered
 from chaindiff.edm.noise import TrainingNoise, one_of
-from chaindiff.edm.precondition import Preconditioning
+from chaindiff.edm.precondition import Coefficients, Preconditioning, Shared
 from chaindiff.edm.random import Draws
 from chaindiff.edm.schedules import schedule
 from chaindiff.edm.solvers import Churn, Step, Update, evaluations, integrate, updates
 from chaindiff.guidance.algebra import Weight, guided
 from chaindiff.guidance.classifier_free import guidance_terms
 from chaindiff.io.errors import UserError
+from chaindiff.kernels.sums import weighted_error, weighted_sum
 from chaindiff.networks.interface import Condition, Interface
 from chaindiff.specs.path import OffsetPath, TablePath, TrainPath, hidden, sampled
 from chaindiff.specs.stage import (
@@ -171,7 +172,8 @@ class Diffusion(nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor with the device and the floating-point type of the stage."""
-        return next((p for p in self.parameters()), torch.zeros(()))
+        found = next(self.parameters(), None)
+        return torch.zeros(()) if found is None else found
 
     def __repr__(self) -> str:
         given = f" given {', '.join(link.variable.name for link in self.conditioner)}" if len(self.conditioner) else ""
@@ -192,18 +194,35 @@ class Diffusion(nn.Module):
         The network sees zeros where a variable is `absent`. It alone runs in bf16.
         """
         scales = {name: self.preconditioning(name)(sigma[name]) for name in self.generates}
-        seen = {name: expand(c.input, x[name]) * x[name] for name, c in scales.items()}
+        return self.preconditioned(x, scales, condition, absent)
+
+    def preconditioned(
+        self,
+        x: State,
+        scales: Mapping[str, Coefficients],
+        condition: Condition,
+        absent: Mapping[str, Bool[Tensor, " batch"]] | None = None,
+    ) -> Prediction:
+        """`denoise` by coefficients, each [batch] or, where all samples share a level, []."""
+        seen = {name: weighted_sum((c.input, x[name])) for name, c in scales.items()}
         for name, gone in (absent or {}).items():
             seen[name] = seen[name].masked_fill(gone.reshape(-1, *[1] * (seen[name].ndim - 1)), 0.0)
-        with torch.autocast(self.like.device.type, self.autocast, enabled=self.autocast is not None):
-            found = self.network(seen, {name: self._label(name, c.noise) for name, c in scales.items()}, condition)
+        labels = {name: self._label(name, c.noise.expand(len(x[name])).contiguous()) for name, c in scales.items()}
+        device = next(iter(x.values())).device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            found = self.network(seen, labels, condition)
         clean, variance = {}, {}
         for name, c in scales.items():
-            raw, noisy = found[name], x[name]
+            raw = found[name]
             if getattr(self.network, "learns_variances", False):  # a second half (Nichol & Dhariwal 2021)
                 raw, variance[name] = raw.chunk(2, dim=1)
-            clean[name] = expand(c.skip, noisy) * noisy + expand(c.out, noisy) * raw.to(noisy.dtype)
+            clean[name] = weighted_sum((c.skip, x[name]), (c.out, raw))
         return Prediction(clean, variance or None)
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        """In the memory format of the network's images, so that no step changes it."""
+        layout = getattr(self.network, "memory_format", torch.preserve_format)
+        return value.to(memory_format=layout) if value.ndim == 4 else value
 
     # ------------------------------------------------------------ training
 
@@ -213,7 +232,7 @@ class Diffusion(nn.Module):
         Of several variables the mean by their weights, those that are known exactly counting as 0. `batch` holds the
         generated and given variables, and "augment_labels" if the stage was built for them.
         """
-        clean = {name: batch[name] for name in self.generates}
+        clean = {name: self._laid_out(batch[name]) for name in self.generates}
         like = next(iter(clean.values()))
         draws, given = draws.on(like.device), {}
         for link in self.conditioner:
@@ -232,17 +251,16 @@ class Diffusion(nn.Module):
             for part in (drawn.levels, drawn.counted, drawn.absent)
         )
         noisy = {
-            name: value + expand(levels[name], value) * own[name].normal("noise", shape=value.shape[1:]).to(value)
+            name: weighted_sum((1.0, value), (levels[name], own[name].normal("noise", shape=value.shape[1:]).to(value)))
             for name, value in clean.items()
         }
         condition = replace(self.conditioner(given, like.shape[0], like), augment=batch.get("augment_labels"))
         denoised = self.denoise(noisy, levels, condition, absent).x0
         losses = []
         for name, level in levels.items():
-            error = (denoised[name] - clean[name]).square().flatten(1).mean(1)
             learned = (level > 0) & counted.get(name, level > 0)
             weight = self.own[name].weight * preconditions[name].weight(level.masked_fill(~learned, 1.0))
-            losses.append((weight * error).masked_fill(~learned, 0.0))
+            losses.append(weighted_error(denoised[name], clean[name], weight).masked_fill(~learned, 0.0))
         return torch.stack(losses).mean(0)
 
     forward = loss  # wrappers for distributed training call the module
@@ -376,11 +394,12 @@ class Diffusion(nn.Module):
         *,
         absent: Collection[str] = (),
         sampler: SamplerSpec | Config | None = None,
+        shared: Mapping[str, Shared] | None = None,
     ) -> Bound:
         """A denoiser with this conditioning: whatever does not change between steps is computed here, once per sample.
 
         `given` may hold some of the variables that the stage generates: these are known exactly, and do not move.
-        `draws` supply the noise of links that sampling adds noise to.
+        `draws` supply the noise of links that sampling adds noise to; `shared` are known coefficients.
         Raises UserError for a variable that is not given.
         """
         s, like = self.tuned(sampler), self.like
@@ -403,7 +422,16 @@ class Diffusion(nn.Module):
             values[name] = Given(value, None, sigma, noise, keep)
         fixed = {name: given[name].to(like) for name in self.generates if name in given}
         unseen = {name: self._unseen(name, batch, draws) for name in self.generates if name in absent}
-        return Bound(self, self.conditioner(values, batch, like), fixed, unseen)
+        shared = self.shared() if shared is None else shared
+        return Bound(self, self.conditioner(values, batch, like), shared, fixed, unseen)
+
+    def shared(self, table: Sequence[Update] = ()) -> dict[str, Shared]:
+        """The coefficients of every generated variable, for a denoiser that is called at the levels of a table."""
+        levels = [row.sigma for row in table if row.sigma is not None]
+        return {
+            name: Shared(self.preconditioning(name), self.like, (at[name] for at in levels if name in at))
+            for name in self.generates
+        }
 
     def _unseen(self, name: str, batch: int, draws: Draws | None) -> Tensor | None:
         """What the network sees in place of a generated variable that it does without: None, or pure noise."""
@@ -414,12 +442,19 @@ class Diffusion(nn.Module):
         return draws.of(name).normal("unseen", 0, shape=self.generates[name].shape).to(self.like) * self.pure(name)
 
     def denoiser(
-        self, given: Values, draws: Draws | None = None, sampler: SamplerSpec | Config | None = None
+        self,
+        given: Values,
+        draws: Draws | None = None,
+        sampler: SamplerSpec | Config | None = None,
+        table: Sequence[Update] = (),
     ) -> Denoiser:
-        """The bound denoiser with the sampler's guidance."""
-        s = self.tuned(sampler)
+        """The bound denoiser with the sampler's guidance, prepared for the levels of a table."""
+        s, shared = self.tuned(sampler), self.shared(table)
         moving = [name for name in self.generates if name not in given]
-        terms = [(self.bind(given, draws, absent=gone, sampler=s), weights) for gone, weights in self.terms(moving, s)]
+        terms = [
+            (self.bind(given, draws, absent=gone, sampler=s, shared=shared), weights)
+            for gone, weights in self.terms(moving, s)
+        ]
         return terms[0][0] if len(terms) == 1 else guided(terms)
 
     def sample(
@@ -440,17 +475,19 @@ class Diffusion(nn.Module):
         """
         if self.like.is_meta:
             raise UserError(f"stage '{self.name}' has no weights: it was built for planning only")
-        s, draws = self.tuned(sampler), draws.on(self.like.device)
+        s, like = self.tuned(sampler), self.like
+        draws, state = draws.on(like.device), torch.promote_types(like.dtype, torch.float32)  # float64: no nearer
         shapes = {name: v.shape for name, v in self.generates.items() if name not in given}
         path = self.path(shapes, s) if path is None else path
 
         def noise(name: str, role: str, number: int) -> Tensor:
-            return draws.of(name).normal(role, number, shape=shapes[name])
+            return draws.of(name).normal(role, number, shape=shapes[name]).to(state)
 
         unit = start or {name: noise(name, "start", 0) for name in shapes}
-        x = {name: unit[name] * level for name, level in path.sigma(0).items()}
+        x = {name: self._laid_out(unit[name].to(like.device, state)) * level for name, level in path.sigma(0).items()}
         with evaluating(self):
-            denoiser, table = wrap(self.denoiser(given, draws, s)), self.table(path, s)
+            table = self.table(path, s)
+            denoiser = wrap(self.denoiser(given, draws, s, table))
             yield from integrate(denoiser, x, table, lambda name, number: noise(name, "churn", number))
 
     def invert(
@@ -476,8 +513,10 @@ class Diffusion(nn.Module):
                 "set it to 0 to invert this stage",
             )
         path = (self.path(values, s) if path is None else path).reversed()
+        table = self.table(path, s)
         with evaluating(self):
-            for step in integrate(wrap(self.denoiser(given, draws, s)), values, self.table(path, s)):
+            x = {name: self._laid_out(value) for name, value in values.items()}
+            for step in integrate(wrap(self.denoiser(given, draws, s, table)), x, table):
                 yield {name: value / (step.sigma[name] or 1.0) for name, value in step.items()}
 
 

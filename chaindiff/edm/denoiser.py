@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from chaindiff.kernels.sums import expand as expand
+
 # A variable's noisy value, [batch, *shape]: the clean value plus sigma times unit noise.
 State = dict[str, Tensor]
 # A variable's noise level: one for the whole batch (on the host), or one for each sample, [batch].
@@ -31,7 +33,8 @@ class Denoiser(Protocol):
     """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditioning is bound beforehand.
 
     Guidance, thresholding and known values wrap one denoiser in another. None of them disables gradients: that is
-    left to the solver, so a wrapper may differentiate through what it wraps.
+    left to the solver, so a wrapper may differentiate through what it wraps. The state belongs to the solver, which may
+    write over it after the call: keep a copy.
     """
 
     def __call__(self, x: State, sigma: Levels) -> Prediction: ...
@@ -39,8 +42,3 @@ class Denoiser(Protocol):
     def evaluations(self, sigma: Levels) -> int:
         """Evaluations of a network that a call at these levels costs."""
         ...
-
-
-def expand(value: Tensor, like: Tensor) -> Tensor:
-    """A level with one entry per sample, reshaped to broadcast against [batch, *shape]."""
-    return value.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)

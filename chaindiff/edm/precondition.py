@@ -7,6 +7,7 @@ network predicts (noise, velocity, clean value) is a choice of c_skip and c_out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Protocol, runtime_checkable
@@ -47,6 +48,28 @@ class Preconditioning(Protocol):
     def __call__(self, sigma: Tensor) -> Coefficients: ...
     def weight(self, sigma: Tensor) -> Tensor: ...
     def round(self, sigma: float) -> float: ...
+
+
+class Shared(dict[float, Coefficients]):
+    """Coefficients, [] each, at levels that all samples share: those of `levels` are computed and uploaded at once."""
+
+    def __init__(self, precondition: Preconditioning, like: Tensor, levels: Iterable[float] = ()):
+        super().__init__()
+        self.precondition, self.like = precondition, like
+        self.add(levels)
+
+    def __missing__(self, level: float) -> Coefficients:
+        self.add([level])
+        return self[level]
+
+    @torch.no_grad()
+    def add(self, levels: Iterable[float]) -> None:
+        if not (new := [*dict.fromkeys(levels)]):
+            return
+        sigma = torch.tensor(new, dtype=self.like.dtype, pin_memory=self.like.is_cuda)
+        at = self.precondition(sigma.to(self.like.device, non_blocking=True))
+        columns = (part.expand(len(new)).unbind() for part in (at.skip, at.out, at.input, at.noise))
+        self.update(zip(new, map(Coefficients, *columns), strict=True))
 
 
 def noise_label(sigma: Tensor) -> Tensor:

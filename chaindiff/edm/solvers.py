@@ -32,6 +32,7 @@ from torch import Tensor
 
 from chaindiff.edm.denoiser import Denoiser, State
 from chaindiff.edm.levels import Path
+from chaindiff.kernels.sums import weighted_sum
 
 # noise(variable, number) -> unit noise of the variable's shape; the number is that of the step that uses it.
 Noise = Callable[[str, int], Tensor]
@@ -61,14 +62,20 @@ class Row:
     before: float = 0.0
     noise: float = 0.0
 
-    def __call__(self, x: Tensor, kept: Tensor, clean: Tensor, before: Tensor, noise: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        kept: Tensor,
+        clean: Tensor,
+        before: Tensor,
+        noise: Tensor,
+        *,
+        in_place: bool = False,
+    ) -> Tensor:
+        """x', in the type of x; `in_place` writes it over x."""
         terms = ((self.x, x), (self.kept, kept), (self.clean, clean), (self.before, before), (self.noise, noise))
-        total: Tensor | None = None
-        for weight, value in terms:
-            if weight:
-                part = value.to(x.dtype)
-                total = part * weight if total is None else total.add(part, alpha=weight)
-        return torch.zeros_like(x) if total is None else total
+        used = [(weight, value) for weight, value in terms if weight] or [(0.0, x)]
+        return weighted_sum(*used, dtype=x.dtype, out=x if in_place else None)
 
 
 @dataclass(frozen=True)
@@ -97,15 +104,19 @@ class Step(dict[str, Tensor]):
 def integrate(denoiser: Denoiser, x: State, table: Sequence[Update], noise: Noise | None = None) -> Iterator[Step]:
     """Follow a solver's table from the state `x`; yields after every step, without waiting for the device."""
     kept = clean = before = x  # placeholders: the first rows have no coefficients for them
-    for row in table:
+    inner: set[str] = set()  # variables whose value was made within this step, and is nobody else's
+    for row, after in zip(table, [*table[1:], None], strict=True):
         with torch.no_grad():
             if row.sigma is not None:
                 before, clean = clean, denoiser(x, row.sigma).x0
             moved = {}
             for v, take in row.rows.items():
                 fresh = noise(v, row.step) if noise is not None and take.noise else x[v]
-                moved[v] = take(x[v], kept[v], clean[v], before[v], fresh)
+                wanted = after is not None and v in after.rows and after.rows[v].kept
+                in_place = v in inner and not wanted and all(x[v] is not t for t in (kept[v], clean[v], before[v]))
+                moved[v] = take(x[v], kept[v], clean[v], before[v], fresh, in_place=in_place)
             kept, x = x, {**x, **moved}
+        inner = set() if row.ends else {*inner, *moved}
         if row.ends:
             yield Step(x, row.level, clean, row.step + 1, table[-1].step + 1)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chaindiff.kernels.group_norm import group_norm_silu
 from chaindiff.networks.arch import Arch, Init
 
 LEVEL_FREQUENCIES = 8  # of the sinusoids of a noise level
@@ -112,6 +113,20 @@ class GroupNorm(nn.Module):
         return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class GroupNormSilu(GroupNorm):
+    """silu(norm(x + added) (1 + scale) + shift), each of these [batch, channels] and optional."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels *space"],
+        *,
+        scale: Float[Tensor, "batch channels"] | None = None,
+        shift: Float[Tensor, "batch channels"] | None = None,
+        added: Float[Tensor, "batch channels"] | None = None,
+    ) -> Float[Tensor, "batch channels *space"]:
+        return group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, added=added)
+
+
 class PositionalEmbedding(nn.Module):
     """Sinusoids of the noise label, [cos | sin]; `endpoint` ends at 1 / max_positions."""
 
@@ -163,10 +178,10 @@ class Block(nn.Module):
         a, init = arch, {"init": arch.init, "bias_gain": arch.bias_gain}
         self.in_channels, self.out_channels, self.heads = inputs, outputs, a.heads(outputs) if attend else 0
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, a.skip_scale, a.adaptive_scale
-        self.norm0 = GroupNorm(inputs, a.eps)
+        self.norm0 = GroupNormSilu(inputs, a.eps)
         self.conv0 = Conv2d(inputs, outputs, 3, resample=resample, taps=a.taps, **init)
         self.affine = Linear(embedding, outputs * (2 if a.adaptive_scale else 1), **init)
-        self.norm1 = GroupNorm(outputs, a.eps)
+        self.norm1 = GroupNormSilu(outputs, a.eps)
         self.conv1 = Conv2d(outputs, outputs, 3, a.init_zero)
         self.skip = None
         if outputs != inputs or resample:
@@ -184,13 +199,13 @@ class Block(nn.Module):
         embedding: Float[Tensor, "batch emb"],
         context: Float[Tensor, "batch tokens width2"] | None = None,
     ) -> Float[Tensor, "batch outputs height2 width3"]:
-        y = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(embedding).to(y.dtype)[:, :, None, None]
+        y = self.conv0(self.norm0(x))
+        told = self.affine(embedding).to(y.dtype)
         if self.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
-            y = F.silu(torch.addcmul(shift, self.norm1(y), scale + 1))
+            scale, shift = told.chunk(2, dim=1)
+            y = self.norm1(y, scale=scale, shift=shift)
         else:
-            y = F.silu(self.norm1(y + params))
+            y = self.norm1(y, added=told)
         y = self.conv1(F.dropout(y, self.dropout, self.training))
         y = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.heads:

@@ -32,7 +32,7 @@ class Network(Protocol):
     """F of the preconditioned denoiser: `x` scaled by c_in, `noise` is c_noise [batch], each by variable.
 
     A network with an attribute `learns_variances` that is true outputs twice the channels of every variable: its
-    prediction, then its variance.
+    prediction, then its variance. One with a `memory_format` receives images in it, and returns them so.
     """
 
     def __call__(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State: ...

@@ -28,6 +28,8 @@ class Joint(nn.Module):
     that the priors receive.
     """
 
+    memory_format = UNet.memory_format
+
     def __init__(self, interface: Interface, *, image: dict[str, Any], vector: dict[str, Any], seen: int):
         super().__init__()
         shapes = dict(interface.variables)

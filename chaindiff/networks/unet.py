@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from chaindiff.edm.denoiser import State
 from chaindiff.networks.arch import ARCHS
-from chaindiff.networks.blocks import Block, Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding
+from chaindiff.networks.blocks import Block, Conv2d, FourierEmbedding, GroupNormSilu, Linear, PositionalEmbedding
 from chaindiff.networks.interface import Condition
 
 
@@ -22,6 +22,8 @@ class UNet(nn.Module):
     Conditioning by kind: vectors join the noise embedding, images are extra input channels, tokens are extra keys and
     values of the attention.
     """
+
+    memory_format = torch.channels_last  # of its images, inside and outside
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class UNet(nn.Module):
                 self.dec[f"{size}_block{index}"] = block(width + skips.pop(), channels * factor, attend)
                 width = channels * factor
         outputs = out_channels * (1 + learns_variances)
-        norm, conv = GroupNorm(width, a.eps), Conv2d(width, outputs, 3, a.init_zero)
+        norm, conv = GroupNormSilu(width, a.eps), Conv2d(width, outputs, 3, a.init_zero)
         if a.output == "out":
             self.out_norm, self.out_conv = norm, conv
         else:
@@ -146,12 +148,7 @@ class UNet(nn.Module):
             x = layer(x, emb, context) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         for layer in self.dec.values():
-            if isinstance(layer, Block):
-                if x.shape[1] != layer.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb, context)
-            elif isinstance(layer, GroupNorm):
-                x = F.silu(layer(x))
-            else:
-                x = layer(x)
-        return x if self.arch.output == "dec" else self.out_conv(F.silu(self.out_norm(x)))
+            if isinstance(layer, Block) and x.shape[1] != layer.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, emb, context) if isinstance(layer, Block) else layer(x)
+        return x if self.arch.output == "dec" else self.out_conv(self.out_norm(x))
