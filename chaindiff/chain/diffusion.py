@@ -27,6 +27,7 @@ from chaindiff.edm.solvers import Churn, Step, Update, integrate, updates
 from chaindiff.guidance.classifier_free import classifier_free, guidance_terms
 from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition, Interface
+from chaindiff.networks.interface import Network as NetworkLike
 from chaindiff.specs.stage import (
     JointSpec,
     LinkSpec,
@@ -92,6 +93,7 @@ class Diffusion(nn.Module):
         self.network_spec, self.network = self._network(network)
         self._levels(self.sampler)
         self.autocast: torch.dtype | None = None
+        self.run: NetworkLike | None = None  # stands in for the network where no gradients are asked for
         # Weights may be channels-last in memory; files hold them contiguous.
         self.register_state_dict_post_hook(_contiguous)
 
@@ -156,7 +158,8 @@ class Diffusion(nn.Module):
         scales = {name: self.precondition(sigma[name]) for name in self.generates}
         seen = {name: expand(c.input, x[name]) * x[name] for name, c in scales.items()}
         with torch.autocast(self.like.device.type, self.autocast, enabled=self.autocast is not None):
-            found = self.network(seen, {name: c.noise for name, c in scales.items()}, condition)
+            network = self.network if self.run is None or torch.is_grad_enabled() else self.run
+            found = network(seen, {name: c.noise for name, c in scales.items()}, condition)
         clean, variance = {}, {}
         for name, c in scales.items():
             raw, noisy = found[name], x[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +41,16 @@ def share(missing: list[T]) -> list[T]:
     state = processes()
     state.wait_for_everyone()
     return missing[state.process_index :: state.num_processes]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them; the others wait for it."""
+    state = processes()
+    if state.num_processes == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([make() if state.is_main_process else None])[0]
 
 
 @contextmanager
