@@ -11,7 +11,7 @@ from chaindiff.io.errors import UserError
 from chaindiff.io.files import cache_folder, regular, write_whole
 
 BUILDING = 40.0  # seconds that building a package takes, until one was built here
-GAIN = 2.0  # eager seconds over compiled ones, until both were measured
+GAIN = {"float32": 1.0, "bf16": 2.0}  # eager seconds over compiled ones, until both were measured
 KEPT = 1000  # networks and stages remembered
 
 Seconds = dict[str, float]  # of one evaluation for one sample, by "eager float32", "compile bf16" and so on
@@ -32,17 +32,18 @@ class Costs(BaseModel):
     networks: dict[str, Seconds] = {}
     stages: dict[str, Weighed] = {}
 
-    def pays(self, network: str, stage: str, precision: str, evaluations: float) -> bool:
-        """Whether a package pays: eager evaluation has lost, and would lose now, more than building takes.
+    def pays(self, network: str, stage: str, eager: str, compiled: str, evaluations: float) -> bool:
+        """Whether a package pays: evaluating eagerly has lost, and would lose now, more than building takes.
 
-        The rule of ski rental: whatever comes later, no more than twice the least possible time is spent.
+        `eager` and `compiled` are precisions. By this rule, that of ski rental, no more than twice the least possible
+        time is spent, whatever comes later.
         """
         known = self.networks.get(network, {})
-        eager, compiled = known.get(f"eager {precision}"), known.get(f"compile {precision}")
-        if eager is None:
+        slow, fast = known.get(f"eager {eager}"), known.get(f"compile {compiled}")
+        if slow is None:
             return False
-        gain = GAIN if compiled is None else eager / compiled
-        spent = self.stages.get(stage, Weighed()).spent + evaluations * eager
+        gain = GAIN[compiled] if fast is None else slow / fast
+        spent = self.stages.get(stage, Weighed()).spent + evaluations * slow
         return spent * (1 - 1 / gain) > self.building
 
     def save(self) -> None:

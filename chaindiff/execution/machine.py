@@ -50,6 +50,13 @@ def _code() -> str:
     return digest([path.read_text() for path in files])
 
 
+def bf16(device: torch.device) -> bool:
+    """Whether the processor or GPU computes in bf16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", line) for line in _processor())
+
+
 def compiler() -> str | None:
     """The C++ compiler that compiled networks need, None without one."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None)

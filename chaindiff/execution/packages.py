@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -82,7 +83,7 @@ def _content(path: Path) -> str:
 
 
 def load(path: Path, device: torch.device) -> Call:
-    """A package as a function of a list of tensors. Torch's own loader without the compiler, which takes seconds to import."""
+    """A package as a function of a list of tensors. Torch's own loader without the slow import of its compiler."""
     os.utime(path)
     index = -1 if device.index is None else device.index
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index).run  # type: ignore[attr-defined]
@@ -119,10 +120,4 @@ def _prune() -> None:
                 path.unlink()
         for path in folder().glob(".building-*"):
             if path.stat().st_mtime < time.time() - OLD:
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    for inner in path.rglob("*"):
-        inner.unlink()
-    path.rmdir()
+                shutil.rmtree(path)

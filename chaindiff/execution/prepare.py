@@ -17,7 +17,7 @@ from chaindiff.chain.stage import Cost
 from chaindiff.execution import packages
 from chaindiff.execution.costs import Costs, Weighed, measured
 from chaindiff.execution.graphs import Graphed
-from chaindiff.execution.machine import compiler, machine, numerics
+from chaindiff.execution.machine import bf16, compiler, machine, numerics
 from chaindiff.execution.packages import UntrustedError
 from chaindiff.execution.precision import DTYPES, ERROR, compare
 from chaindiff.execution.runner import Call, Flat, Tiled
@@ -97,26 +97,28 @@ class Preparation:
 
     def _decided(self) -> Choices:
         asked, costs = self.asked, measured()
-        precisions = dict.fromkeys(self.stages, "float32" if asked.precision == "auto" else asked.precision)
-        errors: dict[str, float | None] = dict.fromkeys(self.stages)
         large = self.flops >= WORTH and not asked.exact
         if asked.precision == "auto" and large:
             self._measure(costs)
-            for name in self.stages:
-                known = costs.stages.get(self._key(name), Weighed())
-                errors[name] = known.error
-                if known.error is not None and known.error <= ERROR and known.faster:
-                    precisions[name] = "bf16"
-        modes = dict.fromkeys(self.stages, "eager" if asked.exact or asked.execution == "auto" else asked.execution)
-        if asked.execution == "auto" and large:
-            for name, stage in self.stages.items():
-                if self._pays(name, stage, precisions[name], costs):
-                    modes[name] = "compile"
-        return {name: Choice(modes[name], precisions[name], errors[name]) for name in self.stages}  # type: ignore[arg-type]
+        return {name: self._choice(name, stage, costs, large) for name, stage in self.stages.items()}
+
+    def _choice(self, name: str, stage: Diffusion, costs: Costs, large: bool) -> Choice:
+        asked, known = self.asked, costs.stages.get(self._key(name), Weighed())
+        eager = compiled = "float32" if asked.precision == "auto" else asked.precision
+        error = None
+        if asked.precision == "auto" and large and known.error is not None:
+            error = known.error
+            if error <= ERROR:
+                compiled, eager = "bf16", "bf16" if known.faster else "float32"
+        mode = "eager" if asked.exact else asked.execution
+        if mode == "auto":
+            mode = "compile" if large and self._pays(name, stage, eager, compiled, costs) else "eager"
+        return Choice(mode, compiled if mode == "compile" else eager, error)
 
     def _measure(self, costs: Costs) -> None:
         """Compare precisions for stages that they were not compared for."""
-        if not (new := [name for name in self.stages if self._key(name) not in costs.stages]):
+        new = [n for n, stage in self.stages.items() if self._key(n) not in costs.stages and bf16(stage.like.device)]
+        if not new:
             return
         for name, probe in compare(self.chain, self.request, new).items():
             faster = probe.seconds["bf16"] < probe.seconds["float32"]
@@ -127,16 +129,16 @@ class Preparation:
                     known.setdefault(f"eager {precision}", seconds)
         costs.save()
 
-    def _pays(self, name: str, stage: Diffusion, precision: str, costs: Costs) -> bool:
+    def _pays(self, name: str, stage: Diffusion, eager: str, compiled: str, costs: Costs) -> bool:
         """Whether a package is there, or pays at once."""
         if (shape := self._shape(stage)) is None:
             return False
         try:
-            if packages.find(self._package(name, shape, precision)) is not None:
+            if packages.find(self._package(name, shape, compiled)) is not None:
                 return True
         except UntrustedError:
             return False
-        pays = costs.pays(shape, self._key(name), precision, self.evaluations[name])
+        pays = costs.pays(shape, self._key(name), eager, compiled, self.evaluations[name])
         return pays and compiler() is not None
 
     # ------------------------------------------------------------ preparing
