@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from chaindiff.io.errors import UserError
     from chaindiff.networks.interface import Condition, Interface, Network
     from chaindiff.recipe.load import load
-    from chaindiff.specs.stage import JointNetwork, LinkSampling, Prior, UNet
+    from chaindiff.specs.stage import Generated, JointNetwork, LinkSampling, Prior, UNet
     from chaindiff.specs.stage import LinkSpec as Link
     from chaindiff.specs.stage import SamplerSpec as Sampler
     from chaindiff.training.objects import train
@@ -56,7 +56,7 @@ _HOMES = {
     "chaindiff.chain.saving": ["load_stage", "save_stage"],
     "chaindiff.io.errors": ["UserError"],
     "chaindiff.recipe.load": ["load"],
-    "chaindiff.specs.stage": ["JointNetwork", "LinkSampling", "Prior", "UNet"],
+    "chaindiff.specs.stage": ["Generated", "JointNetwork", "LinkSampling", "Prior", "UNet"],
     "chaindiff.chain.stage": ["Cost", "Stage"],
     "chaindiff.training.objects": ["train"],
     "chaindiff.chain.variable": ["Variable"],

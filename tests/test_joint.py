@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import chaindiff as cd
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.noise import some_known
 from chaindiff.edm.random import Draws
 from chaindiff.edm.solvers import evaluations
 from chaindiff.io.errors import UserError
@@ -20,7 +19,7 @@ from chaindiff.networks.joint import Joint
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.execution import sampler_settings
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import JointNetworkSpec, JointSpec, LinkSpec, NoiseSpec, SamplerSpec
+from chaindiff.specs.stage import JointNetworkSpec, LinkSpec, NoiseSpec
 
 A, B = Variable.vector("a", 1), Variable.vector("b", 2)
 COVARIANCE = torch.tensor([[0.30, 0.20, -0.10], [0.20, 0.40, 0.05], [-0.10, 0.05, 0.20]], dtype=torch.float64)
@@ -51,10 +50,8 @@ class ExactGaussian(nn.Module):
 
 
 def chain(offset: float = 0.0, exact: float = 0.2, steps: int = 40) -> cd.Chain:
-    sampler = SamplerSpec(steps=steps, offset=offset)
-    return cd.Chain(
-        [Diffusion([A, B], network=ExactGaussian(), joint=JointSpec(exact=exact), sampler=sampler, name="both")]
-    )
+    sampler = {"steps": steps, "path": {"kind": "offset", "offset": offset}}
+    return cd.Chain([Diffusion([A, B], network=ExactGaussian(), path={"exact": exact}, sampler=sampler, name="both")])
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.3, 1.0])
@@ -95,7 +92,7 @@ def test_the_first_leads_by_the_offset_and_what_is_given_rests_at_zero() -> None
 
 
 def test_a_plan_counts_only_what_moves() -> None:
-    skeleton = Assembly(load_recipe("joint_emoji16", changes=["stages.both.sample.offset=1"])).chain()
+    skeleton = Assembly(load_recipe("joint_emoji16", changes=["stages.both.sample.path.offset=1"])).chain()
     assert skeleton.plan().costs["both"].nfe == 70
     assert skeleton.plan(["image16"], ["clip"]).costs["both"].nfe == 35
 
@@ -122,31 +119,14 @@ def test_inversion_returns_to_the_values() -> None:
 # ------------------------------------------------------------ training
 
 
-def test_levels_are_known_pure_or_drawn_as_often_as_said() -> None:
-    draws = Draws(range(4000), 0, "stage")
-    levels = some_known({"a": torch.ones(4000), "b": torch.ones(4000), "c": torch.ones(4000)}, draws, 0.3, 0.2, 80.0)
-    table = torch.stack(list(levels.values()))
-    known, pure = (table == 0).any(0), (table == 80).any(0)
-    assert abs(known.float().mean() - 0.3) < 0.03 and abs(pure.float().mean() - 0.2) < 0.03
-    assert not (known & pure).any() and not (table == 0).all(0).any() and not (table == 80).all(0).any()
-    subsets = (table[:, known] == 0).long().T @ torch.tensor([1, 2, 4])
-    share = subsets.bincount(minlength=8)[1:7] / len(subsets)
-    assert (share - 1 / 6).abs().max() < 0.05
-
-
-def test_one_variable_keeps_its_levels() -> None:
-    level = torch.rand(50)
-    assert torch.equal(some_known({"a": level}, Draws(range(50), 0, "s"), 1.0, 0.0, 80.0)["a"], level)
-
-
 def test_the_loss_of_the_exact_denoiser_is_what_no_denoiser_can_undercut() -> None:
     """The expected error is the trace of the posterior covariance; a variable known exactly adds none."""
-    stage = Diffusion([A, B], network=ExactGaussian(), joint=JointSpec(exact=1.0, pure=0.0), name="both")
+    stage = Diffusion([A, B], network=ExactGaussian(), path={"exact": 1.0, "pure": 0.0}, name="both")
     stage.noise = lambda draws: torch.full((len(draws.samples),), 0.5)  # the network takes one level for a batch
     root = torch.linalg.cholesky(COVARIANCE)
     values = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ root.T
     draws = Draws(range(4000), 0, "both")
-    known = some_known({"a": torch.ones(4000), "b": torch.ones(4000)}, draws, 1.0, 0.0, 80.0)["a"] == 0
+    known = stage.family.draw(draws, dict.fromkeys("ab", stage.noise), {"a": 80.0, "b": 80.0}).levels["a"] == 0
     losses = []
     for rows in (known, ~known):  # a is known, b is known
         chosen = Draws(rows.nonzero()[:, 0].tolist(), 0, "both")
@@ -219,7 +199,7 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
         image={"kind": "unet", "channels": 16, "mult": [1, 1], "blocks": 1, "attention": [], "label_init": "zeros"},
         vector={"kind": "prior", "width": 64, "depth": 2, "heads": 2},
     )
-    noise, sampler = NoiseSpec(mean=-0.4, std=1.4), SamplerSpec(steps=12, offset=0.25)
+    noise, sampler = NoiseSpec(mean=-0.4, std=1.4), {"steps": 12, "path": {"kind": "offset", "offset": 0.25}}
     stage = Diffusion([vector, image], network=network, noise=noise, sampler=sampler, name="both")
     optimizer = torch.optim.Adam(stage.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=800)
@@ -261,12 +241,11 @@ def test_one_network_learns_each_variable_given_the_other() -> None:
     [
         ("stages.both.generates=[image16]", "a joint network generates one image and one or more vectors, not 'ima"),
         ("stages.both.generates=[clip, image16, image]", "not 'clip' (vector), 'image16' (image), 'image' (image)"),
-        ("stages.both.joint.pure=0.9", "stages.both.joint.pure: 0.9 and exact, 0.2, should sum to at most 1"),
+        ("stages.both.path.pure=0.9", "stages.both.path.exact: the shares exact, pure and absent should sum to"),
         ("stages.both.network.vector.heads=7", "both.network.vector.width: should be even and a multiple of heads (7)"),
         ("stages.both.network.image.attention=[5]", "stages.both.network.image.attention: 5 is not one of this"),
         ("stages.both.init=x.safetensors", "initialises one network with another's weights; a joint network"),
         ("stages.both.precondition.kind=vp", "a network of kind vp does not accept level 0"),
-        ("variables.clip.sigma_data=0.4", "variables that are generated together must share one sigma_data, not 0.4"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained(change: str, expected: str) -> None:
@@ -275,7 +254,7 @@ def test_mistakes_are_explained(change: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("change", ["stages.image16.joint.exact=0.5", "stages.image16.sample.offset=0.3"])
+@pytest.mark.parametrize("change", ["stages.image16.path.exact=0.5", "stages.image16.sample.path={kind: shared}"])
 def test_one_variable_has_nothing_to_go_together_with(change: str) -> None:
     with pytest.raises(UserError, match="is for stages that generate several variables together"):
         load_recipe("vcdm_emoji16", changes=[change])
@@ -286,7 +265,132 @@ def test_several_variables_need_a_joint_network() -> None:
         load_recipe("vcdm_emoji16", changes=["stages.image16.generates=[image16, image]"])
 
 
-def test_the_offset_is_part_of_what_samples_depend_on_for_several_variables_alone() -> None:
+def test_the_path_is_part_of_what_samples_depend_on_for_several_variables_alone() -> None:
     for name, expected in (("joint_emoji16", True), ("edm_emoji16", False)):
         (stage,) = load_recipe(name).recipe.stages.values()
-        assert ("offset" in sampler_settings(stage)) is expected
+        assert ("path" in sampler_settings(stage)) is expected
+
+
+# ------------------------------------------------------------ settings of each variable, guidance by generated ones
+
+
+class ExactPair(nn.Module):
+    """The exact denoiser of N(0, COVARIANCE) over (a, b), or of one where the other is unseen; predicts clean values.
+
+    It takes c_noise = ln(sigma) / 4, and inputs scaled by 1 / sqrt(sigma^2 + 0.25).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.calls: list[int] = []
+
+    def forward(self, x, noise, condition) -> dict[str, Tensor]:
+        self.calls.append(len(x["a"]))
+        sigma = {v: (4 * noise[v]).exp()[:, None] for v in x}
+        noisy = torch.cat([x[v] * (sigma[v] ** 2 + 0.25).sqrt() for v in x], dim=1)
+        seen = torch.cat([(x[v] != 0).any(1, keepdim=True).expand_as(x[v]) for v in x], dim=1)
+        spread = torch.cat([sigma[v].expand_as(x[v]) ** 2 for v in x], dim=1)
+        spread = torch.where(seen, spread, torch.full_like(spread, 1e12))  # unseen: as good as pure noise
+        gain = COVARIANCE @ torch.linalg.inv(COVARIANCE + torch.diag_embed(spread))
+        clean = (gain @ noisy[..., None])[..., 0]
+        return {"a": clean[:, :1], "b": clean[:, 1:]}
+
+
+@pytest.mark.parametrize("share", ["absent", "pure"])
+def test_guidance_by_a_generated_variable_is_the_sum_of_its_terms(share: str) -> None:
+    """D_a = w D_a(a, b) + (1 - w) D_a(a), and b is not guided; in one call of the network."""
+    shares = {"exact": 0.1, "pure": 0.1} | {share: 0.2}
+    stage = Diffusion(
+        [A, B], network=ExactPair(), precondition="x0", path=shares, sampler={"guidance": {"b": 2.5}}, name="both"
+    )
+    x = {"a": torch.tensor([[0.6], [-1.0]]).double(), "b": torch.tensor([[0.3, -0.8], [1.0, 0.2]]).double()}
+    levels = {"a": 0.4, "b": 0.7}
+    draws = Draws(range(2), 0, "both", dtype=torch.float64)
+    denoiser = stage.denoiser({}, draws)
+    found = denoiser(x, levels).x0
+    full = stage.bind({}, draws)(x, levels).x0
+    alone = COVARIANCE[0, 0] / (COVARIANCE[0, 0] + 0.4**2) * x["a"]
+    near = 1e-6 if share == "absent" else 0.02  # pure noise at level 80 tells a little
+    assert (found["a"] - (2.5 * full["a"] - 1.5 * alone)).abs().max() < near
+    assert torch.equal(found["b"], full["b"])
+    assert stage.network.calls[:1] == [4] and denoiser.evaluations(levels) == 2
+    known = {"b": x["b"]}  # classifier-free guidance by a variable that is given (UniDiffuser)
+    given = stage.denoiser(known, draws)({"a": x["a"]}, {"a": 0.4}).x0["a"]
+    plain = stage.bind(known, draws)({"a": x["a"]}, {"a": 0.4}).x0["a"]
+    assert (given - (2.5 * plain - 1.5 * alone)).abs().max() < near
+
+
+def test_guidance_by_a_generated_variable_needs_training_without_it() -> None:
+    with pytest.raises(UserError, match="needs a prediction without 'b'"):
+        Diffusion([A, B], network=ExactPair(), precondition="x0", path={"pure": 0}, sampler={"guidance": {"b": 2}})
+
+
+def test_each_variable_has_its_own_formulation_noise_weight_and_steps() -> None:
+    """Exact denoisers in different parametrisations sample the same distribution, each with its own steps."""
+    wide = cd.Variable("a", "vector", (1,), sigma_data=1.3)
+    own = {"precondition": {"kind": "x0"}, "noise": {"mean": 0.4, "std": 1.0}, "weight": 3.0}
+
+    class Mixed(ExactPair):
+        def forward(self, x, noise, condition) -> dict[str, Tensor]:
+            sigma = {v: (4 * noise[v]).exp()[:, None] for v in x}
+            scale = (sigma["a"] ** 2 + 1.3**2).sqrt() / (sigma["a"] ** 2 + 0.25).sqrt()
+            clean = super().forward({"a": x["a"] * scale, "b": x["b"]}, noise, condition)
+            total = (sigma["b"] ** 2 + 0.25).sqrt()
+            noisy = x["b"] * total
+            clean["b"] = (clean["b"] - 0.25 / total**2 * noisy) * total / (sigma["b"] * 0.5)
+            return clean
+
+    sampler = {"steps": 60, "variables": {"a": {"steps": 40}}, "path": {"kind": "offset", "offset": 1.0}}
+    stage = Diffusion([(wide, own), B], network=Mixed(), sampler=sampler, name="both")
+    assert stage.path().steps == 100
+    assert [evaluations(stage.table(stage.path([name]))) for name in "ab"] == [79, 119]
+    out = cd.Chain([stage]).sample(6000, batch=6000)
+    found = torch.cat([out["a"], out["b"]], dim=1).double()
+    diagonal = COVARIANCE.diagonal()
+    bound = 4 * ((torch.outer(diagonal, diagonal) + COVARIANCE**2) / 6000).sqrt() + 0.006
+    assert ((found.T @ found / 6000 - COVARIANCE).abs() < bound).all()
+    values = {"a": torch.zeros(2000, 1).double(), "b": torch.zeros(2000, 2).double()}
+    draws = Draws(range(2000), 0, "both")
+    heavy = stage.loss(values, draws).mean()
+    stage.own["a"] = stage.own["a"].model_copy(update={"weight": 0.000001})
+    assert heavy > stage.loss(values, draws).mean() > 0
+
+
+CURVES = {"a": [[0, 0], [0.5, 0.9], [1, 1]], "b": [[0, 0], [1, 1]]}
+
+
+@pytest.mark.parametrize("path", [{"kind": "shared"}, {"kind": "table", "points": CURVES}])
+def test_paths_of_every_kind_sample_the_joint_distribution(path: dict) -> None:
+    sampler = {"steps": 40, "path": path}
+    stage = Diffusion([A, B], network=ExactGaussian(), path={"kind": "independent"}, sampler=sampler, name="both")
+    out = cd.Chain([stage]).sample(6000, batch=6000)
+    found = torch.cat([out["a"], out["b"]], dim=1).double()
+    diagonal = COVARIANCE.diagonal()
+    bound = 4 * ((torch.outer(diagonal, diagonal) + COVARIANCE**2) / 6000).sqrt() + 0.005
+    assert ((found.T @ found / 6000 - COVARIANCE).abs() < bound).all()
+
+
+def test_a_plan_warns_of_a_path_that_training_never_drew() -> None:
+    changes = ["stages.both.path={kind: shared, exact: 0.1}"]
+    said = str(Assembly(load_recipe("joint_emoji16", changes=changes)).chain().plan())
+    assert "warning: the path goes through levels (clip 19.4, image16 80) that training, with levels of kind" in said
+    changes += ["stages.both.sample.path={kind: shared}"]
+    assert "warning" not in str(Assembly(load_recipe("joint_emoji16", changes=changes)).chain().plan())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("stages.both.sample.path={kind: table, points: {clip: [[0, 0], [1, 1]]}}", "has no curve for 'image16'"),
+        ("stages.both.sample.path={kind: table, points: {clip: [[0, 0], [1, 0.5]]}}", "should go from [0, 0] to"),
+        ("stages.both.path={kind: cascaded, shares: {klip: 1}}", "the stage does not generate 'klip'; did you mean"),
+        ("stages.both.sample.variables={klip: {steps: 3}}", "the stage does not generate 'klip'; did you mean 'clip'?"),
+        ("stages.both.generates=[clip, clip]", "'clip' is named twice"),
+        ("stages.both.precondition.loss=velocity", "'velocity' is for networks that predict x0, not edm"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_paths_are_explained(change: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("joint_emoji16", changes=[change])
+    assert expected in str(caught.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ class Bound:
     stage: Diffusion
     condition: Condition
     fixed: State = field(default_factory=dict)  # generated variables that are given
+    unseen: Mapping[str, Tensor | None] = field(default_factory=dict)  # that it does without: pure noise, or nothing
 
     @property
     def kin(self) -> int:
@@ -39,13 +40,21 @@ class Bound:
     def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
         """The predictions of several bound denoisers of this stage, from one call of the network."""
         like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
-        values, levels = {}, {}
+        values, levels, absent = {}, {}, {}
         for name in self.stage.generates:
             value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
             level = level.to(like) if isinstance(level, Tensor) else torch.full((count,), level).to(like)
-            levels[name] = repeat(level, "b -> (terms b)", terms=terms)
             values[name] = repeat(value, "b ... -> (terms b) ...", terms=terms)
-        found = self.stage.denoise(values, levels, _side_by_side([other.condition for other in others], count))
+            levels[name] = repeat(level, "b -> (terms b)", terms=terms)
+            for place, other in enumerate(others):
+                rows = slice(place * count, (place + 1) * count)
+                if (noise := other.unseen.get(name)) is not None:  # pure noise takes its place
+                    values[name][rows], levels[name][rows] = noise, self.stage.pure(name)
+                elif name in other.unseen:
+                    gone = absent.setdefault(name, torch.zeros_like(levels[name], dtype=torch.bool))
+                    gone[rows] = True
+        condition = _side_by_side([other.condition for other in others], count)
+        found = self.stage.denoise(values, levels, condition, absent)
 
         def parts(state: State) -> list[State]:
             split = {name: rearrange(state[name], "(terms b) ... -> terms b ...", terms=terms) for name in x}

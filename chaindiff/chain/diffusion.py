@@ -8,28 +8,30 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from chaindiff import networks
 from chaindiff.chain.bound import Bound
 from chaindiff.chain.conditioning import Conditioner, Given, Link, training_level
-from chaindiff.chain.formulation import preconditioning, training_noise
-from chaindiff.chain.stage import Cost, Values, evaluating, subsets
+from chaindiff.chain.formulation import curves, family, preconditioning, training_noise
+from chaindiff.chain.stage import Cost, Values, evaluating
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.denoiser import Denoiser, Prediction, State, expand
+from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State, expand
 from chaindiff.edm.levels import Path, grid, staggered
-from chaindiff.edm.noise import TrainingNoise, some_known
+from chaindiff.edm.noise import TrainingNoise
 from chaindiff.edm.precondition import Preconditioning
 from chaindiff.edm.random import Draws
 from chaindiff.edm.schedules import schedule
-from chaindiff.edm.solvers import Churn, Step, Update, integrate, updates
-from chaindiff.guidance.classifier_free import classifier_free, guidance_terms
+from chaindiff.edm.solvers import Churn, Step, Update, evaluations, integrate, updates
+from chaindiff.guidance.algebra import Weight, guided
+from chaindiff.guidance.classifier_free import guidance_terms
 from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition, Interface
 from chaindiff.networks.interface import Network as NetworkLike
+from chaindiff.specs.path import OffsetPath, TablePath, TrainPath, hidden, sampled
 from chaindiff.specs.stage import (
-    JointSpec,
+    Generated,
     LinkSpec,
     Network,
     NoiseLevels,
@@ -48,8 +50,9 @@ PURE_NOISE = 80.0  # the level at which nothing of the data is left: where EDM's
 class Diffusion(nn.Module):
     """A diffusion model of p(generated | given) on the EDM core (Karras et al. 2022).
 
-    It may generate several variables together, each with its own noise level: then any of them can be given instead
-    (UniDiffuser, arXiv 2303.06555), if `joint.exact` is above 0, and `sampler.offset` says how much the first leads.
+    It may generate several variables together, each with its own noise level, preconditioning, training noise and loss
+    weight (`chaindiff.Generated`); `path` says how training draws their levels. Those that it sometimes knows exactly
+    can be given instead (UniDiffuser, arXiv 2303.06555).
 
     `network` is the config of a built-in network, a module with the signature of `chaindiff.Network`, or a function
     that makes one from an `Interface`. `given` are variables, alone or each with its `chaindiff.Link`. Configs are
@@ -61,22 +64,28 @@ class Diffusion(nn.Module):
 
     def __init__(
         self,
-        generates: Variable | Sequence[Variable],
+        generates: Variable | Sequence[Variable | tuple[Variable, Generated | Config]],
         *,
         given: Sequence[Variable | tuple[Variable, LinkSpec | Config]] = (),
         network: Network | nn.Module | Callable[[Interface], nn.Module] | Config,
         precondition: Precondition | Preconditioning | Config | str = "edm",
         noise: NoiseLevels | TrainingNoise | Config | None = None,
         sampler: SamplerSpec | Config | None = None,
-        joint: JointSpec | Config | None = None,
+        path: TrainPath | Config | None = None,
         augment_dim: int = 0,
         name: str | None = None,
     ):
         super().__init__()
-        variables = [generates] if isinstance(generates, Variable) else list(generates)
+        several = [generates] if isinstance(generates, Variable) else [*generates]
+        own = [item if isinstance(item, tuple) else (item, {}) for item in several]
+        variables = [variable for variable, _ in own]
         self.name, self.augment_dim = name or variables[0].name, augment_dim
         self.generates = {variable.name: variable for variable in variables}
-        self.joint: JointSpec = config(JointSpec, joint or {}, f"{self.name}.joint")
+        self.own: dict[str, Generated] = {
+            v.name: config(Generated, said, f"{self.name}.generates.{v.name}") for v, said in own
+        }
+        self.trained_path: TrainPath = config(TrainPath, path or {}, f"{self.name}.path")
+        self.family = family(self.trained_path, [*self.generates])
         pairs = [item if isinstance(item, tuple) else (item, {}) for item in given]
         links = [Link(variable, self._link(variable, said), self.target) for variable, said in pairs]
         self.conditioner = Conditioner(links)
@@ -88,10 +97,11 @@ class Diffusion(nn.Module):
             self.precondition = preconditioning(self.precondition_spec, variables[0].sigma_data)
             noise = published_noise(self.precondition_spec) if noise is None else noise
         self.noise_spec = config(NoiseLevels, {} if noise is None else noise, f"{self.name}.noise")
-        own = callable(self.noise_spec)
-        self.noise: TrainingNoise = cast(Any, self.noise_spec) if own else training_noise(self.noise_spec)
+        custom = callable(self.noise_spec)
+        self.noise: TrainingNoise = cast(Any, self.noise_spec) if custom else training_noise(self.noise_spec)
         self.network_spec, self.network = self._network(network)
-        self._levels(self.sampler)
+        for made in self.generates:
+            self._levels(self.sampler.of(made), made)
         self.autocast: torch.dtype | None = None
         self.run: NetworkLike | None = None  # stands in for the network where no gradients are asked for
         # Weights may be channels-last in memory; files hold them contiguous.
@@ -122,6 +132,22 @@ class Diffusion(nn.Module):
             label_span=getattr(self.precondition, "label_span", 1.0),
         )
 
+    def preconditioning(self, name: str) -> Preconditioning:
+        """The preconditioning of a generated variable: its own, or the stage's with its sigma_data."""
+        said = self.own[name].precondition or self.precondition_spec
+        if isinstance(said, Preconditioning):
+            return said
+        return preconditioning(said, self.generates[name].sigma_data)
+
+    def training_noise(self, name: str) -> TrainingNoise:
+        """The training noise of a generated variable: its own, or the stage's."""
+        said = self.own[name].noise
+        return self.noise if said is None else training_noise(said)
+
+    def pure(self, name: str) -> float:
+        """The level of a variable at which nothing of it is left."""
+        return min(PURE_NOISE, self.preconditioning(name).sigma_max)
+
     @property
     def given(self) -> list[Variable]:
         """The variables that sampling is conditioned on."""
@@ -136,7 +162,7 @@ class Diffusion(nn.Module):
     @property
     def conditionals(self) -> frozenset[frozenset[str]]:
         """The sets of its own variables that the stage can be given, generating the others."""
-        return subsets([*self.generates]) if self.joint.exact else frozenset()
+        return frozenset(self.family.known([*self.generates]))
 
     @property
     def like(self) -> Tensor:
@@ -150,13 +176,21 @@ class Diffusion(nn.Module):
 
     # ------------------------------------------------------------ denoising
 
-    def denoise(self, x: State, sigma: Mapping[str, Tensor], condition: Condition) -> Prediction:
+    def denoise(
+        self,
+        x: State,
+        sigma: Mapping[str, Tensor],
+        condition: Condition,
+        absent: Mapping[str, Bool[Tensor, " batch"]] | None = None,
+    ) -> Prediction:
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM, eq. 7), for every variable at its own levels [batch].
 
-        The network alone runs in bf16.
+        The network sees zeros where a variable is `absent`. It alone runs in bf16.
         """
-        scales = {name: self.precondition(sigma[name]) for name in self.generates}
+        scales = {name: self.preconditioning(name)(sigma[name]) for name in self.generates}
         seen = {name: expand(c.input, x[name]) * x[name] for name, c in scales.items()}
+        for name, gone in (absent or {}).items():
+            seen[name] = seen[name].masked_fill(gone.reshape(-1, *[1] * (seen[name].ndim - 1)), 0.0)
         with torch.autocast(self.like.device.type, self.autocast, enabled=self.autocast is not None):
             network = self.network if self.run is None or torch.is_grad_enabled() else self.run
             found = network(seen, {name: c.noise for name, c in scales.items()}, condition)
@@ -173,8 +207,8 @@ class Diffusion(nn.Module):
     def loss(self, batch: Values, draws: Draws) -> Float[Tensor, " batch"]:
         """Denoising loss of every sample, mean over elements, weighted by lambda(sigma) (EDM, eq. 2 and table 1).
 
-        Of several variables the mean, those that are known exactly counting as 0. `batch` holds the generated and given
-        variables, and "augment_labels" if the stage was built for them.
+        Of several variables the mean by their weights, those that are known exactly counting as 0. `batch` holds the
+        generated and given variables, and "augment_labels" if the stage was built for them.
         """
         clean = {name: batch[name] for name in self.generates}
         like = next(iter(clean.values()))
@@ -188,33 +222,37 @@ class Diffusion(nn.Module):
             on = [None if t is None else t.to(like.device) for t in (present, sigma, noise, keep)]
             given[name] = Given(batch[name], *on)
         own = {name: draws if len(clean) == 1 else draws.of(name) for name in clean}
-        levels = {name: self.noise(drawn) for name, drawn in own.items()}
-        pure = min(PURE_NOISE, self.precondition.sigma_max)
-        levels = some_known(levels, draws, self.joint.exact, self.joint.pure, pure)
-        levels = {name: level.to(like.device) for name, level in levels.items()}
+        preconditions = {name: self.preconditioning(name) for name in clean}
+        pure = {name: self.pure(name) for name in clean}
+        drawn = self.family.draw(draws, {name: self.training_noise(name) for name in clean}, pure)
+        levels, counted, absent = (
+            {name: value.to(like.device) for name, value in part.items()}
+            for part in (drawn.levels, drawn.counted, drawn.absent)
+        )
         noisy = {
             name: value + expand(levels[name], value) * own[name].normal("noise", shape=value.shape[1:]).to(value)
             for name, value in clean.items()
         }
         condition = replace(self.conditioner(given, like.shape[0], like), augment=batch.get("augment_labels"))
-        denoised = self.denoise(noisy, levels, condition).x0
+        denoised = self.denoise(noisy, levels, condition, absent).x0
         losses = []
         for name, level in levels.items():
             error = (denoised[name] - clean[name]).square().flatten(1).mean(1)
-            weight = self.precondition.weight(level.masked_fill(level == 0, 1.0))
-            losses.append((weight * error).masked_fill(level == 0, 0.0))
+            learned = (level > 0) & counted.get(name, level > 0)
+            weight = self.own[name].weight * preconditions[name].weight(level.masked_fill(~learned, 1.0))
+            losses.append((weight * error).masked_fill(~learned, 0.0))
         return torch.stack(losses).mean(0)
 
     forward = loss  # wrappers for distributed training call the module
 
     # ------------------------------------------------------------ levels
 
-    def _levels(self, sampler: SamplerSpec) -> tuple[float, float]:
-        """(sigma_min, sigma_max) of a sampler: as set, else as published, within the preconditioning's range.
+    def _levels(self, sampler: SamplerSpec, name: str) -> tuple[float, float]:
+        """(sigma_min, sigma_max) of a sampler for a variable: as set or published, in its preconditioning's range.
 
         Raises UserError if a level that was set lies outside.
         """
-        known = self.precondition
+        known = self.preconditioning(name)
         for bound in ("sigma_min", "sigma_max"):
             said = getattr(sampler, bound)
             if said is not None and not known.sigma_min <= said <= known.sigma_max:
@@ -232,16 +270,32 @@ class Diffusion(nn.Module):
 
         `moving` are the variables that are sampled, by default all that the stage generates.
         """
-        s = self.tuned(sampler)
-        low, high = self._levels(s)
-        chosen = schedule(s.schedule, low, high)
-        try:
-            sigmas = grid(s.discretisation, s.steps, low, high, s.rho, chosen)
-        except ValueError as error:
-            raise UserError(str(error), f"stages.{self.name}.sample.steps") from error
-        levels = [self.precondition.round(level) for level in sigmas]
-        names = [name for name in self.generates if moving is None or name in set(moving)]
-        return staggered(dict.fromkeys(names, levels), s.offset, dict.fromkeys(names, chosen))
+        s, names = self.tuned(sampler), [v for v in self.generates if moving is None or v in set(moving)]
+        grids, chosen = {}, {}
+        for name in names:
+            own = s.of(name)
+            low, high = self._levels(own, name)
+            chosen[name] = schedule(own.schedule, low, high)
+            try:
+                levels = grid(own.discretisation, own.steps, low / own.shift, high / own.shift, own.rho, chosen[name])
+            except ValueError as error:
+                raise UserError(str(error), f"stages.{self.name}.sample.steps") from error
+            grids[name] = [self.preconditioning(name).round(level * own.shift) for level in levels]
+        path = s.path or sampled(self.trained_path)
+        if isinstance(path, TablePath):
+            return curves(path, names).path(names, s.steps, chosen)
+        return staggered(grids, path.offset if isinstance(path, OffsetPath) else 0.0, chosen)
+
+    def _undrawn(self, path: Path) -> str:
+        """What to say of a path of several variables with levels that training never drew together."""
+        for step in range(path.steps if len(self.generates) > 1 else 0):
+            levels = {**dict.fromkeys(self.generates, 0.0), **path.sigma(step)}
+            if not self.family.drew(levels):
+                said = ", ".join(f"{name} {level:.3g}" for name, level in levels.items())
+                return f"the path goes through levels ({said}) that training, with levels of kind " + (
+                    f"'{self.trained_path.kind}', never drew together"
+                )
+        return ""
 
     def tuned(self, sampler: SamplerSpec | Config | None) -> SamplerSpec:
         """The given sampler, or the stage's own; a mapping overrides fields of the stage's own.
@@ -252,7 +306,8 @@ class Diffusion(nn.Module):
         if isinstance(found, Mapping):
             own = self.sampler.model_dump(exclude_unset=True)
             found = cast(SamplerSpec, config(SamplerSpec, {**own, **found}, f"{self.name}.sampler"))
-        for place, problem in found.untrained({k.variable.name: k.spec for k in self.conditioner}):
+        hideable = self.generates if len(self.generates) > 1 and hidden(self.trained_path) else ()
+        for place, problem in found.untrained({k.variable.name: k.spec for k in self.conditioner}, hideable):
             raise UserError(problem, f"stages.{self.name}.sample.{place}")
         return found
 
@@ -270,14 +325,33 @@ class Diffusion(nn.Module):
         links = {link.variable.name: link.spec for link in self.conditioner}
         return [name for name, spec in links.items() if spec.can_be_absent and sampler.link(name).sampled]
 
+    def terms(self, moving: Iterable[str], sampler: SamplerSpec) -> list[tuple[frozenset[str], Mapping[str, Weight]]]:
+        """The guidance of the variables that move: which others a prediction is made without, and its weights.
+
+        A variable's prediction is guided by the given variables that can be absent, and by those of the generated ones
+        that `guidance` names (ReDi's representation guidance, arXiv 2504.16064; UniDiffuser).
+        """
+        found: dict[frozenset[str], dict[str, Weight]] = {}
+        for name in moving:
+            s, told, within = sampler.of(name), self.droppable(sampler), None
+            scale = s.guidance
+            if isinstance(scale, Mapping):
+                scale = {v: by for v, by in scale.items() if v != name}
+                told += [v for v in self.generates if v in scale]
+            if name in sampler.variables and sampler.variables[name].guidance_interval:
+                within = name
+            for gone, weight in guidance_terms(scale, told, s.guidance_interval, within):
+                found.setdefault(gone, {})[name] = weight
+        return [*found.items()]
+
     def cost(self, moving: Collection[str], sampler: SamplerSpec | Config | None = None) -> Cost:
         """What one sample of these variables costs; NFE counts every term of the guidance."""
         from chaindiff.chain.cost import count, weighed
 
         s = self.tuned(sampler)
-        levels = [row.sigma for row in self.table(self.path(moving, s), s) if row.sigma is not None]
-        weights = [weight for _, weight in guidance_terms(s.guidance, self.droppable(s), s.guidance_interval)]
-        nfe = sum(bool(w(sigma) if callable(w) else w) for sigma in levels for w in weights)
+        path = self.path(moving, s)
+        table = self.table(path, s)
+        nfe = evaluations(table, guided([(_Counted(), weights) for _, weights in self.terms(moving, s)]))
         noisy = {n: f"noise {s.link(n).noise:g}" for n in (k.variable.name for k in self.conditioner if k.tells_level)}
         counts, (parameters, weight_bytes) = count(self.network, self.interface), weighed(self.conditioner)
         return Cost(
@@ -288,6 +362,7 @@ class Diffusion(nn.Module):
             activation_bytes=counts.activation_bytes,
             how=f"{s.solver}, {s.steps} steps",
             notes=noisy,
+            warning=self._undrawn(path),
         )
 
     # ------------------------------------------------------------ sampling
@@ -325,19 +400,25 @@ class Diffusion(nn.Module):
             keep = None if how.keep is None else torch.full((batch,), how.keep, device=like.device)
             values[name] = Given(value, None, sigma, noise, keep)
         fixed = {name: given[name].to(like) for name in self.generates if name in given}
-        return Bound(self, self.conditioner(values, batch, like), fixed)
+        unseen = {name: self._unseen(name, batch, draws) for name in self.generates if name in absent}
+        return Bound(self, self.conditioner(values, batch, like), fixed, unseen)
+
+    def _unseen(self, name: str, batch: int, draws: Draws | None) -> Tensor | None:
+        """What the network sees in place of a generated variable that it does without: None, or pure noise."""
+        if hidden(self.trained_path) == "absent":
+            return None
+        if draws is None:
+            raise ValueError(f"guidance without '{name}' replaces it by noise: bind needs draws")
+        return draws.of(name).normal("unseen", 0, shape=self.generates[name].shape).to(self.like) * self.pure(name)
 
     def denoiser(
         self, given: Values, draws: Draws | None = None, sampler: SamplerSpec | Config | None = None
     ) -> Denoiser:
         """The bound denoiser with the sampler's guidance."""
         s = self.tuned(sampler)
-        return classifier_free(
-            lambda absent: self.bind(given, draws, absent=absent, sampler=s),
-            s.guidance,
-            self.droppable(s),
-            within=s.guidance_interval,
-        )
+        moving = [name for name in self.generates if name not in given]
+        terms = [(self.bind(given, draws, absent=gone, sampler=s), weights) for gone, weights in self.terms(moving, s)]
+        return terms[0][0] if len(terms) == 1 else guided(terms)
 
     def sample(
         self,
@@ -396,6 +477,16 @@ class Diffusion(nn.Module):
         with evaluating(self):
             for step in integrate(wrap(self.denoiser(given, draws, s)), values, self.table(path, s)):
                 yield {name: value / (step.sigma[name] or 1.0) for name, value in step.items()}
+
+
+class _Counted:
+    """One evaluation of a network, for counting."""
+
+    def __call__(self, x: State, sigma: Levels) -> Prediction:
+        raise NotImplementedError
+
+    def evaluations(self, sigma: Levels) -> int:
+        return 1
 
 
 def _contiguous(module: nn.Module, tensors: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from chaindiff.edm import noise, precondition, schedules
+from chaindiff.edm import families, noise, precondition, schedules
 from chaindiff.edm.ema import Average, Ema, PowerEma
+from chaindiff.edm.families import Family
 from chaindiff.edm.noise import TrainingNoise
 from chaindiff.edm.precondition import Preconditioning
+from chaindiff.specs.path import (
+    CascadedLevels,
+    MixtureLevels,
+    OffsetPath,
+    SamplePath,
+    SharedPath,
+    Shares,
+    TablePath,
+    TrainPath,
+)
 from chaindiff.specs.stage import (
     CosineNoiseSpec,
     EmaSpec,
@@ -36,7 +49,7 @@ def preconditioning(spec: Precondition, sigma_data: float) -> Preconditioning:
         case PreconditionSpec(kind="edm"):
             return precondition.EDM(sigma_data)
         case PreconditionSpec(kind="x0"):
-            return precondition.Direct(sigma_data)
+            return precondition.Direct(sigma_data, velocity=spec.loss == "velocity")
         case PreconditionSpec(kind="v"):
             return precondition.V()
         case _:
@@ -45,6 +58,35 @@ def preconditioning(spec: Precondition, sigma_data: float) -> Preconditioning:
 
 def training_noise(spec: NoiseLevels) -> TrainingNoise:
     """The distribution of training levels that a recipe names."""
+    shift = getattr(spec, "shift", 1.0)
+    return _unshifted(spec) if shift == 1 else noise.Shifted(_unshifted(spec), shift)
+
+
+def family(spec: TrainPath | SamplePath, names: Sequence[str]) -> Family:
+    """The path family that a recipe names, over these variables in their order."""
+    match spec:
+        case MixtureLevels():
+            return families.Mixture([(part.share, family(part.levels, names)) for part in spec.parts])
+        case CascadedLevels():
+            found: Family = families.Cascaded(spec.shares, spec.finished)
+        case SharedPath() | OffsetPath() | TablePath():
+            found = curves(spec, names)
+        case _:
+            found = families.Independent()
+    shares = (spec.exact, spec.pure, spec.absent) if isinstance(spec, Shares) else (0.0, 0.0, 0.0)
+    return families.Beside(found, *shares) if any(shares) else found
+
+
+def curves(spec: SamplePath, names: Sequence[str]) -> families.Along:
+    """A path with one draw or one progress for all variables."""
+    ruler = families.Ruler(spec.time)
+    if isinstance(spec, TablePath):
+        return families.Along({name: spec.points[name] for name in names}, ruler)
+    offset = spec.offset if isinstance(spec, OffsetPath) else 0.0
+    return families.Along(families.staggered_curves(names, offset), ruler)
+
+
+def _unshifted(spec: NoiseLevels) -> TrainingNoise:
     match spec:
         case NoiseSpec() | LogitNormalSpec():
             return noise.LogNormal(spec.mean, spec.std)

@@ -87,6 +87,7 @@ class ChainPlan:
                     f"     {cost.how}; NFE {cost.nfe}; {cost.parameters:,} parameters",
                     f"     {total}FLOP a sample ({once}FLOP x {cost.nfe}), {share:.1%} of all",
                     f"     memory {amount(cost.weight_bytes)}B + {amount(cost.activation_bytes)}B a sample",
+                    *([f"     warning: {cost.warning}"] if cost.warning else []),
                 ]
             if step.drop:
                 lines.append(f"     then drops {', '.join(step.drop)}")

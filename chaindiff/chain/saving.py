@@ -39,12 +39,13 @@ def described(stage: Diffusion) -> dict[str, Any]:
         "network": stage.network_spec,
         "precondition": stage.precondition_spec,
         "noise": stage.noise_spec,
-        "joint": stage.joint,
+        "path": stage.trained_path,
         "sample": stage.sampler,
     }
     plain = {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else None for k, v in configs.items()}
     links = [link.spec.model_dump(mode="json") for link in stage.conditioner]
-    return {"generates": [*stage.generates], "given": links, "augment_dim": stage.augment_dim, **plain}
+    own = {name: said.model_dump(mode="json") for name, said in stage.own.items()}
+    return {"generates": own, "given": links, "augment_dim": stage.augment_dim, **plain}
 
 
 def trained_variables(stage: Stage) -> list[Variable]:
@@ -116,11 +117,13 @@ def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Dif
         variables = {name: _variable(entry) for name, entry in known.items()}
         given = [(variables[link["variable"]], link) for link in said["given"]]
         made = said["generates"] or [name for name in variables if name not in {v.name for v, _ in given}]
+        named = made if isinstance(made, Mapping) else {name: {} for name in made}
+        generates = [(variables[name], each) for name, each in named.items()]
         width = said["augment_dim"] if "augment_dim" in said else augment_dim(AugmentSpec(**said["augment"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         hint = "load it through its recipe: chaindiff.load(RECIPE).stages[NAME]"
         raise UserError(f"{path} does not describe its stage fully enough to build it", hint=hint) from error
-    settings = {key: said.get(key) for key in ("network", "precondition", "noise", "joint")}
+    settings = {key: said.get(key) for key in ("network", "precondition", "noise", "path")}
     settings = {**settings, "sampler": said.get("sample"), **own}
     named = settings["network"].get("kind") if isinstance(settings["network"], Mapping) else None
     if is_code(named) and not allow_code:
@@ -129,7 +132,6 @@ def load_stage(path: str | Path, *, allow_code: bool = False, **own: Any) -> Dif
     for part in ("network", "precondition", "noise"):
         if settings[part] is None:
             raise UserError(f"{path}: the {part} is custom code", hint=f"load_stage(path, {part}=...) takes it")
-    generates = [variables[name] for name in made]
     stage = Diffusion(generates, given=given, augment_dim=width, name=kept.get("name"), **settings)
     tensorfile.fill(stage, tensors, str(path))
     return stage.eval()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -24,7 +23,8 @@ Values = Mapping[str, Tensor]  # a variable's clean values, [batch, *shape]
 class Cost:
     """What one sample costs: evaluations, multiply-adds x 2 of one evaluation, and bytes (weights, activations).
 
-    `how` describes the sampler, for display; `notes` say, by name, what sampling does to given variables.
+    `how` describes the sampler, for display; `notes` say, by name, what sampling does to given variables; `warning`:
+    what about the request training has not prepared the stage for.
     """
 
     parameters: int = 0
@@ -34,6 +34,7 @@ class Cost:
     activation_bytes: int = 0
     how: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    warning: str = ""
 
     @property
     def total_flops(self) -> int:
@@ -142,12 +143,6 @@ class Stages(Mapping[str, Stage]):
 
 def _moved(stage: Stage, device: str | torch.device | None) -> Stage:
     return stage.to(device) if isinstance(stage, nn.Module) and device is not None else stage
-
-
-def subsets(names: Sequence[str]) -> frozenset[frozenset[str]]:
-    """The subsets of several variables that can be given while others are left to generate."""
-    sizes = range(1, len(names))
-    return frozenset(frozenset(known) for size in sizes for known in combinations(names, size))
 
 
 def learns(stage: object) -> TypeGuard[Any]:

@@ -136,10 +136,11 @@ def together(sigmas: Mapping[str, Grid], schedules: Mapping[str, Schedule] | Non
 def staggered(sigmas: Mapping[str, Grid], offset: float = 1.0, schedules: Mapping[str, Schedule] | None = None) -> Path:
     """Each variable starts `offset` of a pass after the one before: 0 is together, 1 is one after the other.
 
-    Semantic-first diffusion (arXiv 2512.04926) uses 0.3. The grids must have equal length.
+    Semantic-first diffusion (arXiv 2512.04926) uses 0.3. A pass has as many steps as its variable's grid.
     """
-    whole, steps = together(sigmas, schedules), len(next(iter(sigmas.values()))) - 1
-    shift = round(offset * steps)
-    total = steps + shift * (len(sigmas) - 1)
-    where = {v: np.clip(np.arange(total + 1) - shift * i, 0, steps) for i, v in enumerate(sigmas)}
-    return Path({v: whole.times[v][where[v]] for v in sigmas}, whole.schedules)
+    chosen = {v: (schedules or {}).get(v, Linear()) for v in sigmas}
+    steps, begin, start = {v: len(grid) - 1 for v, grid in sigmas.items()}, 0, {}
+    for v in sigmas:
+        start[v], begin = begin, begin + round(offset * steps[v])
+    count = np.arange(max(start[v] + steps[v] for v in sigmas) + 1)
+    return Path({v: _timed(s, chosen[v])[np.clip(count - start[v], 0, steps[v])] for v, s in sigmas.items()}, chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,22 +87,12 @@ class FlowTime:
         return Flow().sigma(self.min + draws.uniform("sigma") * (self.max - self.min))
 
 
-def some_known(
-    levels: Mapping[str, Tensor], draws: Draws, exact: float, pure: float, largest: float
-) -> dict[str, Float[Tensor, " batch"]]:
-    """Levels of variables that are learned together, with some of them at 0 or at the largest level.
+@dataclass(frozen=True)
+class Shifted:
+    """Levels times `shift`: in the time of flow matching, t' = shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
 
-    With probability `exact` a subset of the variables (not all; each subset equally likely) is known exactly, so that
-    the network learns the others conditioned on it; with probability `pure` a subset is pure noise, so that it learns
-    the others without it.
-    """
-    if len(levels) < 2:
-        return dict(levels)
-    which = draws.integers("which", below=2 ** len(levels) - 2) + 1
-    how = draws.uniform("how")
-    found = {}
-    for place, (name, level) in enumerate(levels.items()):
-        chosen = (which >> place) % 2 == 1
-        level = level.masked_fill(chosen & (how < exact), 0.0)
-        found[name] = level.masked_fill(chosen & (how >= exact) & (how < exact + pure), largest)
-    return found
+    noise: TrainingNoise
+    shift: float
+
+    def __call__(self, draws: Draws) -> Float[Tensor, " batch"]:
+        return self.noise(draws) * self.shift

@@ -20,6 +20,7 @@ from chaindiff.edm.schedules import Cosine, Flow, iddpm_levels
 
 # c_noise = ln(sigma) / 4 grows without bound as sigma -> 0; lower levels are clamped to this one.
 SMALLEST_SIGMA = 1e-5
+SMALLEST_TIME = 0.05  # of the velocity that a predicted clean value implies
 TIMES = 1000  # networks conditioned on a time receive it in thousandths, as the published ones do
 
 
@@ -112,9 +113,14 @@ class EDM(AnyLevel):
 
 @dataclass(frozen=True)
 class Direct(AnyLevel):
-    """The network predicts the clean value itself, with weight 1 (VCDM's auxiliary model; unCLIP's prior)."""
+    """The network predicts the clean value itself, with weight 1 (VCDM's auxiliary model; unCLIP's prior).
+
+    With `velocity` the loss is flow matching's: weight 1 / t^2, t = sigma / (1 + sigma) at least 0.05 (JiT,
+    arXiv 2511.13720).
+    """
 
     sigma_data: float = 0.5
+    velocity: bool = False
     kind: ClassVar[str] = "x0"
 
     def __call__(self, sigma: Tensor) -> Coefficients:
@@ -126,7 +132,7 @@ class Direct(AnyLevel):
         )
 
     def weight(self, sigma: Tensor) -> Tensor:
-        return torch.ones_like(sigma)
+        return Flow().time(sigma).clamp_min(SMALLEST_TIME) ** -2 if self.velocity else torch.ones_like(sigma)
 
 
 @dataclass(frozen=True)

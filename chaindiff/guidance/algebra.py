@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State
 
 Weight = float | Callable[[Levels], float]  # of a term: a number, or a function of the levels
+Weights = Weight | Mapping[str, Weight]  # one for all variables, or one for each
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class Batchable(Protocol):
 class Guided:
     """The weighted sum of predictions; see `guided`."""
 
-    terms: Sequence[tuple[Denoiser, Weight]]
+    terms: Sequence[tuple[Denoiser, Weights]]
 
-    def active(self, sigma: Levels) -> list[tuple[Denoiser, float]]:
-        """The terms whose weight is not 0 at these levels."""
-        weights = [weight(sigma) if callable(weight) else weight for _, weight in self.terms]
-        return [(term, weight) for (term, _), weight in zip(self.terms, weights, strict=True) if weight]
+    def active(self, sigma: Levels) -> list[tuple[Denoiser, Mapping[str, float]]]:
+        """The terms with a weight that is not 0 at these levels, and the weights of every variable that moves."""
+        found = []
+        for term, said in self.terms:
+            each = said if isinstance(said, Mapping) else dict.fromkeys(sigma, said)
+            weights = {v: weight(sigma) if callable(weight) else weight for v, weight in each.items()}
+            if any(weights.values()):
+                found.append((term, weights))
+        return found
 
     def evaluations(self, sigma: Levels) -> int:
         return sum(term.evaluations(sigma) for term, _ in self.active(sigma))
@@ -54,16 +60,19 @@ class Guided:
         if not active:
             raise ValueError("every term of the guidance has weight 0 at this level")
         found = _predictions([term for term, _ in active], x, sigma)
-        x0 = {v: _sum([(weight, p.x0[v]) for (_, weight), p in zip(active, found, strict=True)]) for v in found[0].x0}
+        x0 = {}
+        for v in found[0].x0:
+            parts = [(weights.get(v, 0.0), p.x0[v]) for (_, weights), p in zip(active, found, strict=True)]
+            x0[v] = _sum([(weight, value) for weight, value in parts if weight])
         return Prediction(x0, found[0].variance)
 
 
-def guided(terms: Sequence[tuple[Denoiser, Weight]]) -> Denoiser:
+def guided(terms: Sequence[tuple[Denoiser, Weights]]) -> Denoiser:
     """D = sum of weight times D_i over the terms, whose weights should sum to 1; variances are those of the first.
 
-    Terms of one network are evaluated as one batch, and those with weight 0 at a level are skipped. With weights
-    (w, 1 - w): classifier-free guidance (Ho & Salimans 2022) if the second is unconditional, autoguidance
-    (Karras et al. 2024) if it is a weaker network.
+    A weight may be a mapping, with one for each of several variables. Terms of one network are evaluated as one batch,
+    and those with weight 0 at a level are skipped. With weights (w, 1 - w): classifier-free guidance (Ho & Salimans
+    2022) if the second is unconditional, autoguidance (Karras et al. 2024) if it is a weaker network.
     """
     return Guided(list(terms))
 

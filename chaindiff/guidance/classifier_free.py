@@ -27,12 +27,16 @@ def classifier_free(
 
 
 def guidance_terms(
-    scale: float | Mapping[str, float], droppable: Sequence[str], within: tuple[float, float] | None = None
+    scale: float | Mapping[str, float],
+    droppable: Sequence[str],
+    within: tuple[float, float] | None = None,
+    variable: str | None = None,
 ) -> Terms:
     """D = D() + sum over i of w_i (D(1..i) - D(1..i-1)), where D(1..i) is given the first i droppable variables.
 
     So for equal scales D = w D(all) + (1 - w) D(none); different ones are those of Brooks et al. 2023, eq. 3, for any
-    number of variables. A scale that is not given is 1. Raises ValueError for a variable that cannot be absent.
+    number of variables. A scale that is not given is 1; `within` is an interval of the level of `variable`, or of the
+    largest. Raises ValueError for a variable that cannot be absent.
     """
     scales = dict(scale) if isinstance(scale, Mapping) else dict.fromkeys(droppable, scale)
     if strange := [name for name in scales if name not in droppable]:
@@ -40,11 +44,13 @@ def guidance_terms(
     w = [1.0, *(scales.get(name, 1.0) for name in droppable), 0.0]
     # D(1..i) has weight w_i - w_(i+1), the first of which, of D(), counts from w_0 = 1.
     weights = {frozenset(droppable[i:]): w[i] - w[i + 1] for i in range(len(droppable))}
-    terms: Terms = [(frozenset(), _only(w[-2], 1.0, within))]
-    terms += [(absent, _only(weight, 0.0, within)) for absent, weight in reversed(weights.items()) if weight]
+    terms: Terms = [(frozenset(), _only(w[-2], 1.0, within, variable))]
+    terms += [(absent, _only(weight, 0.0, within, variable)) for absent, weight in reversed(weights.items()) if weight]
     return terms
 
 
-def _only(weight: float, outside: float, within: tuple[float, float] | None) -> Weight:
+def _only(weight: float, outside: float, within: tuple[float, float] | None, variable: str | None) -> Weight:
     """The weight within the interval; outside it, guidance is off."""
-    return weight if within is None or weight == outside else interval(weight, *within, outside=outside)
+    if within is None or weight == outside:
+        return weight
+    return interval(weight, *within, outside=outside, variable=variable)

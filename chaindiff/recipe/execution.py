@@ -45,7 +45,7 @@ def value_digest(value: Value) -> str:
 
 def sampler_settings(stage: StageSpec) -> dict[str, Any]:
     """The sampler's settings that its samples depend on: one variable alone has no offset."""
-    return stage.sample.model_dump(exclude=set() if len(stage.generates or ()) > 1 else {"offset"})
+    return stage.sample.model_dump(exclude=set() if len(stage.generates or ()) > 1 else {"path", "variables"})
 
 
 def lock_of(

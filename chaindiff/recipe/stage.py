@@ -14,8 +14,9 @@ from torch import nn
 from chaindiff.assets import registry
 from chaindiff.chain.cost import Counted
 from chaindiff.chain.diffusion import Diffusion
+from chaindiff.chain.formulation import family
 from chaindiff.chain.saving import DATA, changed, refuse_changed, trained_content
-from chaindiff.chain.stage import Outline, Stage, subsets
+from chaindiff.chain.stage import Outline, Stage
 from chaindiff.chain.variable import Variable, variable_entry
 from chaindiff.data.augment import augment_dim
 from chaindiff.edm.random import seed
@@ -29,7 +30,7 @@ from chaindiff.io.processes import processes
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.load import LOCK, load_recipe
 from chaindiff.specs.lock import write_lock
-from chaindiff.specs.stage import LinkSpec, StageSpec, TrainSpec
+from chaindiff.specs.stage import Generated, LinkSpec, StageSpec, TrainSpec
 from chaindiff.training import states
 from chaindiff.training.begin import begin_from, other_preconditioning
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 # What changes how a run is observed, not what it learns, is not part of a stage's identity.
 # Defaults are left out, so that a new field changes the identity of nothing that does not use it.
-TRAINED = {"kind", "settings", "network", "precondition", "noise", "joint", "augment", "init"}
+TRAINED = {"kind", "settings", "network", "precondition", "noise", "path", "augment", "init"}
 NOT_TRAINED = {"variable"}
 UNLEARNED: dict[str, Any] = dict.fromkeys(
     ("checkpoint_every", "preview_every", "log_every", "execution", "accumulate"), True
@@ -54,6 +55,7 @@ class RecipeStage:
         self.assembly, self.name = assembly, name
         self.spec: StageSpec = assembly.recipe.stages[name]
         self.generates = [assembly.variables[output] for output in self.spec.generates or [name]]
+        self.own = self.spec.generates or {name: Generated()}
         self.links: list[tuple[Variable, LinkSpec]] = [(assembly.variables[s.variable], s) for s in self.spec.given]
 
     @property
@@ -64,7 +66,8 @@ class RecipeStage:
     @property
     def identity(self) -> str:
         """Equal for stages that are trained alike on the same data, in any recipe."""
-        identities = [variable.identity for variable in self.generates]
+        said = {name: own.model_dump(exclude_defaults=True) for name, own in self.own.items()}
+        identities = [[v.identity, said[v.name]] if said[v.name] else v.identity for v in self.generates]
         return digest(
             {
                 **self.spec.model_dump(include=TRAINED, exclude_defaults=True),
@@ -106,13 +109,13 @@ class RecipeStage:
                 given, where = [variable for variable, _ in self.links], f"stages.{self.name}"
                 return create(spec, self.generates, given, name=self.name, where=where, made=Stage)
             return Diffusion(
-                self.generates,
+                [(variable, self.own[variable.name]) for variable in self.generates],
                 given=self.links,
                 network=network or spec.network,
                 precondition=spec.precondition,
                 noise=spec.noise,
                 sampler=spec.sample,
-                joint=spec.joint,
+                path=spec.path,
                 augment_dim=augment_dim(spec.augment),
                 name=self.name,
             )
@@ -125,13 +128,14 @@ class RecipeStage:
     def outline(self) -> Outline:
         """The stage for planning; a built-in network is counted when costs are asked for."""
         network: Any = self.spec.network
+        names = [variable.name for variable in self.generates]
         return Outline(
             self.on_meta() if self.spec.network is None else None,
             self.on_meta if isinstance(network, CodeSpec) else lambda: self.on_meta(partial(Counted, network)),
             name=self.name,
             generates={variable.name: variable for variable in self.generates},
             given=[variable for variable, _ in self.links if self.spec.sample.link(variable.name).sampled],
-            conditionals=subsets([v.name for v in self.generates]) if self.spec.joint.exact else frozenset(),
+            conditionals=frozenset(family(self.spec.path, names).known(names)) if len(names) > 1 else frozenset(),
         )
 
     def load(self, path: Path) -> Any:

@@ -38,7 +38,7 @@ def check(recipe: Recipe, where: Callable[[str], str | None]) -> None:
 
 def outputs(name: str, stage: StageSpec) -> Sequence[str]:
     """The variables that a stage generates: by default the one of its own name."""
-    return stage.generates or [name]
+    return [*(stage.generates or [name])]
 
 
 def _unknown(name: str, recipe: Recipe) -> str:
@@ -180,7 +180,7 @@ def _given(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
             yield f"{field}.keep", f"{most} is more than the {variable.shape[0]} entries of '{link.variable}'"
 
     links = {link.variable: link for link in stage.given}
-    yield from ((f"sample.{field}", problem) for field, problem in stage.sample.untrained(links))
+    yield from ((f"sample.{field}", problem) for field, problem in stage.sample.untrained(links, stage.hideable))
 
 
 def _network(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
@@ -208,9 +208,6 @@ def _joint(network: JointNetworkSpec, names: Sequence[str], made: list[VariableS
         listed = ", ".join(f"'{name}' ({kind})" for name, kind in zip(names, kinds, strict=True))
         yield "generates", f"a joint network generates one image and one or more vectors, not {listed}"
         return
-    if len(spreads := {variable.sigma_data for variable in made}) > 1:
-        listed = " and ".join(f"{spread:g}" for spread in sorted(spreads))
-        yield "generates", f"variables that are generated together must share one sigma_data, not {listed}"
     yield from _unet(network.image, made[kinds.index("image")].shape[1], "network.image")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,15 @@ from pydantic_core import PydanticCustomError
 from chaindiff.io.errors import did_you_mean
 from chaindiff.specs.base import Name, NonNegative, Positive, Probability, Problems, Spec, UpToMillion, UpToThousand
 from chaindiff.specs.code import CODE, OURS_OR_CODE, CodeSpec, Ours, Theirs, is_code
+from chaindiff.specs.path import (
+    CascadedLevels,
+    IndependentLevels,
+    MixtureLevels,
+    SamplePath,
+    TablePath,
+    TrainPath,
+    hidden,
+)
 
 # ---------------------------------------------------------------- networks
 
@@ -160,6 +169,15 @@ class PreconditionSpec(Spec):
         description="x0: the network predicts the clean value (VCDM's prior); v: Salimans & Ho's velocity; "
         "flow: the velocity of flow matching",
     )
+    loss: Literal["own", "velocity"] = Field(
+        default="own",
+        description="own: as published with what the network predicts; velocity: that of flow matching, 1 - t at least "
+        "0.05 (x0 alone: JiT, Latent Forcing)",
+    )
+
+    def problems(self) -> Problems:
+        if self.loss != "own" and self.kind != "x0":
+            yield "loss", f"'{self.loss}' is for networks that predict x0, not {self.kind}"
 
 
 Precondition = Annotated[
@@ -169,7 +187,13 @@ Precondition = Annotated[
 ]
 
 
-class NoiseSpec(Spec):
+class _Shiftable(Spec):
+    shift: Positive = Field(
+        default=1.0, description="multiplies the levels: the time shift of flow matching (SD3; RAE: 6.93), 1: none"
+    )
+
+
+class NoiseSpec(_Shiftable):
     """Training noise: ln sigma ~ N(mean, std^2) (EDM, table 1)."""
 
     kind: Literal["lognormal"] = "lognormal"
@@ -177,7 +201,7 @@ class NoiseSpec(Spec):
     std: Positive = 1.2
 
 
-class LogitNormalSpec(Spec):
+class LogitNormalSpec(_Shiftable):
     """Training noise of flow matching: logit t ~ N(mean, std^2), which is ln sigma (Esser et al. 2024)."""
 
     kind: Literal["logit_normal"]
@@ -185,7 +209,7 @@ class LogitNormalSpec(Spec):
     std: Positive = 1.0
 
 
-class UniformTimeSpec(Spec):
+class UniformTimeSpec(_Shiftable):
     """Training noise of flow matching: t ~ U(min, max), sigma = t / (1 - t) (Liu et al. 2022)."""
 
     kind: Literal["uniform_time"]
@@ -197,7 +221,7 @@ class UniformTimeSpec(Spec):
             yield "min", f"{self.min:g} should be below max, {self.max:g}"
 
 
-class CosineNoiseSpec(Spec):
+class CosineNoiseSpec(_Shiftable):
     """Training noise: uniform time of the cosine schedule, log-SNR within 20 of 0 (Salimans & Ho 2022)."""
 
     kind: Literal["cosine"]
@@ -337,6 +361,18 @@ class LinkSampling(Spec):
         return not self.absent and self.keep != 0
 
 
+class VariableSampling(Spec):
+    """What sampling does for one of several variables that are generated together; none: as for all."""
+
+    steps: Annotated[int, Field(gt=0, le=100_000)] | None = None
+    sigma_min: Positive | None = None
+    sigma_max: Positive | None = None
+    rho: Positive | None = None
+    shift: Positive | None = None
+    guidance: Positive | dict[Name, Positive] | None = None
+    guidance_interval: tuple[NonNegative, Positive] | None = None
+
+
 class SamplerSpec(Spec):
     """How to sample: EDM's independent choices of solver, steps, schedule and noise (section 3), and guidance."""
 
@@ -369,11 +405,22 @@ class SamplerSpec(Spec):
         default=None, description="guide only where the level is above the first and at most the second; none: always"
     )
     links: dict[Name, LinkSampling] = Field(default={}, description="what sampling does to given variables, by name")
-    offset: Probability = Field(
-        default=0.0,
-        description="how far into the pass of one of several variables the next one starts; 0: together, 1: one "
-        "after the other",
+    shift: Positive = Field(
+        default=1.0, description="multiplies the levels of the steps, between the same ends: the time shift, 1: none"
     )
+    path: SamplePath | None = Field(
+        default=None,
+        description="of several variables: how their levels go down together; none: as training drew them, independent "
+        "levels together",
+    )
+    variables: dict[Name, VariableSampling] = Field(
+        default={}, description="of several variables: settings of one of them, by name"
+    )
+
+    def of(self, name: str) -> SamplerSpec:
+        """The settings for one of several variables."""
+        own = self.variables.get(name)
+        return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
 
     @property
     def levels(self) -> tuple[float, float]:
@@ -402,8 +449,8 @@ class SamplerSpec(Spec):
         if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
             yield "guidance_interval", "should rise: the level is above the first number and at most the second"
 
-    def untrained(self, links: Mapping[str, LinkSpec]) -> Problems:
-        """What this asks of given variables that training did not cover."""
+    def untrained(self, links: Mapping[str, LinkSpec], hidden: Collection[str] = ()) -> Problems:
+        """What this asks that training did not cover, of given variables and of those that it could `hidden`."""
         for name, said in self.links.items():
             field, link = f"links.{name}", links.get(name)
             if link is None:
@@ -419,27 +466,37 @@ class SamplerSpec(Spec):
                 problem = "the value is never absent in training: the link has no `dropout`, and no 0 in `keep`"
                 yield f"{field}.absent", problem
         droppable = [name for name, link in links.items() if link.can_be_absent and self.link(name).sampled]
-        if not isinstance(self.guidance, dict):
-            if self.guidance != 1 and not droppable:
-                problem = f"{self.guidance:g} needs unconditional predictions, but no link of this stage has `dropout`"
-                yield "guidance", problem
-            return
-        for name in self.guidance:
-            if name not in droppable:
-                tail = "has no `dropout`, so it is never absent" if name in links else "is not given to this stage"
-                yield f"guidance.{name}", f"needs a prediction without '{name}', which {tail}"
+        said = {"guidance": self.guidance} | {
+            f"variables.{name}.guidance": own.guidance for name, own in self.variables.items() if own.guidance
+        }
+        for field, guidance in said.items():
+            if not isinstance(guidance, dict):
+                if guidance != 1 and not droppable:
+                    problem = f"{guidance:g} needs unconditional predictions, but no link of this stage has `dropout`"
+                    yield field, problem
+                continue
+            for name in guidance:
+                if name not in (*droppable, *hidden):
+                    tail = "has no `dropout`, so it is never absent" if name in links else "is not given to this stage"
+                    yield f"{field}.{name}", f"needs a prediction without '{name}', which {tail}"
 
 
-class JointSpec(Spec):
-    """How training draws the noise levels of variables that are generated together, each independently."""
+class Generated(Spec):
+    """One of the variables that a stage generates; none: as the stage says."""
 
-    exact: Probability = Field(
-        default=0.2,
-        description="probability in training that some of the variables are known exactly; 0: none can be given",
-    )
-    pure: Probability = Field(
-        default=0.2, description="probability that some are pure noise, as those that sampling has not started yet"
-    )
+    precondition: Precondition | None = None
+    noise: NoiseLevels | None = None
+    weight: Annotated[float, Field(gt=0, le=1e6)] = Field(default=1.0, description="of its loss among all variables'")
+
+
+def _named(said: Any) -> Any:
+    """A list of names is short for a mapping without settings."""
+    if isinstance(said, list) and all(isinstance(name, str) for name in said):
+        twice = next((name for name in said if said.count(name) > 1), None)
+        if twice is not None:
+            raise PydanticCustomError("twice", "'{name}' is named twice", {"name": twice})
+        return {name: {} for name in said}
+    return said
 
 
 class StageSpec(Spec):
@@ -455,10 +512,21 @@ class StageSpec(Spec):
         default="diffusion", description="`diffusion`, or a user-defined class: `MODULE:NAME`, with `--allow-code`"
     )
     settings: dict[str, Any] = Field(default={}, description="keyword arguments of a user-defined class")
-    generates: Annotated[list[Name], Field(min_length=1)] | None = Field(
-        default=None, description="none: the variable of the stage's name; several: the first leads (`sample.offset`)"
+    generates: (
+        Annotated[
+            dict[Name, Generated],
+            Field(min_length=1),
+            BeforeValidator(_named, json_schema_input_type=list[Name] | dict[Name, Generated]),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="a list of names, or a mapping of names to settings of their own; none: the variable of the "
+        "stage's name; of several, the first leads (`path`)",
     )
-    joint: JointSpec = JointSpec()
+    path: TrainPath = Field(
+        default=IndependentLevels(), description="of several variables: how training draws their levels together"
+    )
     given: list[Link] = []
     network: Network | None = Field(default=None, description="required unless the kind is a user-defined class")
     precondition: Precondition = PreconditionSpec()
@@ -496,7 +564,7 @@ class StageSpec(Spec):
             if self.settings:
                 yield "settings", "are for user-defined stages, whose kind is MODULE:NAME"
             return
-        diffusion = {"network", "precondition", "noise", "joint", "sample", "init"}
+        diffusion = {"network", "precondition", "noise", "path", "sample", "init"}
         said = [*self.model_dump(include=diffusion & self.model_fields_set, exclude_defaults=True)]
         for index, link in enumerate(self.given):
             said += [f"given.{index}.{f}" for f in link.model_dump(exclude={"variable"}, exclude_defaults=True)]
@@ -529,19 +597,44 @@ class StageSpec(Spec):
 
     def _of_several(self) -> Problems:
         """Whether options for several variables are used with several variables."""
-        joint, kind = self.joint, self.precondition.kind
-        if len(self.generates or ()) < 2:
-            for field, unused in (("joint", joint != JointSpec()), ("sample.offset", self.sample.offset != 0)):
+        names = [*(self.generates or ())]
+        if len(names) < 2:
+            single = {"path": self.path != IndependentLevels(), "sample.path": self.sample.path is not None}
+            for field, unused in (*single.items(), ("sample.variables", bool(self.sample.variables))):
                 if unused:
                     yield field, "is for stages that generate several variables together; this one generates one"
             if isinstance(self.network, JointNetworkSpec):
-                alone = f"'{self.generates[0]}' alone" if self.generates else "one variable"
+                alone = f"'{names[0]}' alone" if names else "one variable"
                 yield "generates", f"a joint network generates one image and one or more vectors, not {alone}"
             return
-        if joint.exact + joint.pure > 1:
-            yield "joint.pure", f"{joint.pure:g} and exact, {joint.exact:g}, should sum to at most 1"
-        elif not isinstance(self.precondition, PreconditionSpec):
-            reason = "at which one of several variables is known exactly; use edm, x0, v or flow"
-            yield "precondition", f"a network of kind {kind} does not accept level 0, {reason}"
+        for own in (self.precondition, *(said.precondition for said in (self.generates or {}).values())):
+            if own is not None and not isinstance(own, PreconditionSpec):
+                reason = "at which one of several variables is known exactly; use edm, x0, v or flow"
+                yield "precondition", f"a network of kind {own.kind} does not accept level 0, {reason}"
+        yield from self._of_paths(names)
         if self.init is not None:
             yield "init", "initialises one network with another's weights; a joint network consists of several"
+
+    @property
+    def hideable(self) -> list[str]:
+        """The variables that it generates and can do without, as guidance by them needs."""
+        several = [*(self.generates or ())]
+        return several if len(several) > 1 and hidden(self.path) else []
+
+    def _of_paths(self, names: list[str]) -> Problems:
+        """Whether paths name the variables that the stage generates."""
+        whole = {"path": self.path, "sample.path": self.sample.path}
+        if isinstance(self.path, MixtureLevels):
+            whole |= {f"path.parts.{place}.levels": part.levels for place, part in enumerate(self.path.parts)}
+        named = {"sample.variables": [*self.sample.variables]}
+        for field, path in whole.items():
+            if isinstance(path, TablePath):
+                named[f"{field}.points"] = [*path.points]
+                if missing := [name for name in names if name not in path.points]:
+                    yield f"{field}.points", f"has no curve for '{missing[0]}'"
+            elif isinstance(path, CascadedLevels):
+                named[f"{field}.shares"] = [*path.shares]
+        for field, said in named.items():
+            for name in said:
+                if name not in names:
+                    yield f"{field}.{name}", f"the stage does not generate '{name}'{did_you_mean(name, names)}"
