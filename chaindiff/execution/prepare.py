@@ -180,8 +180,9 @@ class Preparation:
     def _shape(self, stage: Diffusion) -> str | None:
         """The key of a stage's network without its weights; None for custom code, whose changes nothing tells."""
         spec = stage.network_spec
-        ours = spec is not None and not isinstance(spec, CodeSpec)
-        return packages.shape_key(spec, stage.interface, stage.like.device) if ours else None
+        if spec is None or isinstance(spec, CodeSpec):
+            return None
+        return packages.shape_key(spec, stage.interface, stage.like.device)
 
     def _package(self, name: str, shape: str, precision: str) -> str:
         return digest([shape, self.weights[name], self.rows, precision])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import regular
@@ -50,7 +50,8 @@ def from_main(make: Callable[[], T]) -> T:
         return make()
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([make() if state.is_main_process else None])[0]
+    found: list[Any] = [make() if state.is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 @contextmanager
