@@ -13,6 +13,7 @@ import typer
 from chaindiff.commands import completion
 from chaindiff.io import memory
 from chaindiff.io.errors import UserError, quoted
+from chaindiff.io.files import folder_path
 from chaindiff.io.processes import first_to_fail, processes
 
 app = typer.Typer(
@@ -34,7 +35,9 @@ Set = Annotated[
         autocompletion=completion.fields,
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="The run's directory (default: runs/NAME).")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run's directory (default: runs/NAME).", parser=folder_path)
+]
 Given = Annotated[
     list[str],
     typer.Option(

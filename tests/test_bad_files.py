@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from chaindiff import cli
 from chaindiff.io import files, tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.training import metrics
 
 RECIPE = """
 name: tiny
@@ -344,14 +345,14 @@ def test_a_full_disk_is_told_and_the_same_command_continues(recipe, finished, tm
 
 
 def test_a_full_disk_at_the_metrics(recipe, tmp_path, capsys, monkeypatch):
-    opened = Path.open
+    opened = metrics.regular
 
-    def full(path: Path, *arguments, **options):
+    def full(path: Path, *arguments):
         if path.name == "metrics.jsonl":
             raise OSError(28, "No space left on device")  # as writing says it, without the file's name
-        return opened(path, *arguments, **options)
+        return opened(path, *arguments)
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(metrics, "regular", full)
     assert status("train", recipe, "--stage", "small", "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot write {tmp_path}/run/stages/small/metrics.jsonl: No space left on device\n")
@@ -368,16 +369,16 @@ def scalars(folder: Path) -> list[int]:
 
 def test_a_full_disk_at_tensorboard(recipe, tmp_path, capfd, monkeypatch):
     """One message, from no thread; the same command goes on after the checkpoint, and TensorBoard shows all once."""
-    opened, out, written = Path.open, tmp_path / "run", []
+    opened, out, written = metrics.regular, tmp_path / "run", []
 
-    def full(path: Path, *arguments, **options):
+    def full(path: Path, *arguments):
         written.append(path) if "tfevents" in path.name else None
         # Two records say what the file is, the third is of 4 images, which the checkpoint knows.
-        return opened(Path("/dev/full") if len(written) == 4 else path, *arguments, **options)
+        return open("/dev/full", "ab") if len(written) == 4 else opened(path, *arguments)
 
     command = ("train", recipe, "--stage", "small", "--out", out)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", full)
+        patch.setattr(metrics, "regular", full)
         assert status(*command) == 2
     error = capfd.readouterr().err
     board = out / "stages/small/tensorboard"

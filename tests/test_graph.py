@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 
+import networkx as nx
 import numpy as np
 import pytest
 
-from chaindiff.chain.graph import Plan, Producer, resolve
+from chaindiff.chain.arrows import ancestors, depth_first, shortest_path
+from chaindiff.chain.graph import Plan, resolve
+from chaindiff.chain.producers import Producer
 from chaindiff.io.errors import UserError
 
 EXACT = 1e-8
@@ -548,9 +553,9 @@ def test_nothing_to_decode() -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, chaindiff.chain.graph; print('torch' in sys.modules)"
+    code = "import sys, chaindiff.chain.graph; print({'torch', 'networkx'} & sys.modules.keys())"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "False"
+    assert answer.stdout.strip() == "set()"
 
 
 def test_a_stage_may_be_given_what_an_encoder_makes_of_its_output() -> None:
@@ -563,3 +568,99 @@ def test_a_stage_may_be_given_what_an_encoder_makes_of_its_output() -> None:
     assert [step.producer.name for step in resolve(producers, ["clip"], ["image"]).steps] == ["clip"]
     with pytest.raises(UserError, match="nothing can produce 'image': stage 'image' needs 'clip'"):
         resolve(producers, ["image"])
+
+
+# ------------------------------------------------------------ what is suggested
+
+
+def answers(producers: Sequence[Producer], want: Sequence[str], given: Sequence[str]) -> bool:
+    try:
+        return bool(resolve(producers, want, given))
+    except UserError:
+        return False
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_to_give_is_all_that_helps_and_nothing_else(seed: int) -> None:
+    """The variables that a refusal suggests are those that, tried one by one, make the request answerable."""
+    rng = np.random.default_rng([11, seed])
+    producers, names = [source("v0")], [f"v{i}" for i in range(12)]
+    for i, name in enumerate(names[1:], 1):
+        inputs = " ".join(str(v) for v in dict.fromkeys(rng.choice(names[max(0, i - 3) : i], rng.integers(1, 3))))
+        producers.append(decoder(name, inputs.split()[0]) if rng.random() < 0.2 else stage(name, inputs))
+        if rng.random() < 0.5:
+            producers.append(encoder(str(rng.choice(names[:i])), name))
+    if seed % 3 == 0:  # nothing generates `e`, and two encoders could make it
+        producers += [encoder("e", str(rng.choice(part))) for part in (names[:6], names[6:])] + [stage("f", "e")]
+    everything, refused = list(dict.fromkeys(v for p in producers for v in (*p.outputs, *p.inputs))), 0
+    for want, given in itertools.product(everything[-4:], names[:8]):
+        try:
+            resolve(producers, [want], [given])
+        except UserError as error:
+            if "without regard" not in error.message:
+                continue
+            refused += 1
+            hint = (error.hint or "").partition(" as well")[0].partition(";")[0]
+            told = set(re.findall(r"'(\w+)'", hint)) if hint.startswith("give ") else set()
+            assert told == {v for v in everything if v not in (want, given) and answers(producers, [want], [given, v])}
+    assert refused
+
+
+# ------------------------------------------------------------ size
+
+COUNT = 1000
+LINE = [stage(f"v{i}", f"v{i - 1}" if i else "") for i in range(COUNT)]
+FAN = [stage(f"v{i}", " ".join(f"v{j}" for j in range(max(0, i - 5), i))) for i in range(COUNT)]
+OWN = [p for i in range(COUNT) for p in (
+    *(source(f"s{i}_{k}") for k in range(5)),
+    stage(f"v{i}", " ".join([f"v{i - 1}"] * (i > 0) + [f"s{i}_{k}" for k in range(5)])),
+)]  # fmt: skip
+WIDE = [stage("root"), *(stage(f"v{i}", "root") for i in range(COUNT))]
+BETWEEN = [p for i in range(COUNT) for p in (stage(f"v{i}", f"e{i - 1}" if i else ""), encoder(f"e{i}", f"v{i}"))]
+DECODED = [p for i in range(COUNT) for p in (
+    stage(f"l{i}", f"v{i - 1}" if i else ""), decoder(f"v{i}", f"l{i}"), encoder(f"l{i}", f"v{i}"),
+)]  # fmt: skip
+CASCADE_OF_MANY = LINE + [encoder(f"v{i}", f"v{i + 1}") for i in range(COUNT - 1)]
+SHAPES = {
+    "line": LINE, "line, backwards": LINE[::-1], "fan": FAN, "sources": OWN, "wide": WIDE, "encoders between": BETWEEN,
+    "cascade": CASCADE_OF_MANY, "decoded": DECODED, "beside": [*LINE, stage("beside", "v0")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_thousand_stages(shape: str) -> None:
+    """Planned, or refused with every way out tried, within a second; the bound leaves room for slow machines."""
+    for given in (*([], ["v500"], ["v999"]), *([["beside"]] if shape == "beside" else [])):
+        began = time.process_time()
+        try:
+            plan = resolve(SHAPES[shape], ["v0" if given == ["v999"] else "v999"], given)
+        except UserError as error:
+            assert given and "without regard to" in error.message and error.hint
+        else:
+            check_executable(plan)
+        assert time.process_time() - began < 3
+
+
+# ------------------------------------------------------------ directed graphs
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_directed_graphs_as_networkx_has_them(seed: int) -> None:
+    rng = np.random.default_rng([13, seed])
+    names = [f"v{i}" for i in range(rng.integers(1, 12))]
+    graph = nx.DiGraph()
+    graph.add_nodes_from(names)
+    graph.add_edges_from(rng.choice(names, (rng.integers(0, 2 * len(names)), 2)).tolist())
+    after = {name: dict.fromkeys(graph.successors(name)) for name in graph}
+    found, bit = ancestors(after), {name: 1 << i for i, name in enumerate(after)}
+    for a, b in itertools.product(names, repeat=2):
+        assert bool(found[b] & bit[a]) == nx.has_path(graph, a, b)
+        if nx.has_path(graph, a, b):
+            path = shortest_path(after, a, [b])
+            assert len(path) == nx.shortest_path_length(graph, a, b) + 1
+            assert nx.is_path(graph, path) and (path[0], path[-1]) == (a, b)
+    left, cycle = depth_first(after)
+    assert sorted(left) == sorted(names) and bool(cycle) != nx.is_directed_acyclic_graph(graph)
+    assert all(graph.has_edge(*edge) for edge in zip(cycle, [*cycle[1:], *cycle[:1]], strict=True))
+    if not cycle:
+        assert all(left.index(a) > left.index(b) for a, b in graph.edges)

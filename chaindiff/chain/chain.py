@@ -23,7 +23,9 @@ from chaindiff.chain.variable import Variable, difference
 from chaindiff.edm.denoiser import State
 from chaindiff.edm.random import Draws, generator
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import folder_path
 from chaindiff.io.memory import noted
+from chaindiff.io.processes import sole_writer
 
 if TYPE_CHECKING:
     from chaindiff.chain.plan import ChainPlan
@@ -130,9 +132,10 @@ class Chain:
 
     def generated(self, given: Sequence[str] = ()) -> list[str]:
         """The variables that stages generate and what is decoded from them, without the given ones."""
-        names = [name for stage in self.stages.outlines.values() for name in stage.generates]
-        for _ in self.decoders:  # they may decode each other's outputs, in any order
-            names += [d.name for d in self.decoders.values() if d.of in names and d.name not in names]
+        names = dict.fromkeys(name for stage in self.stages.outlines.values() for name in stage.generates)
+        # Decoders may decode each other's outputs, in any order.
+        while new := [d.name for d in self.decoders.values() if d.of in names and d.name not in names]:
+            names |= dict.fromkeys(new)
         return [name for name in names if name not in given]
 
     def plan(self, want: Sequence[str] | None = None, given: Iterable[str] = ()) -> ChainPlan:
@@ -345,8 +348,9 @@ class Chain:
         """Write the chain with its weights into a folder that `chaindiff.load` reads anywhere."""
         from chaindiff.chain.saving import save_chain
 
-        folder = Path(folder)
-        (save_chain if self.origin is None else self.origin.save)(self, folder)
+        folder = folder_path(folder)
+        with sole_writer(folder):
+            (save_chain if self.origin is None else self.origin.save)(self, folder)
         return folder
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from chaindiff import networks
 from chaindiff.chain.variable import digest
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import cache_folder, regular, write_whole
+from chaindiff.io.files import cache_folder, read_whole, write_whole
 from chaindiff.networks.interface import Condition, Interface
 
 
@@ -43,7 +43,7 @@ class Counted(nn.Module):
         said = [spec.model_dump(mode="json"), asdict(interface), torch.__version__, _code()]
         path, kept = cache_folder() / "counts" / f"{digest(said)}.json", TypeAdapter(Counts)
         try:
-            self.counts = kept.validate_json(regular(path).read_bytes())
+            self.counts = kept.validate_json(read_whole(path))
         except (OSError, ValidationError):
             self.counts = count(networks.build(cast(Any, spec), interface), interface)
             with suppress(UserError):  # it is counted again the next time
@@ -53,7 +53,7 @@ class Counted(nn.Module):
 @cache
 def _code() -> str:
     """A digest of the networks' code."""
-    return digest([regular(path).read_text() for path in sorted(Path(networks.__file__).parent.glob("*.py"))])
+    return digest([read_whole(path).decode() for path in sorted(Path(networks.__file__).parent.glob("*.py"))])
 
 
 class _Peak(TorchDispatchMode):

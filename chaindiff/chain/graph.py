@@ -38,35 +38,13 @@ counts as depending on the inputs of both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from heapq import heappop, heappush
 
-import networkx as nx
-
+from chaindiff.chain.arrows import shortest_path
+from chaindiff.chain.producers import ALL, DETERMINISTIC, Producer, World
 from chaindiff.io.errors import UserError, did_you_mean
-
-
-@dataclass(frozen=True)
-class Producer:
-    """Something that makes variables (`outputs`) from others (`inputs`).
-
-    A source makes its outputs from nothing, a decoder one output from one input. `conditionals`: the sets of its own
-    outputs that a joint stage (or source) can be given, sampling the others.
-    """
-
-    name: str
-    kind: Literal["stage", "encoder", "decoder", "source"]
-    outputs: tuple[str, ...]
-    inputs: tuple[str, ...] = ()
-    conditionals: frozenset[frozenset[str]] = frozenset()
-
-    def __str__(self) -> str:
-        return f"{self.kind} '{self.name}'"
-
-    @property
-    def random(self) -> bool:
-        return self.kind in ("stage", "source")
 
 
 @dataclass(frozen=True)
@@ -93,8 +71,8 @@ class Plan:
     @property
     def unused(self) -> tuple[str, ...]:
         """Given variables that change nothing: no step reads them, and they are not wanted."""
-        read = {name for step in self.steps for name in step.inputs}
-        return tuple(name for name in self.given if name not in read and name not in self.want)
+        used = {name for step in self.steps for name in step.inputs}.union(self.want)
+        return tuple(name for name in self.given if name not in used)
 
 
 def resolve(producers: Sequence[Producer], want: Sequence[str], given: Iterable[str] = ()) -> Plan:
@@ -104,17 +82,20 @@ def resolve(producers: Sequence[Producer], want: Sequence[str], given: Iterable[
     variable, or sampling would ignore what is given.
     """
     producers, want, given = tuple(producers), tuple(dict.fromkeys(want)), tuple(dict.fromkeys(given))
-    names = list(dict.fromkeys(name for p in producers for name in (*p.outputs, *p.inputs)))
+    names = dict.fromkeys(name for p in producers for name in (*p.outputs, *p.inputs))
     for role, asked in (("want", want), ("given", given)):
         for name in asked:
             if name not in names:
                 raise UserError(f"{role}: no variable '{name}' in this chain{did_you_mean(name, names)}")
     if not want:
         raise UserError("nothing is wanted", hint=f"want one or more of: {', '.join(names)}")
+    world = World(producers)
+    request = _Request.of(world, want, given)
     try:
-        return _resolve(producers, want, given)
+        needed = request.check()
     except _Ignored as refusal:
-        raise UserError(refusal.message, hint=_mend(refusal, producers, want, given, names)) from None
+        raise UserError(refusal.message, hint=_mend(refusal, request, given, names)) from None
+    return Plan(want, given, _schedule(request, needed))
 
 
 class _Ignored(UserError):
@@ -125,249 +106,184 @@ class _Ignored(UserError):
         self.sampled, self.evidence = sampled, evidence
 
 
-def _resolve(producers: tuple[Producer, ...], want: tuple[str, ...], given: tuple[str, ...]) -> Plan:
-    graph = generative_graph(producers)
-    makers = _observe(producers, given)
-    known = (*given, *makers)
-    _generate(producers, makers, known)
-    needed = _needed(producers, makers, want, known)
-    _refuse_ignored_evidence(producers, needed, graph, given, known)
-    _refuse_contradictions(producers, needed, graph, known)
-    return Plan(want, given, _schedule(producers, needed, makers, want, known))
+# ------------------------------------------------------------ a request
 
 
-# ------------------------------------------------------------ the generative graph
+@dataclass(frozen=True)
+class _Request:
+    """What is wanted and `given`; `known`: what is given, then what is computed from it; who makes everything else.
 
-
-def generative_graph(producers: Iterable[Producer]) -> nx.DiGraph:
-    """Variables; an arrow from each that a variable is generated from. Raises UserError if it has a cycle."""
-    producers = tuple(producers)
-    graph, generator = nx.DiGraph(), dict[str, Producer]()
-    for producer in producers:
-        graph.add_nodes_from((*producer.inputs, *producer.outputs))
-        if producer.kind == "encoder":
-            continue
-        for output in producer.outputs:
-            if output in generator:
-                raise UserError(
-                    f"'{output}' is generated twice: by {generator[output]} and by {producer}",
-                    hint="give each variable one stage, one source or one decoder",
-                )
-            generator[output] = producer
-        graph.add_edges_from((source, output) for source in producer.inputs for output in producer.outputs)
-    if not nx.is_directed_acyclic_graph(graph):
-        cycle = [edge[0] for edge in nx.find_cycle(graph)]
-        makers = dict.fromkeys(generator[name] for name in cycle)
-        kinds = " and ".join(f"{kind}s" for kind in ("stage", "decoder") if kind in {maker.kind for maker in makers})
-        raise UserError(
-            f"{kinds} form a cycle: {' -> '.join([*cycle, cycle[0]])}",
-            hint=f"remove an input from one of: {', '.join(map(str, makers))}",
-        )
-    # An encoding that its own input is generated from cannot be computed: it is given, or encoded from what is.
-    stages = graph.copy()
-    for producer in producers:
-        if producer.kind == "encoder":
-            made = [(i, o) for o in producer.outputs if o not in generator for i in producer.inputs]
-            graph.add_edges_from((i, o) for i, o in made if not nx.has_path(stages, o, i))
-    return graph
-
-
-def _observations(producers: Sequence[Producer], graph: nx.DiGraph) -> list[tuple[Producer, str, str]]:
-    """(encoder, input, output) wherever the output is generated, but not on the way to the input.
-
-    On the way to it (or together with what is), the stages model the relation: clip -> image, and clip is
-    encoded from image. What is decoded from a variable on the way is on the way too.
+    `unknown`: the others, and `ignorable`: the variables that known ones descend from, as bits.
     """
-    together = {name: p.outputs for p in producers if p.random for name in p.outputs}
-    together |= {name: together.get(root, (root,)) for name, root in _decoded(producers).items()}
-    return [
-        (encoder, source, output)
-        for encoder in producers
-        if encoder.kind == "encoder"
-        for output in encoder.outputs
-        for source in encoder.inputs
-        if not any(nx.has_path(graph, name, source) for name in together.get(output, (output,)))
-    ]
 
+    world: World
+    want: tuple[str, ...]
+    given: Collection[str]
+    known: Mapping[str, None]
+    makers: Mapping[str, int]
+    unknown: int
+    ignorable: int
 
-def _decoded(producers: Iterable[Producer]) -> dict[str, str]:
-    """What each decoded variable is made of in the end: one that no decoder makes."""
-    roots = {p.outputs[0]: p.inputs[0] for p in producers if p.kind == "decoder"}
-    for name in roots:
-        while roots[name] in roots:
-            roots[name] = roots[roots[name]]
-    return roots
+    @classmethod
+    def of(cls, world: World, want: tuple[str, ...], given: Iterable[str]) -> _Request:
+        """Makers: encoders and decoders of what is given, else what generates a variable, else its encoder.
 
+        Encoders come first: where both could make a variable, what is encoded from a given one is nearer to the truth.
+        """
+        have = set(given := dict.fromkeys(given))
+        makers = world.chain(have, ("encoder",)) | world.chain(have, DETERMINISTIC)
+        known = given | dict.fromkeys(makers)
+        makers |= world.chain(have, ALL, skip=world.generated)
+        unknown = world.bits(name for name in world.bit if name not in known)
+        return cls(world, want, given, known, makers, unknown, world.above_any(known))
 
-# ------------------------------------------------------------ forward chaining
+    def also(self, name: str) -> _Request:
+        """With one more variable given; everything that is known is taken as given."""
+        have, world = {*self.known, name}, self.world
+        new = dict.fromkeys((name, *world.chain(have, DETERMINISTIC, (name,))))
+        known = {**self.known, **new}
+        makers = world.chain(have, ALL, skip=world.generated) if world.choices else self.makers
+        unknown, ignorable = self.unknown & ~world.bits(new), self.ignorable | world.above_any(new)
+        return _Request(world, self.want, known, known, makers, unknown, ignorable)
 
+    def needed(self) -> Iterator[int]:
+        """Producers that the wanted variables need. Raises UserError if there is none."""
+        todo, seen, met = list(self.want), set[str](), set[int]()
+        while todo:
+            name = todo.pop()
+            if name in seen or name in self.given:
+                continue
+            seen.add(name)
+            if name not in self.makers:
+                raise self._cannot_produce(name)
+            number = self.makers[name]
+            producer = self.world.producers[number]
+            todo.extend(producer.inputs)
+            if producer.random and len(producer.outputs) > 1:  # a joint stage reads those of its outputs that are known
+                todo.extend(output for output in producer.outputs if output in self.known)
+            if number not in met:
+                met.add(number)
+                yield number
 
-def _observe(producers: Iterable[Producer], given: Iterable[str]) -> dict[str, Producer]:
-    """What encoders and decoders compute from what is given: variable -> its maker.
+    def _cannot_produce(self, name: str) -> UserError:
+        """Says what was tried, back to the variables that nothing produces."""
+        tried, roots, queue, met = list[str](), list[str](), [name], {name}
+        for current in queue:  # grows on the way
+            makers_of = [self.world.producers[number] for number in self.world.makers[current]]
+            if not makers_of:
+                roots.append(current)
+                tried.append(f"no stage, encoder or source produces '{current}'")
+            for producer in makers_of:
+                lacking = [i for i in producer.inputs if i not in self.known]
+                if producer.kind == "encoder" and current in self.world.generated:
+                    tried.append(f"{producer} needs {_list(lacking)} to be given")
+                else:
+                    lacking = [i for i in lacking if i not in self.makers]
+                    tried.append(f"{producer} needs {_list(lacking)}")
+                    queue.extend(i for i in dict.fromkeys(lacking) if i not in met)
+                    met.update(lacking)
+        if roots:
+            mend = f"give {_list(roots)}, or name a source (empirical or uniform) for what is drawn when sampling"
+        else:
+            mend = f"give one of {_list(queue, 'or')}"
+        return UserError(f"nothing can produce '{name}': {'; '.join(tried)}", hint=mend)
 
-    Encoders come first: where both could make a variable, what is encoded from a given one is nearer to the truth.
-    """
-    makers: dict[str, Producer] = {}
-    have = set(given)
-    _chain([p for p in producers if p.kind == "encoder"], makers, have)
-    _chain([p for p in producers if not p.random], makers, have)
-    return makers
+    # -------------------------------------------------------- refusals
 
+    def check(self) -> list[int]:
+        """The producers that are needed, in order of declaration. Raises UserError if they cannot answer."""
+        needed = sorted(self.needed())
+        for number in needed:
+            if self.ignores(number):
+                raise self.refusal(self.world.producers[number])
+        if contradiction := self.contradiction(needed):
+            raise contradiction
+        return needed
 
-def _generate(producers: Sequence[Producer], makers: dict[str, Producer], known: Iterable[str]) -> None:
-    """Adds to `makers` everything else that can be made: by what generates it if anything does, else by an encoder."""
-    generated = {name for p in producers if p.kind != "encoder" for name in p.outputs}
-    _chain(producers, makers, set(known), refuse_encoding=generated)
-
-
-def _chain(
-    producers: Iterable[Producer], makers: dict[str, Producer], have: set[str], refuse_encoding: Collection[str] = ()
-) -> None:
-    before = -1
-    while before != len(have):
-        before = len(have)
-        for producer in producers:
-            if have.issuperset(producer.inputs):
-                skip = refuse_encoding if producer.kind == "encoder" else ()
-                new = [name for name in producer.outputs if name not in have and name not in skip]
-                makers.update(dict.fromkeys(new, producer))
-                have.update(new)
-
-
-def _needed(
-    producers: Sequence[Producer], makers: dict[str, Producer], want: Iterable[str], known: Collection[str]
-) -> list[Producer]:
-    """Producers that the wanted variables need, in order of declaration."""
-    needed: set[Producer] = set()
-    todo = list(want)
-    seen: set[str] = set()
-    while todo:
-        name = todo.pop()
-        if name in seen or (name in known and name not in makers):  # done, or given
-            continue
-        seen.add(name)
-        if name not in makers:
-            raise _cannot_produce(name, producers, makers, known)
-        needed.add(makers[name])
-        todo.extend(makers[name].inputs)
-        if makers[name].random:  # a joint stage reads those of its outputs that are known
-            todo.extend(output for output in makers[name].outputs if output in known)
-    return [producer for producer in producers if producer in needed]
-
-
-def _cannot_produce(
-    name: str, producers: Iterable[Producer], makers: Collection[str], known: Collection[str]
-) -> UserError:
-    """Says what was tried, back to the variables that nothing produces."""
-    generated = {output for p in producers if p.kind != "encoder" for output in p.outputs}
-    tried: list[str] = []
-    roots: list[str] = []
-    todo = [name]
-    for current in todo:  # grows on the way
-        makers_of = [p for p in producers if current in p.outputs]
-        if not makers_of:
-            roots.append(current)
-            tried.append(f"no stage, encoder or source produces '{current}'")
-        for producer in makers_of:
-            if producer.kind == "encoder" and current in generated:
-                lacking = [i for i in producer.inputs if i not in known]
-                tried.append(f"{producer} needs {_list(lacking)} to be given")
-            else:
-                lacking = [i for i in producer.inputs if i not in known and i not in makers]
-                tried.append(f"{producer} needs {_list(lacking)}")
-                todo.extend(i for i in lacking if i not in todo)
-    if roots:
-        mend = f"give {_list(roots)}, or name a source (empirical or uniform) for what is drawn when sampling"
-    else:
-        mend = f"give one of {_list(todo, 'or')}"
-    return UserError(f"nothing can produce '{name}': {'; '.join(tried)}", hint=mend)
-
-
-# ------------------------------------------------------------ refusals
-
-
-def _refuse_ignored_evidence(
-    producers: Sequence[Producer],
-    needed: Sequence[Producer],
-    graph: nx.DiGraph,
-    given: Collection[str],
-    known: Collection[str],
-) -> None:
-    """Raises _Ignored if a stage would sample without regard to what is known of its outputs' descendants."""
-    depends = graph.copy()
-    depends.add_edges_from((i, o) for _, i, o in _observations(producers, graph))
-    for producer in needed:
-        if not producer.random:
-            continue
-        fresh = tuple(name for name in producer.outputs if name not in known)
-        fixed = tuple(name for name in producer.outputs if name in known)
-        if not fresh:
-            continue
-        if fixed and frozenset(fixed) not in producer.conditionals:
-            raise _Ignored(
-                f"{producer} generates {_list(producer.outputs)} together and was not trained to generate "
-                f"{_list(fresh)} given {_list(fixed)}",
-                fresh,
-                fixed,
-            )
-        reached: dict[str, list[str]] = {}
-        for source in fresh:
-            reached |= nx.single_source_shortest_path(depends, source)
-        ignored = [name for name in known if name in reached]
-        if ignored:
-            first = ignored[0]  # given ones come first
-            known_how = "which is given" if first in given else "which an encoder computes from what is given"
-            raise _Ignored(
-                f"{producer} would sample {_list(fresh)} without regard to '{first}', {known_how} "
-                f"and depends on it ({' -> '.join(reached[first])})",
-                fresh,
-                tuple(ignored),
-            )
-
-
-def _refuse_contradictions(
-    producers: Sequence[Producer], needed: Sequence[Producer], graph: nx.DiGraph, known: Collection[str]
-) -> None:
-    """Raises UserError if the plan samples a variable separately from what an encoder computes it from."""
-    made = {name for p in needed for name in p.outputs if name not in known}
-    sampled = {name for p in needed if p.random for name in p.outputs if name not in known}
-    for names in (made, sampled):  # what could be decoded from them is settled with them
-        _chain([p for p in producers if p.kind == "decoder"], {}, names)
-    for encoder, source, output in _observations(producers, graph):
-        if source in made and output in sampled and not nx.has_path(graph, source, output):
-            raise UserError(
-                f"'{source}' and '{output}' would be sampled separately, though {encoder} computes '{output}' "
-                f"from '{source}'",
-                hint=f"add '{output}' to what the stage of '{_decoded(producers).get(source, source)}' is given, "
-                "or want only one of them",
-            )
-
-
-def _mend(
-    refusal: _Ignored,
-    producers: tuple[Producer, ...],
-    want: tuple[str, ...],
-    given: tuple[str, ...],
-    names: Iterable[str],
-) -> str:
-    """Ways out of a refusal, each tried before it is suggested."""
-
-    def works(given: Iterable[str], *more: Producer) -> bool:
+    def answerable(self) -> bool:
+        """Whether `check` raises nothing."""
         try:
-            _resolve((*producers, *more), want, tuple(given))
+            return not any(map(self.ignores, self.needed())) and self.contradiction(self.needed()) is None
         except UserError:
             return False
-        return True
 
+    def ignores(self, number: int) -> bool:
+        """Whether a producer would sample without regard to what is known of its outputs or their descendants."""
+        outputs = self.world.sampled[number]
+        fresh = outputs & self.unknown
+        if fresh == outputs or not fresh:
+            return bool(fresh & self.ignorable)
+        producer = self.world.producers[number]
+        untrained = frozenset(producer.outputs).intersection(self.known) not in producer.conditionals
+        return untrained or bool(fresh & self.ignorable)
+
+    def refusal(self, producer: Producer) -> _Ignored:
+        """The error if it does."""
+        fresh = tuple(name for name in producer.outputs if name not in self.known)
+        fixed = tuple(name for name in producer.outputs if name in self.known)
+        if fixed and frozenset(fixed) not in producer.conditionals:
+            told = f"{producer} generates {_list(producer.outputs)} together and was not trained to generate"
+            return _Ignored(f"{told} {_list(fresh)} given {_list(fixed)}", fresh, fixed)
+        above, bits = self.world.depends_on, self.world.bits(fresh)
+        ignored = tuple(name for name in self.known if above[name] & bits)
+        first = ignored[0]  # given ones come first
+        known_how = "which is given" if first in self.given else "which an encoder computes from what is given"
+        last = next(source for source in reversed(fresh) if above[first] & self.world.bit[source])
+        way = " -> ".join(shortest_path(self.world.depends, last, (first,)))
+        told = f"{producer} would sample {_list(fresh)} without regard to '{first}', {known_how}"
+        return _Ignored(f"{told} and depends on it ({way})", fresh, ignored)
+
+    def contradiction(self, needed: Iterable[int]) -> UserError | None:
+        """The error if the plan samples a variable separately from what an encoder computes it from."""
+        if not self.world.apart:
+            return None
+        makers = [self.world.producers[number] for number in needed]
+        made = {name for p in makers for name in p.outputs if name not in self.known}
+        sampled = {name for p in makers if p.random for name in p.outputs if name not in self.known}
+        for names in (made, sampled):  # what could be decoded from them is settled with them
+            self.world.chain(names, ("decoder",))
+        for encoder, source, output in self.world.apart:
+            if source in made and output in sampled:
+                return UserError(
+                    f"'{source}' and '{output}' would be sampled separately, though {encoder} computes '{output}' "
+                    f"from '{source}'",
+                    hint=f"add '{output}' to what the stage of '{self.world.root(source)}' is given, "
+                    "or want only one of them",
+                )
+        return None
+
+    def ways_to(self, sampled: Collection[str]) -> set[str]:
+        """Variables one of which must be given if none of `sampled` is to be sampled as it is.
+
+        Those on one way from what is wanted to it, and what these are encoded or decoded from.
+        """
+        world = self.world
+        if world.choices:
+            return set(world.bit)
+        needs = {n: () if n in self.known else world.producers[number].inputs for n, number in self.makers.items()}
+        needs |= dict.fromkeys(self.given, ()) | {"": self.want}
+        found = {*shortest_path(needs, "", sampled), *sampled} - {""}
+        todo = list(found)
+        for name in todo:  # grows on the way
+            makers = [world.producers[number] for number in world.makers[name]]
+            new = [source for p in makers if not p.random for source in p.inputs if source not in found]
+            found.update(new)
+            todo.extend(new)
+        return found
+
+
+def _mend(refusal: _Ignored, request: _Request, given: tuple[str, ...], names: Iterable[str]) -> str:
+    """Ways out of a refusal, each tried before it is suggested."""
+    world, want = request.world, request.want
     ways = []
-    gifts = [name for name in names if name not in given and name not in want and works((*given, name))]
-    if gifts:
+    tried = request.ways_to(refusal.sampled).difference(given, want)
+    if gifts := [name for name in names if name in tried and request.also(name).answerable()]:
         ways.append(f"give {_list(gifts, 'or')} as well")
-    evidence = next((name for name in refusal.evidence if name in given), refusal.evidence[0])
-    if works(given, Producer("", "encoder", refusal.sampled, (evidence,))):
+    evidence = next((name for name in refusal.evidence if name in request.given), refusal.evidence[0])
+    encoder = Producer("", "encoder", refusal.sampled, (evidence,))
+    if _Request.of(World((*world.producers, encoder)), want, given).answerable():
         ways.append(f"declare an encoder that computes {_list(refusal.sampled)} from '{evidence}'")
-    rest = [name for name in given if name != evidence]
-    if evidence in given and works(rest):
+    if evidence in request.given and _Request.of(world, want, [n for n in given if n != evidence]).answerable():
         ways.append(f"do not give '{evidence}'")
     return "; or ".join(ways) or f"declare a stage that generates {_list(refusal.sampled)} given '{evidence}'"
 
@@ -375,29 +291,33 @@ def _mend(
 # ------------------------------------------------------------ order
 
 
-def _schedule(
-    producers: Sequence[Producer],
-    needed: Sequence[Producer],
-    makers: dict[str, Producer],
-    want: Collection[str],
-    known: Collection[str],
-) -> tuple[Step, ...]:
+def _schedule(request: _Request, needed: Sequence[int]) -> tuple[Step, ...]:
     """Needed producers in topological order, each with what nothing needs after it."""
-    order = nx.DiGraph()
-    order.add_nodes_from(needed)
-    reads: dict[Producer, tuple[str, ...]] = {}
-    for producer in needed:
-        fixed = [name for name in producer.outputs if producer.random and name in known]
-        reads[producer] = (*producer.inputs, *fixed)
-        order.add_edges_from((makers[name], producer) for name in reads[producer] if name in makers)
-    ordered = list(nx.lexicographical_topological_sort(order, key=producers.index))
+    makers, producers = request.makers, request.world.producers
+    reads, before = dict[int, tuple[str, ...]](), dict[int, set[int]]()
+    after: dict[int, list[int]] = {number: [] for number in needed}
+    for number in needed:
+        producer = producers[number]
+        fixed = [name for name in producer.outputs if producer.random and name in request.known]
+        reads[number] = (*producer.inputs, *fixed)
+        before[number] = {makers[name] for name in reads[number] if name in makers}
+        for other in before[number]:
+            after[other].append(number)
+    ordered: list[int] = []
+    ready = [number for number in needed if not before[number]]
+    while ready:
+        ordered.append(number := heappop(ready))
+        for other in after[number]:
+            before[other].remove(number)
+            if not before[other]:
+                heappush(ready, other)
     steps: list[Step] = []
-    keep = set(want)
-    for producer in reversed(ordered):  # backwards: the first reader met is the last one
-        makes = tuple(name for name in producer.outputs if makers.get(name) == producer)
-        drop = tuple(name for name in dict.fromkeys((*reads[producer], *makes)) if name not in keep)
-        keep.update(reads[producer])
-        steps.append(Step(producer, reads[producer], makes, drop))
+    keep = set(request.want)
+    for number in reversed(ordered):  # backwards: the first reader met is the last one
+        makes = tuple(name for name in producers[number].outputs if makers.get(name) == number)
+        drop = tuple(name for name in dict.fromkeys((*reads[number], *makes)) if name not in keep)
+        keep.update(reads[number])
+        steps.append(Step(producers[number], reads[number], makes, drop))
     return tuple(reversed(steps))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaindiff.chain.graph import Plan
 from chaindiff.chain.stage import Cost
+from chaindiff.io.errors import in_lines
 from chaindiff.show.drawing import Arrow, Box, chain_svg
 
 if TYPE_CHECKING:
@@ -27,15 +28,20 @@ class ChainPlan:
         moving = {step.producer.name: step.outputs for step in self.plan.steps if step.producer.kind == "stage"}
         return {name: self.chain.cost(name, moving.get(name)) for name in self.chain.stages}
 
-    @property
+    @cached_property
     def running(self) -> list[str]:
         """Names of the stages that run, in order."""
         return [s.producer.name for s in self.plan.steps if s.producer.kind == "stage"]
 
     def share(self, stage: str) -> float:
         """The stage's share of the request's floating-point operations."""
-        total = sum(self.costs[name].total_flops for name in self.running)
-        return self.costs[stage].total_flops / total if stage in self.running and total else 0.0
+        return self._shares.get(stage, 0.0)
+
+    @cached_property
+    def _shares(self) -> dict[str, float]:
+        flops = {name: self.costs[name].total_flops for name in self.running}
+        total = sum(flops.values()) or 1
+        return {name: own / total for name, own in flops.items()}
 
     def facts(self) -> dict[str, Any]:
         """The plan and its costs as plain data: for one sample, bytes in float32."""
@@ -72,35 +78,35 @@ class ChainPlan:
     def __str__(self) -> str:
         given = f", given {', '.join(self.plan.given)}" if self.plan.given else ""
         variables = self.chain.variables
-        lines = [f"{self.chain.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
+        said = [f"{self.chain.name}: sample {', '.join(self.plan.want)}{given}", "", self.sketch(), ""]
         if not self.plan.steps:
-            lines.append("nothing runs: everything that is wanted is given")
+            said.append("nothing runs: everything that is wanted is given")
         for number, step in enumerate(self.plan.steps, 1):
             made = ", ".join(str(variables.get(v, v)) for v in step.outputs)
-            lines.append(
+            said.append(
                 f"{number}. {step.producer.kind} {step.producer.name}: {made} from {', '.join(step.inputs) or '-'}"
             )
             if step.producer.kind == "stage":
                 cost, share = self.costs[step.producer.name], self.share(step.producer.name)
                 total, once = amount(cost.total_flops), amount(cost.flops)
-                lines += [
+                said += [
                     f"     {cost.how}; NFE {cost.nfe}; {cost.parameters:,} parameters",
                     f"     {total}FLOP a sample ({once}FLOP x {cost.nfe}), {share:.1%} of all",
                     f"     memory {amount(cost.weight_bytes)}B + {amount(cost.activation_bytes)}B a sample",
                     *([f"     warning: {cost.warning}"] if cost.warning else []),
                 ]
             if step.drop:
-                lines.append(f"     then drops {', '.join(step.drop)}")
+                said.append(f"     then drops {', '.join(step.drop)}")
         facts = self.facts()
         weights, peak = amount(facts["weight_bytes"]), amount(facts["activation_bytes"])
-        lines += [
+        said += [
             "",
             f"in all: NFE {facts['nfe']}, {amount(facts['total_flops'])}FLOP a sample, weights {weights}B, "
             f"activations {peak}B a sample (float32)",
         ]
         if self.plan.unused:
-            lines.append(f"given but not needed: {', '.join(self.plan.unused)}")
-        return "\n".join(lines)
+            said.append(f"given but not needed: {', '.join(self.plan.unused)}")
+        return in_lines(*said)
 
     def sketch(self) -> str:
         """The steps in one line: clip -> image16 -> image; given variables in brackets."""

@@ -23,7 +23,7 @@ from chaindiff.data.augment import augment_dim
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import regular, write_whole
+from chaindiff.io.files import read_whole, write_whole
 from chaindiff.specs.code import is_code
 from chaindiff.specs.stage import AugmentSpec
 
@@ -168,7 +168,7 @@ def load_chain(folder: Path, objects: Sequence[Stage | Encoder] = ()) -> Chain:
     Raises UserError for one that is not passed in.
     """
     try:
-        said = from_json(regular(folder / CHAIN).read_bytes())
+        said = from_json(read_whole(folder / CHAIN))
         variables = {entry["name"]: _variable(entry) for entry in said["variables"]}
         sources = [Source(variables[name], list(weights)) for name, weights in said["sources"].items()]
         parts = {part: [str(name) for name in said[part]] for part in ("stages", "encoders", "decoders")}

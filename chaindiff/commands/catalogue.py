@@ -59,7 +59,7 @@ def _weights() -> list[Entry]:
 
 def _header(path: Path) -> dict[str, Any]:
     """Of a safetensors file: its length in eight bytes, then JSON."""
-    with regular(path).open("rb") as file:
+    with regular(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return from_json(file.read(min(length, HEADER)))
 

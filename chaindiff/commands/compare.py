@@ -12,7 +12,7 @@ from typing import Any
 from chaindiff.commands.catalogue import runs
 from chaindiff.evaluation.provenance import LIKE, read_evaluation
 from chaindiff.evaluation.tables import NAMES, Measured, cell, plain
-from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.errors import Lines, UserError, did_you_mean, in_lines
 from chaindiff.specs.load import LOCK, Loaded, load_recipe
 
 WIDEST = 40  # characters of a setting in the table
@@ -81,7 +81,7 @@ class Comparison:
                 told = [f"{field} {', '.join(map(shown, by_run.values()))}" for field, by_run in line["unlike"].items()]
                 lines.append([line["row"], title, *cells, "; ".join(told)])  # such as `count 260, 1000`
             parts.append(plain([["row", "figure", *names, warning], *lines]))
-        return "\n\n".join([*parts, *(["\n".join(self.notes)] if self.notes else [])])
+        return Lines("\n\n".join([*parts, *([in_lines(*self.notes)] if self.notes else [])]))
 
 
 def compare(names: Sequence[str]) -> Comparison:

@@ -40,8 +40,9 @@ def evaluate(
         if not processes().is_main_process:
             return report
         for part in report.parts:
-            say(f"\n{part['title']}\n{part['note']}\n\n{plain(part['table']) if part['table'] else ''}")
+            table = plain(part["table"]) if part["table"] else ""
+            say("", part["title"], *part["note"].split("\n"), "", table)
         if sampled.seconds or not is_current(page, assembly):
             write_run_report(page, assembly, sampled)
-    say(f"\nfigures: {assembly.out / METRICS}\npage: {page}")
+    say("", f"figures: {assembly.out / METRICS}", f"page: {page}")
     return report

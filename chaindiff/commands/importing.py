@@ -44,7 +44,8 @@ def import_snapshot(
     say(f"{path.name}: {kind_of(snapshot)}")
     if loaded is None:
         tensorfile.save(out, snapshot.network.state_dict(), {"format": FORMAT, **metadata(snapshot, path)})
-        say(f"wrote {out}\n\nto begin a stage of a recipe from it:\n\n{snippet(snapshot, out)}")
+        begin = snippet(snapshot, out).split("\n")
+        say(f"wrote {out}", "", "to begin a stage of a recipe from it:", "", *begin)
         say(f"to sample it as it is: chaindiff import {path} --recipe RECIPE --stage STAGE")
     else:
         name = stage_name(loaded, stage)

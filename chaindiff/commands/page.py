@@ -28,8 +28,9 @@ def shows(assembly: Assembly, banner: str = "") -> str:
 def is_current(path: Path, assembly: Assembly, banner: str = "") -> bool:
     """Whether the page is there and shows what there is now, with the chain's picture beside it."""
     try:
-        with regular(path).open(encoding="utf-8", errors="replace") as page:
-            return f'"{shows(assembly, banner)}"' in page.read(1000) and path.with_name("chain.svg").exists()
+        with regular(path) as page:
+            start = page.read(4000).decode(errors="replace")
+        return f'"{shows(assembly, banner)}"' in start and path.with_name("chain.svg").exists()
     except OSError:
         return False
 

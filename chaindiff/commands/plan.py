@@ -47,7 +47,7 @@ def plan(
             say(f"stage {name}: weights {path}")
     if picture is not None:
         draw(found, picture)
-        say(f"\nwrote {picture}")
+        say("", f"wrote {picture}")
     return found
 
 

@@ -11,7 +11,7 @@ from chaindiff.commands.page import is_current, write_run_report
 from chaindiff.commands.plan import asking, draw, recipe_of
 from chaindiff.commands.sample import Sampled, other_samples, sample_chain
 from chaindiff.commands.smoke import smoke_version
-from chaindiff.io.errors import UserError
+from chaindiff.io.errors import UserError, in_lines
 from chaindiff.io.processes import processes, sole_writer
 from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
@@ -70,7 +70,7 @@ def run_assembly(assembly: Assembly, replace: bool, banner: str) -> Sampled:
         write_run_report(page, assembly, sampled, banner)
     if sampled.seconds:
         say(f"{sampled.samples.count} samples in {sampled.seconds:.1f} s")
-    say("\n".join(f"grid: {path}" for path in reversed(sampled.samples.grids)))
+    say(*(f"grid: {path}" for path in reversed(sampled.samples.grids)))
     say(f"page: {page}")
     return sampled
 
@@ -86,9 +86,12 @@ def explain_missing_data(assembly: Assembly) -> None:
         raise UserError(
             error.message,
             error.where,
-            f"{error.hint or ''}\n  {recipe.name} has no shipped weights, so it trains on its own images first. You can"
-            f"\n    train on any folder of images:   chaindiff run {assembly.loaded.spoken} --set data.path=FOLDER"
-            f"\n    begin from EDM weights:          add {begin}"
-            f"\n    see the whole pipeline at once:  chaindiff run {assembly.loaded.spoken} --smoke"
-            f"\n    sample a chain that is trained:  chaindiff run vcdm_emoji",
+            in_lines(
+                error.hint or "",
+                f"  {recipe.name} has no shipped weights, so it trains on its own images first. You can",
+                f"    train on any folder of images:   chaindiff run {assembly.loaded.spoken} --set data.path=FOLDER",
+                f"    begin from EDM weights:          add {begin}",
+                f"    see the whole pipeline at once:  chaindiff run {assembly.loaded.spoken} --smoke",
+                "    sample a chain that is trained:  chaindiff run vcdm_emoji",
+            ),
         ) from error

@@ -19,7 +19,7 @@ from chaindiff.data.sources import IMAGES, METADATA, Source, open_source
 from chaindiff.io.code import create
 from chaindiff.io.digest import fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.io.files import regular
+from chaindiff.io.files import regular_path
 from chaindiff.specs.code import CodeDataSpec
 from chaindiff.specs.recipe import Data, DataSpec
 
@@ -200,7 +200,7 @@ class ImageData:
 
 def open_image(file: io.BytesIO | Path) -> Image.Image:
     """An image of a known format, whatever its name says: PIL would start Ghostscript for PostScript. Raises as PIL."""
-    return Image.open(regular(file) if isinstance(file, Path) else file, formats=sorted({*IMAGES.values()}))
+    return Image.open(regular_path(file) if isinstance(file, Path) else file, formats=sorted({*IMAGES.values()}))
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 
 from chaindiff.io.digest import digest, unchanged
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import cache_folder, regular, user_path, write_whole
+from chaindiff.io.files import cache_folder, read_whole, regular, regular_path, user_path, write_whole
 from chaindiff.io.progress import say
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -64,7 +64,7 @@ def _is_zip(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with regular(file).open("rb") as opened:
+        with regular(file) as opened:
             return zipfile.is_zipfile(opened)
     except OSError as error:
         raise UserError(f"the data cannot be read: {error.strerror}", str(file)) from error
@@ -90,7 +90,7 @@ class Folder:
     def read(self, name: str, most: int | None = None) -> bytes:
         _refuse_size(self._status(name).st_size, most or IMAGE_BYTES, self.where(name))
         try:
-            return regular(self.path / name).read_bytes()
+            return read_whole(self.path / name, most or IMAGE_BYTES)
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror or error}", self.where(name)) from error
 
@@ -134,7 +134,7 @@ class Zip:
         # A forked process would share the file's position with its parent, so it reopens the zip.
         if self._open is None or self._open[0] != os.getpid():
             try:
-                self._open = os.getpid(), zipfile.ZipFile(regular(self.path))
+                self._open = os.getpid(), zipfile.ZipFile(regular_path(self.path))
             except Exception as error:  # a damaged zip directory may raise nearly anything
                 raise UserError(f"the zip cannot be opened: {error}", str(self.path), _AGAIN) from error
         return self._open[1]
@@ -188,7 +188,7 @@ Source = Folder | Zip
 
 def _known(memo: Path) -> dict[str, list[int]]:
     try:
-        known = from_json(regular(memo).read_bytes())
+        known = from_json(read_whole(memo))
         return {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 4}
     except (OSError, ValueError, AttributeError):
         return {}

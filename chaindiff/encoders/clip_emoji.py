@@ -14,7 +14,7 @@ from typing import Any
 import open_clip
 import torch
 
-from chaindiff.io.files import regular
+from chaindiff.io.files import read_whole
 
 CLIP_EMOJI = Path(__file__).parents[1] / "assets" / "clip_emoji"
 
@@ -22,7 +22,7 @@ CLIP_EMOJI = Path(__file__).parents[1] / "assets" / "clip_emoji"
 def local_options(folder: str | Path = CLIP_EMOJI) -> dict[str, Any]:
     """The arguments that make `open_clip.create_model` (or `create_model_and_transforms`) load the folder."""
     folder = Path(folder).resolve()
-    text = json.loads(regular(folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    text = json.loads(read_whole(folder / "open_clip_config.json"))["model_cfg"]["text_cfg"]
     text |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
     return {"model_name": f"local-dir:{folder}", "text_cfg": text}
 

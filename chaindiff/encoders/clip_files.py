@@ -12,7 +12,7 @@ from typing import Any
 from chaindiff.encoders.clip_config import ClipConfig, PreprocessConfig
 from chaindiff.io.digest import file_digest, fingerprint
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.io.files import regular, user_path
+from chaindiff.io.files import read_whole, user_path
 from chaindiff.io.progress import say
 from chaindiff.specs.clip_models import CONFIG, HUB, is_file, known_models, model_folder, placed_folder
 from chaindiff.specs.recipe import OpenClipSpec
@@ -69,7 +69,7 @@ def find(spec: OpenClipSpec, where: str) -> Files:
 
 def _folder(folder: Path, where: str) -> Files:
     try:
-        content = json.loads(regular(folder / CONFIG).read_text("utf-8"))
+        content = json.loads(read_whole(folder / CONFIG))
         said = {name: content[name] for name in ClipConfig.model_fields if name in content}
         validate(ClipConfig, wrap(said, str(folder / CONFIG)))
     except FileNotFoundError as error:

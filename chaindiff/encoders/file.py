@@ -17,7 +17,7 @@ from torch import Tensor
 from chaindiff.encoders.embedding import Embedding
 from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.io.files import regular, user_path
+from chaindiff.io.files import regular_path, user_path
 from chaindiff.specs.recipe import FileSpec
 
 CHUNK = 4096  # rows checked at once
@@ -70,7 +70,7 @@ class FileVectors(Embedding):
         return features
 
     def _safetensors(self) -> tuple[Tensor, list[str] | None]:
-        with safe_open(regular(self.path), "pt") as file:  # its tensors stay mapped when it is closed
+        with safe_open(regular_path(self.path), "pt") as file:  # its tensors stay mapped when it is closed
             held = list(file.keys())
             only = held[0] if len(held) == 1 else None
             named = next((name for name in ("features", self.name) if name in held), only)
@@ -93,7 +93,8 @@ class FileVectors(Embedding):
         return names
 
     def _numpy(self) -> tuple[Tensor, None]:
-        array = np.load(regular(self.path), mmap_mode="c", allow_pickle=False)  # "c": nothing is written to the file
+        # "c": nothing is written to the file
+        array = np.load(regular_path(self.path), mmap_mode="c", allow_pickle=False)
         if array.dtype.kind not in "fiu":
             raise ValueError(f"its dtype is {array.dtype}")
         native = array.dtype in (np.float16, np.float32, np.float64)

@@ -17,7 +17,7 @@ from chaindiff.encoders.kmeans import Chunks, cluster
 from chaindiff.encoders.moments import Moments
 from chaindiff.io.digest import fingerprint
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import regular
+from chaindiff.io.files import regular_path
 
 if TYPE_CHECKING:
     import chaindiff.encoders.embedding
@@ -96,7 +96,7 @@ class Statistics:
         """Read a file that was fitted for this encoder. Raises UserError if it is missing, damaged or mismatched."""
         hint = f"fit it again: remove the file and train a stage that uses '{encoder.name}'"
         try:
-            with safe_open(regular(path), "pt") as file:
+            with safe_open(regular_path(path), "pt") as file:
                 metadata = file.metadata() or {}
                 statistics = cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except FileNotFoundError as error:

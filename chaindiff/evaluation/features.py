@@ -23,7 +23,7 @@ from chaindiff.evaluation.judge_networks import SIZE, TRUNKS
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.io.files import cache_folder, regular
+from chaindiff.io.files import cache_folder, regular_path
 from chaindiff.specs.recipe import OpenClipSpec
 
 JUDGES = Path(__file__).parents[1] / "assets" / "judges"
@@ -94,7 +94,7 @@ def _inception(name: str, argument: str, weights: Path | None) -> Extractor:
     with _reading(name, weights):
         if _is_torchscript(weights):
             # The published script's `layers` take scaled images of 299 x 299; what precedes them is its own resizing.
-            module = torch.jit.load(str(regular(weights)), map_location="cpu").layers
+            module = torch.jit.load(str(regular_path(weights)), map_location="cpu").layers
         else:
             torch.save(_tensors(weights), state := io.BytesIO())  # it would unpickle, and run, whatever is in a file
             state.seek(0)
@@ -198,16 +198,16 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """A state dictionary: safetensors, or a pickle of tensors alone, which executes nothing."""
     if path.suffix == ".safetensors":
         return tensorfile.load(path)[0]
-    state = torch.load(regular(path), map_location="cpu", weights_only=True)
+    state = torch.load(regular_path(path), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("it holds more than named tensors")
     return dict(state)  # without notes of versions: files may lack a batch norm's count of batches
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(regular(path)):
+    if not zipfile.is_zipfile(regular_path(path)):
         return False
-    with zipfile.ZipFile(regular(path)) as archive:
+    with zipfile.ZipFile(regular_path(path)) as archive:
         return any(Path(member).name == "constants.pkl" for member in archive.namelist())
 
 
@@ -215,8 +215,8 @@ def _is_torchscript(path: Path) -> bool:
 def _reading(name: str, path: Path) -> Iterator[None]:
     """Turn the many errors that libraries raise for a file of another network into UserErrors."""
     try:
-        if zipfile.is_zipfile(regular(path)):  # as torch writes them, never packed
-            with zipfile.ZipFile(regular(path)) as archive:
+        if zipfile.is_zipfile(regular_path(path)):  # as torch writes them, never packed
+            with zipfile.ZipFile(regular_path(path)) as archive:
                 if (size := sum(member.file_size for member in archive.infolist())) > 2 * path.stat().st_size:
                     raise ValueError(f"they would expand to {size >> 20} MiB")
         yield

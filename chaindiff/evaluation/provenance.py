@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import regular
+from chaindiff.io.files import read_whole
 
 
 class Figure(BaseModel):
@@ -68,7 +68,7 @@ class Evaluation(BaseModel):
 def read_evaluation(path: Path) -> Evaluation | None:
     """What an evaluation left in metrics.json; None if there was none. Raises UserError for anything else there."""
     try:
-        return Evaluation.model_validate_json(regular(path).read_bytes())
+        return Evaluation.model_validate_json(read_whole(path))
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:

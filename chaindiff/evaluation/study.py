@@ -28,7 +28,7 @@ from chaindiff.evaluation.rows import CHUNK, Row
 from chaindiff.evaluation.vectors import alignment
 from chaindiff.io.digest import digest, fingerprint
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import regular, write_whole
+from chaindiff.io.files import read_whole, write_whole
 from chaindiff.io.progress import shown
 from chaindiff.io.shards import Shards, Stored
 from chaindiff.recipe.assembly import Assembly
@@ -144,7 +144,7 @@ class Study:
             depends = [row.key, row.count, against.key, judge, encoder, *([digest(texts)] if texts else [])]
             path = self.folder / "figures" / f"{digest(depends)}.json"
             try:
-                measured = kept.validate_json(regular(path).read_bytes())
+                measured = kept.validate_json(read_whole(path))
             except (OSError, ValidationError):
                 measured = self._patches(row, against) if judge == PATCHES else self._measure(row, against, judge)
                 measured += self._alignment(row, judge, texts) if texts else []

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from chaindiff.evaluation.provenance import Figure, check_alike
+from chaindiff.io.errors import in_lines
 
 Table = list[list[str]]
 SCALE = {"kid": 1000.0}  # KID is shown in thousandths
@@ -142,4 +143,4 @@ def markdown(table: Table) -> str:
 def plain(table: Table) -> str:
     """Columns aligned with spaces, for a terminal."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+    return in_lines(*("  ".join(map(str.ljust, line, widths)).rstrip() for line in table))

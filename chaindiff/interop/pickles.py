@@ -309,7 +309,7 @@ def read_pickle(path: Path) -> Any:
     Raises UserError if the file is missing, empty, truncated or not a pickle, or holds anything not on the list.
     """
     try:
-        with regular(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content[:1] != b"\x80":
                 raise Refused("it does not start like one")
             return interpret(content, SNAPSHOT)  # type: ignore[arg-type]  (mmap reads like a file)

@@ -38,5 +38,5 @@ def unchanged(status: os.stat_result) -> tuple[int, int, int]:
 
 @cache
 def _file_digest(path: Path, *unchanged: int) -> str:
-    with regular(path).open("rb") as file:
+    with regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,13 +10,24 @@ from functools import cache
 
 LONGEST = 2000  # characters of one line of a message: a file's whole text may stand where a name was expected
 
-# What moves the cursor, colours or reorders a terminal's text, and what cannot be printed at all; lines may end.
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What moves the cursor, ends a line, colours or reorders a terminal's text, and what cannot be printed at all.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Lines(str):
+    """Text that is quoted already, whose line breaks are meant."""
+
+
+def in_lines(*texts: str) -> Lines:
+    """Each text on a line of its own, which nothing in a name can end."""
+    return Lines("\n".join(map(quoted, texts)))
 
 
 def quoted(text: str) -> str:
     """Text that a terminal shows as it is: control characters in names, classes and files as escapes (`\\x1b`)."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return (
+        text if isinstance(text, Lines) else CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    )
 
 
 @cache
@@ -34,8 +45,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        lines = (f"{text}\n  {self.hint}" if self.hint else text).split("\n")
-        return "\n".join(x if len(x) <= LONGEST else f"{x[: LONGEST * 3 // 4]} ... {x[-LONGEST // 4 :]}" for x in lines)
+        said = (f"{text}\n  {self.hint}" if self.hint else text).split("\n")
+        return "\n".join(x if len(x) <= LONGEST else f"{x[: LONGEST * 3 // 4]} ... {x[-LONGEST // 4 :]}" for x in said)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal, cast
 
 from chaindiff.io.errors import UserError
 
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+TEXT_BYTES = 64 << 20  # of a file that is read whole: JSON, metrics, a picture in a page
 UNWRITABLE = "free some space or choose another folder with --out; the last complete file is untouched"
 OURS = re.compile(r"\..+\.[0-9a-f]{16}\.chaindiff\.tmp")
 EARLIER = re.compile(r"\.tmp\w{6}")  # of safetensors' own writer, which earlier versions used; it takes no lock
@@ -35,15 +38,48 @@ def user_path(path: str | os.PathLike[str], where: str | None = None) -> Path:
     return found
 
 
-def regular(path: Path) -> Path:
-    """A path that leads to a regular file: a pipe keeps its reader waiting, and a device may have no end.
+def folder_path(path: str | os.PathLike[str]) -> Path:
+    """A folder to write to, as a person wrote it. Raises UserError for no name, and what `user_path` raises."""
+    if path == "":
+        raise UserError("the folder's name is empty", hint="write its path; a dot is the current folder")
+    return user_path(path)
 
-    Raises OSError, as opening it would, for a file that is not there, a directory, and everything else.
+
+def regular(path: Path, mode: Literal["rb", "ab"] = "rb") -> BufferedIOBase:
+    """A regular file, open: a pipe keeps its reader waiting, and a device may have no end.
+
+    What is checked is what was opened, so that nothing can take its place. Raises OSError, as opening it would, for a
+    file that is not there, a directory, and everything else.
     """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, "it is not a regular file", str(path))
+    with suppress(FileNotFoundError):
+        _refuse_others(os.stat(path), path)  # before anything is opened: opening a device may do something
+    handle = os.open(path, (os.O_RDONLY if mode == "rb" else APPEND) | os.O_NONBLOCK, 0o666)
+    try:
+        _refuse_others(os.fstat(handle), path)
+        return cast(BufferedIOBase, open(handle, mode))
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def _refuse_others(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(number, "it is not a regular file", str(path))
+
+
+def regular_path(path: Path) -> Path:
+    """The path of a regular file, for libraries that open it themselves; raises what `regular` raises."""
+    regular(path).close()
     return path
+
+
+def read_whole(path: Path, most: int = TEXT_BYTES) -> bytes:
+    """All of a regular file. Raises OSError for one of more than `most` bytes, and what `regular` raises."""
+    with regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise OSError(errno.EFBIG, f"it is larger than {most >> 20} MiB", str(path))
+        return file.read(size)
 
 
 @contextmanager
@@ -133,7 +169,7 @@ def read_within(folder: Path, path: Path) -> bytes:
     """A regular file below a folder. Raises UserError for a link or a `..` that leads out of it, and for no file."""
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         raise UserError("is no file of this run, so the page does not show it", str(path), "delete it, or its name")
-    return regular(path).read_bytes()
+    return read_whole(path)
 
 
 def cache_folder() -> Path:

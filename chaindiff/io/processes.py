@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import regular
+from chaindiff.io.files import read_whole
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -84,7 +84,7 @@ def _locked(folder: Path) -> Iterator[None]:
         busy = error if path.exists() else None  # somebody else's; else nothing can be written here, locked or not
     if busy is not None:
         with suppress(OSError):
-            held = regular(path).read_text()[:200]
+            held = read_whole(path).decode(errors="replace")[:200]
         raise UserError(
             f"{folder} is in use by {held or 'another process'}",
             hint="wait until it has finished, or choose another folder with --out",

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from chaindiff.io.errors import quoted
+from chaindiff.io.errors import in_lines
 
 EVERY = 20.0  # seconds between lines where there is no terminal
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal; nothing when quiet."""
-    get_console().print(quoted(text), highlight=False, markup=False, soft_wrap=True)
+def say(*texts: str) -> None:
+    """Lines for the person at the terminal; nothing when quiet."""
+    get_console().print(in_lines(*texts), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:
@@ -50,7 +50,7 @@ class Bar:
         if not self.console.is_terminal and (time.monotonic() >= self._next or done >= self.total):
             self._next = time.monotonic() + EVERY
             words = f"{self.title}: {done:,} of {self.total:,}" + (f"; {self._text}" if self._text else "")
-            self.console.print(words, highlight=False, markup=False, soft_wrap=True)
+            say(words)
 
 
 def shown(title: str, steps: Iterator[tuple[int, int]]) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import regular, whole
+from chaindiff.io.files import regular, regular_path, whole
 from chaindiff.io.metadata import DAMAGED
 
 DTYPES = {
@@ -72,10 +72,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any],
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with regular(path).open("rb") as start:
+        with regular(path) as start:
             if HEADER_BYTES < int.from_bytes(start.read(8), "little") < path.stat().st_size:
                 raise SafetensorError(f"its header is longer than {HEADER_BYTES >> 20} MiB")
-        with safe_open(regular(path), "pt") as file:
+        with safe_open(regular_path(path), "pt") as file:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"there is no weights file {path}") from error
@@ -103,7 +103,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 @cache
 def _intact(path: Path, size: int, changed: int) -> bool:
     """Whether a file matches the checksum in its metadata, if it has one; computed once per process."""
-    with regular(path).open("rb") as file:
+    with regular(path) as file:
         first = file.read(int.from_bytes(file.read(8), "little"))
         said = SUM.search(first)
         if said is None:

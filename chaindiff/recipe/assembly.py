@@ -18,7 +18,8 @@ from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
 from chaindiff.data.items import Data
 from chaindiff.encoders import build_decoder
-from chaindiff.io.errors import UserError
+from chaindiff.io.errors import Lines, UserError
+from chaindiff.io.files import folder_path
 from chaindiff.recipe.column import Column
 from chaindiff.recipe.encoder import LazyMap, RecipeEncoder
 from chaindiff.recipe.stage import RecipeStage, check_fitted
@@ -33,7 +34,8 @@ class Assembly:
 
     def __init__(self, loaded: Loaded, out: Path | None = None):
         loaded.refuse_code()
-        self.loaded, self.recipe, self.out = loaded, loaded.recipe, out or default_out(loaded)
+        self.loaded, self.recipe = loaded, loaded.recipe
+        self.out = default_out(loaded) if out is None else folder_path(out)
         self.homes = list(dict.fromkeys([default_out(loaded), self.out] if loaded.path.name == LOCK else [self.out]))
         specs = self.recipe.variables
         self.variables = {name: Variable.from_specs(name, specs) for name in specs}
@@ -76,7 +78,7 @@ class Assembly:
             if field is None:
                 raise UserError(error.message, display(self.loaded.path), error.hint) from error
             if field.split(".")[0] in type(self.recipe).model_fields:
-                raise UserError(f"{field}: {error.message}", self.loaded.where(field), error.hint) from error
+                raise UserError(Lines(f"{field}: {error.message}"), self.loaded.where(field), error.hint) from error
             raise
 
     @cached_property

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from chaindiff.chain.request import Value
@@ -17,7 +16,7 @@ from chaindiff.data import ImageData, open_data
 from chaindiff.data.sources import IMAGES, Folder
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError, did_you_mean
-from chaindiff.io.files import regular, user_path
+from chaindiff.io.files import regular_path, user_path
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.recipe import DataSpec, FileSpec
 
@@ -173,10 +172,10 @@ def _images(path: Path, variable: Variable) -> Tensor:
 def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(regular(path), allow_pickle=False)).float()
-        tensors = load_file(regular(path))
+            return torch.from_numpy(np.load(regular_path(path), allow_pickle=False)).float()
+        tensors, _ = tensorfile.load(path)
     except Exception as error:  # the readers raise many kinds of errors for other or truncated files
-        reason = str(error) or type(error).__name__
+        reason = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{path} is not a complete .safetensors or .npy file of numbers: {reason}", where) from error
     if variable.name in tensors:
         return tensors[variable.name].float()

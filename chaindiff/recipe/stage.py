@@ -23,7 +23,7 @@ from chaindiff.edm.random import seed
 from chaindiff.io import tensorfile
 from chaindiff.io.code import create
 from chaindiff.io.digest import digest, file_digest
-from chaindiff.io.errors import UserError
+from chaindiff.io.errors import UserError, in_lines
 from chaindiff.io.files import user_path
 from chaindiff.io.metadata import Trained, about
 from chaindiff.io.processes import processes
@@ -214,8 +214,10 @@ class RecipeStage:
             raise UserError(
                 f"stage '{self.name}' has no weights yet",
                 where(f"stages.{self.name}"),
-                f"train it: chaindiff train {self.assembly.loaded.spoken} --stage {self.name}\n"
-                f"  or take it from a run that has it: --set stages.{self.name}.weights=RUN",
+                in_lines(
+                    f"train it: chaindiff train {self.assembly.loaded.spoken} --stage {self.name}",
+                    f"  or take it from a run that has it: --set stages.{self.name}.weights=RUN",
+                ),
             )
         if not path.exists():
             raise UserError(

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-import networkx as nx
-
 from chaindiff.io.files import write_whole
 
 if TYPE_CHECKING:
+    import networkx as nx
     from matplotlib.figure import Figure
 
 BoxStyle = Literal["variable", "given", "wanted", "stage", "source", "idle"]
@@ -90,6 +89,8 @@ def _layers(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, in
 
     Stages set the direction: an encoder of a generated variable loops back.
     """
+    import networkx as nx  # here: a plan in words does without
+
     graph = nx.DiGraph()
     graph.add_nodes_from(box.name for box in boxes)
     generated = {arrow.dst for arrow in arrows if arrow.style != "encoder"}
@@ -114,6 +115,8 @@ def _layout(boxes: Sequence[Box], arrows: Sequence[Arrow]) -> tuple[dict[str, _R
         for end in (arrow.src, arrow.dst):
             if end not in known:
                 raise ValueError(f"arrow {arrow.src} -> {arrow.dst}: no box '{end}'")
+    import networkx as nx
+
     layer, forward, around = _layers(boxes, arrows)
     rects = {box.name: _Rect(layer[box.name], *_size(box)) for box in boxes}
     beside, routes = nx.Graph(), []

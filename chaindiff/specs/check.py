@@ -33,7 +33,8 @@ _DEEPEST = 50  # longest chain of encoders
 def check(recipe: Recipe, where: Callable[[str], str | None]) -> None:
     """Raises one UserError that lists every inconsistency."""
     problems = (*_variables(recipe), *_stages(recipe), *_sample(recipe))
-    raise_all([UserError(f"{path}: {problem}", where(path)) for path, problem in problems])
+    said = ((path, *problem.split("\n  ", 1)) for path, problem in problems)
+    raise_all([UserError(f"{path}: {problem}", where(path), *hint) for path, problem, *hint in said])
 
 
 def outputs(name: str, stage: StageSpec) -> Sequence[str]:

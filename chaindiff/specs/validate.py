@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.errors import Lines, UserError, did_you_mean
 from chaindiff.specs.base import PROBLEM
 from chaindiff.specs.code import CODE
 from chaindiff.specs.fields import child, kinds, model_of, tagged
@@ -64,7 +64,7 @@ def raise_all(problems: Sequence[UserError]) -> None:
     lines = [str(problem) for problem in problems[:MOST]]
     if len(problems) > MOST:
         lines.append(f"and {len(problems) - MOST} more")
-    raise UserError("\n  ".join([f"{len(problems)} mistakes", *(line.replace("\n", "\n  ") for line in lines)]))
+    raise UserError(Lines("\n  ".join([f"{len(problems)} mistakes", *(line.replace("\n", "\n  ") for line in lines)])))
 
 
 def _merged(problems: Sequence[UserError]) -> list[UserError]:

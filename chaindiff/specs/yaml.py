@@ -100,7 +100,7 @@ def read(path: Path) -> Node:
     """The top-level mapping of a YAML file. Raises UserError with file and line for anything else."""
     name = display(path)
     try:
-        with regular(path).open("rb") as file:
+        with regular(path) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", name) from error

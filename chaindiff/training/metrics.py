@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import UNWRITABLE, regular, write_whole
+from chaindiff.io.files import UNWRITABLE, read_whole, regular, write_whole
 from chaindiff.io.progress import say
 
 
@@ -66,7 +66,7 @@ def _seen(line: bytes) -> float:
 
 def _lines(path: Path) -> list[bytes]:
     try:
-        return regular(path).read_bytes().split(b"\n")
+        return read_whole(path).split(b"\n")
     except OSError as error:
         hint = "remove it: it only shows how the training went"
         raise UserError(f"cannot read {path}: {error.strerror or error}", hint=hint) from error
@@ -75,7 +75,7 @@ def _lines(path: Path) -> list[bytes]:
 def append(path: Path, data: bytes) -> None:
     """Raises UserError if it cannot be written. (TensorBoard's own writer fails in a thread, with its traceback.)"""
     try:
-        with path.open("ab") as file:
+        with regular(path, "ab") as file:
             file.write(data)
     except OSError as error:  # which does not name the file when the disk is full
         raise UserError(f"cannot write {path}: {error.strerror or error}", hint=UNWRITABLE) from error

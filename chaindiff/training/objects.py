@@ -21,6 +21,7 @@ from chaindiff.data.items import Data, Items
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io.files import folder_path
 from chaindiff.io.processes import sole_writer
 from chaindiff.io.progress import Bar
 from chaindiff.specs.stage import AugmentSpec, TrainSpec
@@ -72,8 +73,9 @@ def train(
         if not learns(stage):
             raise UserError(f"stage '{name}' has nothing to train: it is not a torch.nn.Module with parameters")
         batches: Any = data if callable(data) else batches_of(what, stage, data, how, spec.seed)
-        place = None if folder is None else Path(folder) / "stages" / name
-        with sole_writer(Path(folder)) if folder is not None else nullcontext():
+        home = None if folder is None else folder_path(folder)
+        place = None if home is None else home / "stages" / name
+        with nullcontext() if home is None else sole_writer(home):
             _train_stage(stage, batches, spec, place, progress)
         if isinstance(what, Chain):
             what.stages.loaded[name] = stage

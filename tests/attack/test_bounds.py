@@ -21,14 +21,20 @@ from PIL import Image
 
 import chaindiff as cd
 from chaindiff import cli
+from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
+from chaindiff.encoders.clip_files import _folder
 from chaindiff.evaluation.features import _reading
+from chaindiff.evaluation.provenance import read_evaluation
 from chaindiff.interop.pickles import read_pickle
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
+from chaindiff.io.files import read_whole
+from chaindiff.recipe.given import _numbers
 from chaindiff.recipe.samples import read_image
 from chaindiff.specs.recipe import DataSpec
 from chaindiff.specs.stage import PriorSpec
+from chaindiff.training.metrics import Metrics
 
 
 @contextmanager
@@ -94,6 +100,43 @@ def test_a_header_of_weights_is_bounded(tmp_path) -> None:
     for read in (tensorfile.metadata, tensorfile.shapes, tensorfile.load):
         with within(1, 2), pytest.raises(UserError, match="its header is longer than 16 MiB"):
             read(tmp_path / "x.safetensors")
+
+
+def test_a_given_file_is_bounded_and_checked(tmp_path) -> None:
+    """As every other safetensors file is: its header, and its content where it holds a checksum."""
+    path, vector = tmp_path / "x.safetensors", Variable.vector("v", 4)
+    with open(path, "wb") as file:
+        file.write((20 << 20).to_bytes(8, "little") + b'{"v":')
+        file.truncate(30 << 20)
+    with within(1, 2), pytest.raises(UserError, match="of numbers: its header is longer than 16 MiB"):
+        _numbers(path, vector, "--given v")
+    tensorfile.save(path, {"v": torch.ones(3, 4)}, {"identity": "x"})
+    assert _numbers(path, vector, "--given v").shape == (3, 4)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x41")
+    with pytest.raises(UserError, match="of numbers: its checksum does not match its content"):
+        _numbers(path, vector, "--given v")
+
+
+def test_files_that_are_read_whole_are_bounded(tmp_path) -> None:
+    def long(name: str) -> Path:
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(1 << 40)
+        return tmp_path / name
+
+    with within(1, 5):
+        with pytest.raises(OSError, match="larger than 64 MiB"):
+            read_whole(long("x.json"))
+        with pytest.raises(UserError, match="is not what saving a chain leaves"):
+            cd.load(long("chain.json").parent)
+        with pytest.raises(UserError, match="is not the output of an evaluation"):
+            read_evaluation(long("metrics.json"))
+        with pytest.raises(UserError, match=r"cannot read .*metrics\.jsonl: it is larger than 64 MiB"):
+            Metrics(long("metrics.jsonl").parent, 4)
+        with pytest.raises(UserError, match="too large for a recipe"):
+            cd.load(long("recipe.lock.yaml"))
+        long("open_clip_config.json")
+        with pytest.raises(UserError, match=r"is not a model's configuration: .*larger than 64 MiB"):
+            _folder(tmp_path, "x.model")
 
 
 def test_weights_in_a_zip_are_bounded_by_what_they_expand_to(tmp_path) -> None:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import EpsImagePlugin, Image
 from test_encoders import refusal, specs, tiny  # noqa: F401
 
+import chaindiff as cd
 from chaindiff import cli
 from chaindiff.data import open_data
 from chaindiff.encoders import build_encoder
@@ -27,7 +28,7 @@ from chaindiff.encoders.clip_files import pinned
 from chaindiff.evaluation.report import sections
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import file_digest
-from chaindiff.io.errors import UserError, note
+from chaindiff.io.errors import UserError, in_lines, note
 from chaindiff.io.progress import say
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.samples import read_image
@@ -353,10 +354,44 @@ QUOTED = r"\x1b[2J\x9b31m\x7f\u202egpj\u2066\x07\r\ud800"
 
 
 def test_control_characters_are_quoted(capsys: pytest.CaptureFixture[str]) -> None:
-    error = UserError(f"a {BAD}", f"b {BAD}", f"c {BAD}\n  second line, naïve, 日本")
+    error = UserError(f"a {BAD}", f"b {BAD}", in_lines(f"c {BAD}", "  second line, naïve, 日本"))
     assert str(error) == f"b {QUOTED}: a {QUOTED}\n  c {QUOTED}\n  second line, naïve, 日本"
     say(f"a {BAD}")
     assert capsys.readouterr().out == f"a {QUOTED}\n"
+
+
+def test_a_name_ends_no_line_of_a_message(here: Path, chaindiff: Callable) -> None:
+    """A line that only looks like one of ours: in errors, in what commands say, and in tables."""
+    forged = "x\nerror: run this\n  and this"
+    assert str(UserError(forged, forged, forged)).count("\n") == 1
+    (here / f"{forged}.safetensors").write_bytes(b"none")
+    (here / "recipes").mkdir()
+    (here / f"recipes/{forged}.yaml").write_text("name: [")
+    said = [
+        chaindiff("list"),
+        chaindiff("sample", "small.yaml", "--set", f"stages.image.weights={forged}.safetensors"),
+        chaindiff("show", forged),
+        chaindiff("import", f"{forged}.pkl"),
+        chaindiff("compare", forged, forged),
+    ]
+    shown = r"x\nerror: run this\n  and this"
+    assert not [(out, error) for _, out, error in said if shown not in out + error]
+    assert not [line for _, *texts in said for text in texts for line in text.splitlines() if line == "error: run this"]
+
+
+def test_an_empty_folder_is_no_folder(here: Path, chaindiff: Callable) -> None:
+    """`--out ""`, as of a variable of the shell that is not set, is not the current folder."""
+    before = sorted(here.rglob("*"))
+    for command in ("run", "train", "sample", "evaluate"):
+        status, _, error = chaindiff(command, "small.yaml", "--out", "")
+        assert status == 2 and error == (
+            "error: the folder's name is empty\n  write its path; a dot is the current folder\n"
+        )
+    with pytest.raises(UserError, match="the folder's name is empty"):
+        cd.load("small.yaml").save("")
+    with pytest.raises(UserError, match="the folder's name is empty"):
+        Assembly(load_recipe("small.yaml"), "")  # pyright: ignore[reportArgumentType]
+    assert sorted(here.rglob("*")) == before
 
 
 def test_names_of_others_do_not_reach_the_terminal(here: Path, chaindiff: Callable) -> None:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import struct
@@ -34,6 +35,7 @@ from chaindiff.specs.yaml import dump, read
 pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("CHAINDIFF_FUZZ", "200"))
 PATIENCE = 30  # seconds of an example, on a machine with other work
+MEBIBYTES = 1500  # that an example may take beyond what any before it took; the first ones import torch's compilers
 
 anything = settings(
     deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), print_blob=True, database=None
@@ -50,18 +52,20 @@ plain |= st.sampled_from([10**400, -(2**63), 2**53 + 1, 1e-320, float("inf"), ["
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """An example that takes too long fails where it is."""
+    """An example that takes too long fails where it is, and one that takes too much memory when it ends."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"no answer in {PATIENCE} s")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before, held = signal.signal(signal.SIGALRM, late), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.alarm(PATIENCE)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) >> 10  # the peak, so far: in KiB
+    assert grown < MEBIBYTES, f"it took {grown} MiB"
 
 
 def command(*arguments: str | Path) -> int:

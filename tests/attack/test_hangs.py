@@ -15,6 +15,9 @@ from test_bad_files import status
 from test_tracebacks import JUDGED, clip_folder, vector
 
 import chaindiff
+from chaindiff.io import files
+from chaindiff.io.errors import UserError
+from chaindiff.training import metrics
 
 PACKAGE = Path(chaindiff.__file__).parent
 PATIENCE = 5.0  # seconds
@@ -69,6 +72,23 @@ def test_a_pipe_in_a_run_that_is_gone_around(recipe, run, name):
     with pipe(run / name):
         (run / "chain.svg").unlink()
         assert status("run", recipe, "--out", run) == 0
+
+
+def test_a_pipe_that_is_written_to(tmp_path):
+    with pipe(tmp_path / "metrics.jsonl") as path, pytest.raises(UserError, match=r"cannot write .*not a regular file"):
+        metrics.append(Path(path), b"{}")
+    assert metrics.append(tmp_path / "new.jsonl", b"{}") is None and (tmp_path / "new.jsonl").read_bytes() == b"{}"
+
+
+def test_a_pipe_that_takes_the_place_of_a_file(tmp_path, monkeypatch):
+    """Between the look at a file and its opening: what was opened is looked at."""
+    (tmp_path / "file").write_bytes(b"x")
+    status = os.stat(tmp_path / "file")
+    with pipe(tmp_path / "x.json") as path, monkeypatch.context() as patch:
+        patch.setattr(files.os, "stat", lambda *_, **__: status)
+        for read in (files.regular, files.read_whole, files.regular_path):
+            with pytest.raises(OSError, match="not a regular file"):
+                read(Path(path))
 
 
 def test_a_pipe_in_a_run_beside(recipe, run, tmp_path, explained):
@@ -183,12 +203,12 @@ def reads(node: ast.Call) -> bool:
 
 
 def test_nothing_is_read_but_regular_files():
-    """`regular(PATH)` stands in every call that opens a file, so that a new one cannot be forgotten."""
+    """Libraries open `regular_path(PATH)`, all else is `regular` or `read_whole`: a new place cannot be forgotten."""
     loose = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and reads(node):
                 text = ast.unparse(node)
-                if "regular(" not in text and text not in KNOWN and "temporary" not in text:
+                if "regular_path(" not in text and text not in KNOWN and "temporary" not in text:
                     loose.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {text}")
     assert loose == []

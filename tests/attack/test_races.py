@@ -79,6 +79,8 @@ def test_a_second_writer_is_told_who_has_the_directory(here: Path, command: Comm
             cd.train(cd.load("tiny.yaml"), images=24)
         with pytest.raises(UserError, match="is in use by process"):
             cd.train(cd.load("tiny.yaml"), {"image": np.zeros((4, 3, 8, 8))}, folder=here, images=8)
+        with pytest.raises(UserError, match="is in use by process"):
+            cd.load("runs/tiny").save(here)
         for words in (["plan", "tiny.yaml"], ["show", "runs/tiny"], ["list", "runs"]):
             assert command(*words)[0] == 0
         assert cd.load("runs/tiny").sample(1)["image"].shape == (1, 3, 8, 8)
@@ -87,6 +89,22 @@ def test_a_second_writer_is_told_who_has_the_directory(here: Path, command: Comm
         assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
     assert "nothing to do" in command("run", "tiny.yaml")[1]
     assert not (here / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_hold_the_directory(here: Path, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "hold.py").write_text(HOLD.replace("sys.stdin.read()", "time.sleep(60)").replace("sys", "sys, time", 1))
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "hold.py", str(here)]
+    holder = subprocess.Popen([sys.executable, *launch], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and [holder.stdout.readline() for _ in range(2)] == ["held\n"] * 2
+        for words in (["run"], ["train"], ["sample"]):
+            status, _, error = command(words[0], "tiny.yaml")
+            assert status == 2 and error.startswith("error: runs/tiny is in use by process "), (words, error)
+    finally:
+        holder.terminate()
+        holder.communicate()
+    assert command("run", "tiny.yaml")[0] == 0
 
 
 def test_a_killed_writer_is_in_nobodys_way(here: Path, command: Command) -> None:
