@@ -329,6 +329,9 @@ class Chain:
                     at = next((p.device for p in stage.parameters()), torch.device("cpu"))
                     after.callback(stage.to, at)
                     stage.to(device)
+                if isinstance(stage, Diffusion) and (device is not None or dtype is not None):
+                    after.callback(setattr, stage, "run", stage.run)
+                    stage.run = None
                 if isinstance(stage, Diffusion) and dtype is not None:
                     after.callback(setattr, stage, "autocast", stage.autocast)
                     stage.autocast = None if dtype == torch.float32 else dtype

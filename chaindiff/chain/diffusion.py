@@ -29,6 +29,7 @@ from chaindiff.guidance.classifier_free import guidance_terms
 from chaindiff.io.errors import UserError
 from chaindiff.kernels.sums import weighted_error, weighted_sum
 from chaindiff.networks.interface import Condition, Interface
+from chaindiff.networks.interface import Network as NetworkLike
 from chaindiff.specs.path import OffsetPath, TablePath, TrainPath, hidden, sampled
 from chaindiff.specs.stage import (
     Generated,
@@ -104,6 +105,7 @@ class Diffusion(nn.Module):
         for made in self.generates:
             self._levels(self.sampler.of(made), made)
         self.autocast: torch.dtype | None = None
+        self.run: NetworkLike | None = None  # stands in for the network where no gradients are asked for
         # Weights may be channels-last in memory; files hold them contiguous.
         self.register_state_dict_post_hook(_contiguous)
 
@@ -209,8 +211,9 @@ class Diffusion(nn.Module):
             seen[name] = seen[name].masked_fill(gone.reshape(-1, *[1] * (seen[name].ndim - 1)), 0.0)
         labels = {name: self._label(name, c.noise.expand(len(x[name])).contiguous()) for name, c in scales.items()}
         device = next(iter(x.values())).device.type
+        network = self.network if self.run is None or torch.is_grad_enabled() else self.run
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            found = self.network(seen, labels, condition)
+            found = network(seen, labels, condition)
         clean, variance = {}, {}
         for name, c in scales.items():
             raw = found[name]

@@ -62,7 +62,8 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
     provenance = {
         "Weights (sha256)": lock["weights"],
         "Given (sha256)": lock["given"],
-        "Sampling": {**sampling, **{name: lock[name] for name in ("execution", "threads", "machine")}},
+        "Sampling": {**sampling, **{name: lock[name] for name in ("threads", "machine")}},
+        "Execution": {name: " ".join(map(str, how.values())) for name, how in lock["execution"].items()},
         "Versions": lock["versions"],
     }
     page = Page(

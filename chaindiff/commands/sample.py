@@ -12,12 +12,13 @@ from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import TILE, Value, rows_of
 from chaindiff.commands.compare import differences, settings_of
 from chaindiff.commands.plan import asking
+from chaindiff.execution.prepare import Preparation, kept, locked
 from chaindiff.io.errors import UserError
 from chaindiff.io.memory import noted
 from chaindiff.io.processes import processes, share, sole_writer
 from chaindiff.io.progress import say, shown
 from chaindiff.recipe.assembly import Assembly
-from chaindiff.recipe.execution import lock_of, prepare
+from chaindiff.recipe.execution import lock_of
 from chaindiff.recipe.given import read_given
 from chaindiff.recipe.samples import GRID, Samples
 from chaindiff.recipe.samples import draw as draw_samples
@@ -98,7 +99,7 @@ def asked_samples(assembly: Assembly, replace: bool = False) -> Asked:
     held = assembly.held()
     before = held.lock if held else {}
     lock = lock_of(assembly, found, weights, values, before)
-    stale = bool(samples.files) and before.get("samples") != lock["samples"]
+    stale = bool(samples.files) and (before.get("samples") != lock["samples"] or lock["execution"] is None)
     if stale and not replace:
         raise other_samples(assembly)
     return Asked(samples, weights, values, lock, stale)
@@ -126,8 +127,11 @@ def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
     chain = assembly.chain(() if complete else found.running)  # weights that do not load are found now
     settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "given": said.values}
     settings["want"] = [variable.name for variable in samples.variables]
+    began, ready, choices = time.perf_counter(), None, {}
     if not complete:
-        chain.request(asked.count, **settings)
+        ready = Preparation(chain, chain.request(asked.count, **settings), asked, found.costs)
+        choices = ready.apply(kept(lock, asked))
+        lock["execution"] = locked(choices)
     state.wait_for_everyone()  # all of them have looked before one changes anything
     if state.is_main_process:
         if said.stale:
@@ -140,11 +144,9 @@ def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
         if complete and recounted:
             samples.write_grids()
     state.wait_for_everyone()
-    if complete:
+    if ready is None:
         return Sampled(samples, found, weights, lock, 0.0, {})
     mine = share(samples.missing())
-    prepare(chain, lock["execution"], asked.precision)
-    began = time.perf_counter()
     less = f"lower sample.batch (--batch), now {samples.size}"
     if asked.exact:
         less = f"sample.exact always takes {samples.size} at a time; without it, lower sample.batch (--batch)"
@@ -152,6 +154,7 @@ def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
         shown("sample", draw_samples(chain, samples, mine, **settings))
     state.wait_for_everyone()
     if state.is_main_process:
+        ready.record(choices, sum(map(len, mine)))
         samples.write_grids()
     return Sampled(samples, found, weights, lock, time.perf_counter() - began, chain.seconds)
 

@@ -58,11 +58,10 @@ class Group:
 
 
 class Rows:
-    """Makes the rows of one recipe that share a folder, a variable and compiled networks."""
+    """Makes the rows of one recipe that share a folder and a variable."""
 
     def __init__(self, loaded: Loaded, of: str, folder: Path, count: int, seeds: Sequence[int], out: Path | None):
         self.loaded, self.of, self.folder, self.count, self.seeds, self.out = loaded, of, folder, count, seeds, out
-        self.compiled: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -80,12 +79,9 @@ class Rows:
         told = [f"{name} {'...' if isinstance(v, Tensor) else v}" for name, v in recipe.recipe.sample.given.items()]
         label += f", given {', '.join(told)}" * bool(told)
         return [
-            Row(
-                label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, out or self.out,
-                self.compiled,
-            )
+            Row(label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, out or self.out)
             for seed in (seeds or self.seeds)
-        ]  # fmt: skip
+        ]
 
 
 def measured_variable(assembly: Assembly, of: str | None) -> str:

@@ -6,24 +6,24 @@ Samples are stored on disk in chunks, so that an interrupted evaluation resumes 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value, rows_of
 from chaindiff.evaluation.oracle import DataValues, oracle, split_of
+from chaindiff.execution.prepare import Preparation
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
 from chaindiff.io.metadata import about
 from chaindiff.io.shards import Shards, Stored
 from chaindiff.recipe.assembly import Assembly
-from chaindiff.recipe.execution import chosen_execution, depends_on, prepare
+from chaindiff.recipe.execution import depends_on
 from chaindiff.recipe.given import read_given
 from chaindiff.recipe.samples import draw
 from chaindiff.specs.load import Loaded
@@ -51,7 +51,6 @@ class Row:
     oracle: Sequence[str] = ()
     split: str | None = None  # of the oracle's values
     out: Path | None = None  # the run whose weights are used
-    compiled: dict[str, nn.Module] = field(default_factory=dict, repr=False)  # shared by rows with the same weights
 
     @cached_property
     def assembly(self) -> Assembly:
@@ -98,6 +97,7 @@ class Row:
         depends = depends_on(self.assembly, self.plan, weights, self.values)
         for irrelevant in ("want", "batch"):
             depends["sample"].pop(irrelevant)
+        depends["sample"]["precision"] = self.assembly.recipe.sample.precision
         data = self.assembly.data.content if self.from_data else None
         return digest([depends, self.made, self.from_data, self.split, data, CHUNK])
 
@@ -112,17 +112,18 @@ class Row:
             return
         assembly, whole = self.assembly, len(self.store)
         chain = assembly.chain(self.plan.running)
-        for name in self.plan.running:
-            if isinstance(stage := chain.stages[name], Diffusion):
-                stage.network = self.compiled.setdefault(str(chain.weights[name]), stage.network)
-        prepare(chain, chosen_execution(assembly, self.plan), assembly.recipe.sample.precision)
         given = {
             n: v if len(v) == 1 else rows_of(v, [row % len(v) for row in range(whole)]) for n, v in self.values.items()
         }
         if self.from_data:
             values = DataValues(assembly, split_of(assembly, self.split), self.folder / "data")
             given |= oracle(values, self.from_data, whole, self.seed)
-        yield from draw(chain, self.store, seed=self.seed, batch=BATCH, want=self.made, given=given)
+        settings = {"seed": self.seed, "batch": BATCH, "want": self.made, "given": given}
+        asked = assembly.recipe.sample
+        ready = Preparation(chain, chain.request(whole, **settings), asked, self.plan.costs)
+        choices, missing = ready.apply(), self.store.missing()
+        yield from draw(chain, self.store, **settings)
+        ready.record(choices, sum(map(len, missing)))
 
     def samples(self, name: str) -> Stored:
         """The samples of a variable: images as uint8 [n, 3, h, w], others as sampled."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import read_whole
@@ -41,6 +41,17 @@ def share(missing: list[T]) -> list[T]:
     state = processes()
     state.wait_for_everyone()
     return missing[state.process_index :: state.num_processes]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them; the others wait for it."""
+    state = processes()
+    if state.num_processes == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [make() if state.is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 @contextmanager

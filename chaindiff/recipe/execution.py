@@ -1,4 +1,4 @@
-"""How a request is executed: compiled or not, in which precision; and the fingerprint of what samples depend on."""
+"""What a run resolves beside its recipe: the fingerprint of what samples depend on, and how they are executed."""
 
 from __future__ import annotations
 
@@ -12,37 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chaindiff.chain.chain import Chain
-from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value
 from chaindiff.encoders.clip_files import pinned
+from chaindiff.execution.prepare import kept, locked
 from chaindiff.io.digest import digest, file_digest
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.recipe import OpenClipSpec
 from chaindiff.specs.stage import StageSpec
-
-COMPILE_PAYS = 3e13  # floating-point operations of a whole run; below, compiling takes longer than it saves
-
-
-def prepare(chain: Chain, execution: str, precision: str) -> None:
-    """Compile the networks of a chain that can run, and have them compute in bf16, as the request says."""
-    for stage in chain.stages.loaded.values():
-        if isinstance(stage, Diffusion):
-            stage.autocast = torch.bfloat16 if precision == "bf16" else None
-            if execution == "compile" and stage.network._compiled_call_impl is None:
-                stage.network.compile()
-
-
-def chosen_execution(assembly: Assembly, found: ChainPlan, before: str | None = None) -> str:
-    """Eager or compiled: as the recipe says; under `auto`, as the run decided `before`, else whichever is faster."""
-    asked = assembly.recipe.sample
-    if asked.exact:
-        return "eager"
-    if asked.execution == "auto" and before is not None:
-        return before
-    total = asked.count * sum(found.costs[name].total_flops for name in found.running)
-    return asked.execution if asked.execution != "auto" else "compile" if total >= COMPILE_PAYS else "eager"
 
 
 def depends_on(
@@ -58,7 +35,7 @@ def depends_on(
         "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.stages[n].links] for n in found.running},
         "given": {n: value_digest(v) for n, v in values.items()},
-        "sample": recipe.sample.model_dump(exclude={"execution", "given", "count"}),
+        "sample": recipe.sample.model_dump(exclude={"execution", "precision", "given", "count"}),
     }
 
 
@@ -78,20 +55,17 @@ def lock_of(
     values: Mapping[str, Value],
     before: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on; `before` is what
-    the run's lock says already."""
+    """What a run resolved beside the recipe. `samples` fingerprints all that the samples depend on but how they are
+    executed; that stays as the run's lock says, `before`, if that is of this request."""
     depends = depends_on(assembly, found, weights, values)
-    for decided in (before.get("execution"), None):
-        execution = chosen_execution(assembly, found, decided)
-        samples = digest({**depends, "execution": execution})
-        if samples == before.get("samples"):
-            break  # else it is another request: how it is executed is decided again
+    samples = digest(depends)
+    decided = kept(before, assembly.recipe.sample) if samples == before.get("samples") else None
     encoders = {name: spec.encoder for name, spec in assembly.coders.items()}
     models = {n: model for n, spec in encoders.items() if isinstance(spec, OpenClipSpec) and (model := pinned(spec))}
     return {
         "samples": samples,
         "count": assembly.recipe.sample.count,
-        "execution": execution,
+        "execution": None if decided is None else locked(decided),
         **({"models": models} if models else {}),
         "weights": depends["weights"],
         "given": depends["given"],
