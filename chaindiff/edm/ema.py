@@ -38,7 +38,7 @@ class Average(Generic[Module]):
     def update(self, source: nn.Module, batch: int, images: float) -> None:
         keep = self.keep(batch, images)
         mine, theirs = list(self.model.parameters()), list(source.parameters())
-        torch._foreach_lerp_(mine, theirs, 1 - keep)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(mine, theirs, 1 - keep)  # pyright: ignore
         for mine, theirs in zip(self.model.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)
 
