@@ -11,7 +11,7 @@ of t (section 3.1). Times are in images.
 from __future__ import annotations
 
 import copy
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ class Average(Generic[Module]):
     @torch.no_grad()
     def update(self, source: nn.Module, batch: int, images: float) -> None:
         keep = self.keep(batch, images)
-        mine, theirs = list(self.model.parameters()), list(source.parameters())
-        torch._foreach_lerp_(mine, theirs, 1 - keep)  # pyright: ignore
+        parameters: list[Any] = [*self.model.parameters()]
+        torch._foreach_lerp_(parameters, [*source.parameters()], 1 - keep)  # pyright: ignore[reportPrivateImportUsage]
         for mine, theirs in zip(self.model.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)
 

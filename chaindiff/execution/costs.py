@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from chaindiff.io.errors import UserError
-from chaindiff.io.files import cache_folder, regular, write_whole
+from chaindiff.io.files import cache_folder, read_whole, write_whole
 
 BUILDING = 40.0  # seconds that building a package takes, until one was built here
 GAIN = {"float32": 1.0, "bf16": 2.0}  # eager seconds over compiled ones, until both were measured
@@ -58,7 +58,7 @@ class Costs(BaseModel):
 def measured() -> Costs:
     """What was measured so far; nothing, if the file is damaged."""
     try:
-        return Costs.model_validate_json(regular(_path()).read_bytes())
+        return Costs.model_validate_json(read_whole(_path()))
     except (OSError, ValidationError):
         return Costs()
 
