@@ -424,7 +424,7 @@ def test_a_full_memory_in_sampling_says_where_and_what_helps(
     refused, finished, tmp_path, monkeypatch, command, options, expected
 ):
     out = Path(shutil.copytree(finished, tmp_path / "copy"))
-    monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.denoise", no_memory)
+    monkeypatch.setattr("chaindiff.chain.diffusion.Diffusion.preconditioned", no_memory)
     asked = "(another 1152921504606846976 bytes were requested)"
     message = f"error: the memory is full {asked}\n  while sampling stage 'image', {expected}"
     assert refused(command, *options, "--replace", out=out) == message

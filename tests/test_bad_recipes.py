@@ -306,7 +306,7 @@ MORE = [
     (changed("given: [clip]", "given: [{variable: clip, dropout: true}]"), "stages.image.given.0.dropout: expected a number, not true"),
     (changed("given: [clip]", "given: [{variable: clip, dropout: yes}]"), "stages.image.given.0.dropout: expected a number, not 'yes'"),
     (changed("given: [clip]", "given: [{variable: clip, noise: -1}]"), "stages.image.given.0.noise: should be at least 0, not -1"),
-    (changed("given: [clip]", "generates: image"), "r.yaml:17: stages.image.generates: expected a list, not 'image'"),
+    (changed("given: [clip]", "generates: image"), "r.yaml:17: stages.image.generates: expected a list or a mapping of names, not 'image'"),
     (changed("given: [clip]", "generates: []"), "r.yaml:17: stages.image.generates: expected at least 1 item, not 0"),
     (changed("  image:\n    given", "  clip:\n    given"), "r.yaml:16: 'clip' is given twice; first at r.yaml:12"),
     (changed("of: image}\n  image16", "of: image, reduce: {kind: pac, k: 128}}\n  image16"), "variables.clip.encoder.reduce.kind: unknown kind 'pac'; did you mean 'pca'?"),

@@ -289,7 +289,7 @@ TINY = UNetSpec(kind="unet", channels=8, mult=[1, 1], blocks=1, attention=[])
 @pytest.mark.parametrize("name", [name for name, case in suite.CASES.items() if case.home != suite.PROCESSES])
 def test_every_side_of_every_case_works_at_a_tiny_size(name, monkeypatch):
     """Installed peers too; nothing is compiled."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for module in (works, own, beside):
         for constant, value in {"SMALL": TINY, "FFHQ": TINY, "BATCH": 2, "FEW": 2, "STEPS": 1, "HEUN": 2}.items():
             monkeypatch.setattr(module, constant, value, raising=False)

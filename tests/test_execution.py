@@ -200,9 +200,10 @@ def test_a_run_goes_on_as_its_lock_says() -> None:
     assert kept({}, SampleSpec()) is None and kept({"execution": "eager"}, SampleSpec()) is None
 
 
-def test_eager_time_is_noted(cache: Path) -> None:
+def test_eager_time_is_noted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "WORTH", 0)
     chain = cd.Chain([stage()])
-    preparation = ready(chain)
+    preparation = ready(chain, precision="float32")
     choices = preparation.apply()
     chain.seconds["image"] = 2.0
     preparation.record(choices, 4)

@@ -145,11 +145,14 @@ def test_smoke_runs_the_whole_pipeline(tmp_path: Path) -> None:
         assert (out / path).exists(), path
 
 
+EIGHT = ["--set", "sample.count=8", "--set", "sample.precision=float32"]  # as Python samples
+
+
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The main job's first eight images, from an empty directory."""
     folder = tmp_path_factory.mktemp("main")
-    done = command("run", "vcdm_emoji", "--set", "sample.count=8", cwd=folder)
+    done = command("run", "vcdm_emoji", *EIGHT, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -167,7 +170,7 @@ def test_the_main_job_samples_from_shipped_weights(main_job: Path) -> None:
 
 
 def test_the_main_job_does_nothing_twice(main_job: Path) -> None:
-    done = command("run", "vcdm_emoji", "--set", "sample.count=8", cwd=main_job)
+    done = command("run", "vcdm_emoji", *EIGHT, cwd=main_job)
     assert done.returncode == 0
     assert "nothing to do" in done.stdout
 

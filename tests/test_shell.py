@@ -104,9 +104,10 @@ def test_list_of_one_group(command):
     assert command("list", "networks") == (
         0,
         "networks:\n"
-        "  unet   A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks.\n"
-        "  prior  A DALL-E 2 style decoder-only transformer for vectors.\n"
-        "  joint  One network for an image and vectors: a U-Net and priors conditioned on each other's features.\n",
+        "  unet         A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks.\n"
+        "  prior        A DALL-E 2 style decoder-only transformer for vectors.\n"
+        "  transformer  A diffusion transformer (DiT) for one variable or several, each image, map, vector or tokens.\n"
+        "  joint        One network for an image and vectors: a U-Net and priors conditioned on each other's features.\n",
         "",
     )
     status, out, err = command("list", "wieghts")

@@ -130,7 +130,7 @@ def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
     began, ready, choices = time.perf_counter(), None, {}
     if not complete:
         ready = Preparation(chain, chain.request(asked.count, **settings), asked, found.costs)
-        choices = ready.apply(kept(lock, asked))
+        choices = ready.together(kept(lock, asked))
         lock["execution"] = locked(choices)
     state.wait_for_everyone()  # all of them have looked before one changes anything
     if state.is_main_process:

@@ -33,8 +33,7 @@ class Denoiser(Protocol):
     """D(x; sigma): expected clean values given noisy ones (EDM, eq. 2); conditioning is bound beforehand.
 
     Guidance, thresholding and known values wrap one denoiser in another. None of them disables gradients: that is
-    left to the solver, so a wrapper may differentiate through what it wraps. The state belongs to the solver, which may
-    write over it after the call: keep a copy.
+    left to the solver, so a wrapper may differentiate through what it wraps.
     """
 
     def __call__(self, x: State, sigma: Levels) -> Prediction: ...

@@ -62,20 +62,11 @@ class Row:
     before: float = 0.0
     noise: float = 0.0
 
-    def __call__(
-        self,
-        x: Tensor,
-        kept: Tensor,
-        clean: Tensor,
-        before: Tensor,
-        noise: Tensor,
-        *,
-        in_place: bool = False,
-    ) -> Tensor:
-        """x', in the type of x; `in_place` writes it over x."""
+    def __call__(self, x: Tensor, kept: Tensor, clean: Tensor, before: Tensor, noise: Tensor) -> Tensor:
+        """x', in the type of x."""
         terms = ((self.x, x), (self.kept, kept), (self.clean, clean), (self.before, before), (self.noise, noise))
         used = [(weight, value) for weight, value in terms if weight] or [(0.0, x)]
-        return weighted_sum(*used, dtype=x.dtype, out=x if in_place else None)
+        return weighted_sum(*used, dtype=x.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,19 +95,15 @@ class Step(dict[str, Tensor]):
 def integrate(denoiser: Denoiser, x: State, table: Sequence[Update], noise: Noise | None = None) -> Iterator[Step]:
     """Follow a solver's table from the state `x`; yields after every step, without waiting for the device."""
     kept = clean = before = x  # placeholders: the first rows have no coefficients for them
-    inner: set[str] = set()  # variables whose value was made within this step, and is nobody else's
-    for row, after in zip(table, [*table[1:], None], strict=True):
+    for row in table:
         with torch.no_grad():
             if row.sigma is not None:
                 before, clean = clean, denoiser(x, row.sigma).x0
             moved = {}
             for v, take in row.rows.items():
                 fresh = noise(v, row.step) if noise is not None and take.noise else x[v]
-                wanted = after is not None and v in after.rows and after.rows[v].kept
-                in_place = v in inner and not wanted and all(x[v] is not t for t in (kept[v], clean[v], before[v]))
-                moved[v] = take(x[v], kept[v], clean[v], before[v], fresh, in_place=in_place)
+                moved[v] = take(x[v], kept[v], clean[v], before[v], fresh)
             kept, x = x, {**x, **moved}
-        inner = set() if row.ends else {*inner, *moved}
         if row.ends:
             yield Step(x, row.level, clean, row.step + 1, table[-1].step + 1)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from chaindiff import networks
-from chaindiff.io.digest import digest
+from chaindiff.io.digest import digest, file_digest
+from chaindiff.io.files import regular
 
 
 def numerics(exact: bool = False) -> None:
@@ -36,8 +37,8 @@ def machine(device: torch.device) -> str:
 def _processor() -> list[str]:
     """The processor's model and instructions, where the system tells them."""
     told = ""
-    with suppress(OSError):
-        told = Path("/proc/cpuinfo").read_text()
+    with suppress(OSError), regular(Path("/proc/cpuinfo")) as file:
+        told = file.read().decode(errors="replace")
     lines = (re.search(rf"^{key}\s*:.*", told, re.MULTILINE) for key in ("model name", "flags", "Features"))
     return [platform.platform(), torch.backends.cpu.get_cpu_capability(), *(line[0] for line in lines if line)]
 
@@ -47,7 +48,7 @@ def _code() -> str:
     """A digest of the code of networks and of what compiles them."""
     root = Path(networks.__file__).parents[1]
     files = (path for part in ("kernels", "networks", "execution") for path in sorted((root / part).glob("*.py")))
-    return digest([path.read_text() for path in files])
+    return digest([file_digest(path) for path in files])
 
 
 def bf16(device: torch.device) -> bool:

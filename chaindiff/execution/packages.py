@@ -24,7 +24,7 @@ from torch import nn
 from chaindiff.execution.machine import machine
 from chaindiff.execution.runner import Call, Flat, example, flat
 from chaindiff.io.digest import digest
-from chaindiff.io.files import cache_folder
+from chaindiff.io.files import cache_folder, regular
 from chaindiff.networks.interface import Interface
 
 LIMIT = 4 << 30  # bytes of all packages; what was not used for longest is deleted first
@@ -78,7 +78,7 @@ def find(key: str) -> Path | None:
 
 
 def _content(path: Path) -> str:
-    with path.open("rb") as file:
+    with regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 

@@ -72,16 +72,20 @@ class Preparation:
         self.weights = {name: packages.weights_key(stage) for name, stage in self.stages.items()}
 
     def apply(self, decided: Choices | None = None) -> Choices:
-        """Execute the stages from now on as was `decided`, or as is decided here; returns how they are executed.
-
-        Of several processes the first decides and builds.
-        """
+        """Execute the stages from now on as was `decided`, or as is decided here; returns how they are executed."""
         numerics(self.asked.exact)
-        choices = from_main(lambda: self._applied(self._decided() if decided is None else decided))
-        return choices if processes().is_main_process else self._applied(choices)
+        choices = self._decided() if decided is None else decided
+        return {name: self._apply(name, stage, choices.get(name, Choice())) for name, stage in self.stages.items()}
+
+    def together(self, decided: Choices | None = None) -> Choices:
+        """`apply` in all processes, which divide the request: the first decides and builds."""
+        choices = from_main(lambda: self.apply(decided))
+        return choices if processes().is_main_process else self.apply(choices)
 
     def record(self, choices: Choices, samples: int) -> None:
-        """Note how long the stages took for so many samples."""
+        """Note how long the stages of a large request took for so many samples."""
+        if self.flops < WORTH:
+            return
         costs = measured()
         for name, stage in self.stages.items():
             shape, seconds = self._shape(stage), self.chain.seconds.get(name)
@@ -142,9 +146,6 @@ class Preparation:
         return pays and compiler() is not None
 
     # ------------------------------------------------------------ preparing
-
-    def _applied(self, choices: Choices) -> Choices:
-        return {name: self._apply(name, stage, choices.get(name, Choice())) for name, stage in self.stages.items()}
 
     def _apply(self, name: str, stage: Diffusion, choice: Choice) -> Choice:
         stage.run, stage.autocast = None, DTYPES[choice.precision]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,9 +22,15 @@ def fused(*tensors: Tensor) -> bool:
     first = tensors[0]
     if not (first.is_cuda or INTERPRETED) or not (TRITON and enabled):
         return False
-    if first.is_cuda and torch.cuda.get_device_properties(first.device).major < 7:  # Triton's oldest
+    if first.is_cuda and not _able(first.device):
         return False
     return all(t.device == first.device and t.dtype in DTYPES for t in tensors) and not first.is_meta
+
+
+@cache
+def _able(device: torch.device) -> bool:
+    """Whether a GPU is there and not older than Triton's oldest."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(device).major >= 7
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

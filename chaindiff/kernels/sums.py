@@ -21,22 +21,19 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return _typed(value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value, like.dtype)
 
 
-def weighted_sum(
-    *terms: tuple[float | Tensor, Tensor], dtype: torch.dtype | None = None, out: Tensor | None = None
-) -> Tensor:
+def weighted_sum(*terms: tuple[float | Tensor, Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """The sum of weight times value, [batch, *shape]; a weight is a number, or a tensor [batch] or [].
 
-    The sum has the first value's type, or `dtype`. It is written into `out`, if given, which may be the first value but
-    no other.
+    The sum has the first value's type, or `dtype`.
     """
     (weight, first), *more = terms
     if fused(first) and _fits([value for _, value in terms]):
-        return _fused_sum(terms, dtype or first.dtype, out)
-    dtype = dtype or first.dtype if out is None else out.dtype
+        return _fused_sum(terms, dtype or first.dtype)
+    dtype = dtype or first.dtype
     total = _typed(first, dtype)
-    own = out is not None or not more or isinstance(weight, Tensor) or weight != 1  # and not a value itself
+    own = not more or isinstance(weight, Tensor) or weight != 1  # and not a value itself
     if own:
-        total = torch.mul(total, expand(weight, total) if isinstance(weight, Tensor) else weight, out=out)
+        total = total * (expand(weight, total) if isinstance(weight, Tensor) else weight)
     for weight, value in more:
         value = _typed(value, dtype)
         if isinstance(weight, Tensor):
@@ -56,15 +53,11 @@ def _fits(values: Sequence[Tensor]) -> bool:
     return fused(*values) and len(values) <= MOST and len(values[0]) <= LARGEST and values[0].numel() > 0
 
 
-def _fused_sum(terms: Sequence[tuple[float | Tensor, Tensor]], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+def _fused_sum(terms: Sequence[tuple[float | Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     values = [value for _, value in terms]
     weights = {place: weight for place, (weight, _) in enumerate(terms) if isinstance(weight, Tensor)}
     numbers = [1.0 if isinstance(weight, Tensor) else float(weight) for weight, _ in terms]
-    parts = values, [*weights.values()], [*weights], numbers
-    if out is None:
-        return torch.ops.chaindiff.weighted_sum(*parts, dtype)
-    torch.ops.chaindiff.weighted_sum_(out, *parts)
-    return out
+    return torch.ops.chaindiff.weighted_sum(values, [*weights.values()], [*weights], numbers, dtype)
 
 
 def weighted_error(
@@ -85,12 +78,16 @@ def _alike(values: Sequence[Tensor]) -> list[Tensor]:
     return [v.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format) for v in values]
 
 
-def _sum_into(
-    out: Tensor, values: Sequence[Tensor], weights: Sequence[Tensor], places: Sequence[int], numbers: Sequence[float]
-) -> None:
-    """Into `out`, which is dense and in the memory format of the values."""
+# A number for each term; the weights belong to the terms at `places`.
+TERMS = "Tensor[] values, Tensor[] weights, int[] places, float[] numbers"
+
+
+@torch.library.custom_op("chaindiff::weighted_sum", mutates_args=(), schema=f"({TERMS}, ScalarType dtype) -> Tensor")
+def _sum(values, weights, places, numbers, dtype):
     from chaindiff.kernels.triton_sums import weighted_sum as kernel
 
+    values = _alike(values)
+    out = torch.empty_like(values[0], dtype=dtype)
     batch, absent = len(out), MOST - len(values)
     size = out.numel() // batch
     weighed = dict(zip(places, [weight.expand(batch) for weight in weights], strict=True))
@@ -100,36 +97,12 @@ def _sum_into(
         *numbers, *[0.0] * absent, size,
         TERMS=len(values), WEIGHTED=sum(1 << place for place in places), BLOCK=min(BLOCK, power_of_two(size)),
     )  # fmt: skip
-
-
-# A number for each term; the weights belong to the terms at `places`.
-TERMS = "Tensor[] values, Tensor[] weights, int[] places, float[] numbers"
-
-
-@torch.library.custom_op("chaindiff::weighted_sum", mutates_args=(), schema=f"({TERMS}, ScalarType dtype) -> Tensor")
-def _sum(values, weights, places, numbers, dtype):
-    values = _alike(values)
-    out = torch.empty_like(values[0], dtype=dtype)
-    _sum_into(out, values, weights, places, numbers)
     return out
 
 
 @_sum.register_fake
 def _(values, weights, places, numbers, dtype):
     return torch.empty_like(_alike(values[:1])[0], dtype=dtype)
-
-
-@torch.library.custom_op("chaindiff::weighted_sum_", mutates_args=("out",), schema=f"(Tensor(a!) out, {TERMS}) -> ()")
-def _sum_in_place(out, values, weights, places, numbers):
-    dense, *values = _alike([out, *values])
-    _sum_into(dense, values, weights, places, numbers)
-    if dense is not out:
-        out.copy_(dense)
-
-
-@_sum_in_place.register_fake
-def _(out, values, weights, places, numbers):
-    return None
 
 
 def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

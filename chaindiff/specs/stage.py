@@ -19,7 +19,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from chaindiff.io.errors import did_you_mean
-from chaindiff.specs.base import Name, NonNegative, Positive, Probability, Problems, Spec, UpToMillion, UpToThousand
+from chaindiff.specs.base import (
+    PROBLEM,
+    Name,
+    NonNegative,
+    Positive,
+    Probability,
+    Problems,
+    Spec,
+    UpToMillion,
+    UpToThousand,
+)
 from chaindiff.specs.code import CODE, OURS_OR_CODE, CodeSpec, Ours, Theirs, is_code
 from chaindiff.specs.path import (
     CascadedLevels,
@@ -574,10 +584,11 @@ class Generated(Spec):
 
 def _named(said: Any) -> Any:
     """A list of names is short for a mapping without settings."""
+    if isinstance(said, str):
+        raise PydanticCustomError(PROBLEM, "expected a list or a mapping of names, not '{name}'", {"name": said})
     if isinstance(said, list) and all(isinstance(name, str) for name in said):
-        twice = next((name for name in said if said.count(name) > 1), None)
-        if twice is not None:
-            raise PydanticCustomError("twice", "'{name}' is named twice", {"name": twice})
+        if twice := next((name for name in said if said.count(name) > 1), None):
+            raise PydanticCustomError(PROBLEM, "'{name}' is named twice", {"name": twice})
         return {name: {} for name in said}
     return said
 
