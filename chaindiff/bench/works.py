@@ -13,6 +13,9 @@ from chaindiff.bench.timing import Side
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.data import augment, open_data
+from chaindiff.execution import packages
+from chaindiff.execution.runner import Tiled
+from chaindiff.io.digest import digest
 from chaindiff.networks.interface import Condition
 from chaindiff.recipe.load import load
 from chaindiff.specs.stage import AugmentSpec, UNetSpec
@@ -34,10 +37,14 @@ def stage(spec: UNetSpec | nn.Module, size: int, **more: Any) -> Diffusion:
 
 
 def executed(made: Diffusion, execution: str = "eager", precision: str = "float32") -> Diffusion:
-    """The stage, executed in this way."""
-    made.autocast = torch.bfloat16 if precision == "bf16" else None
+    """The stage, executed in this way as `chaindiff sample` does: compiled from the packages in the user's cache."""
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    made.autocast = dtype
     if execution == "compile":
-        made.network.compile()
+        device, shape = made.like.device, packages.shape_key(made.network_spec, made.interface, made.like.device)
+        key = digest([shape, packages.weights_key(made), BATCH, precision])
+        path = packages.find(key) or packages.build(key, made.network, made.interface, BATCH, dtype, device)
+        made.run = Tiled(made.network, packages.load(path, device), made.interface, BATCH)
     return made
 
 

@@ -26,7 +26,8 @@ stages:
   image:
     network: {kind: unet, channels: 16, mult: [1], blocks: 1, attention: [], dropout: 0.0}
     train:
-      {images: 16, batch: 8, execution: eager, log_every: 1, optimizer: {lr: 0.01}, ema: {kind: power, snapshot_every: 8}}
+      {images: 16, batch: 8, execution: eager, log_every: 1, optimizer: {lr: 0.01},
+      ema: {kind: power, snapshot_every: 8}}
     sample: {steps: 2}
 sample: {want: [image], count: 3, batch: 2, execution: eager}
 evaluate: {count: 60, judges: ["pixels:2"], held_out: null}
