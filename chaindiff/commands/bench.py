@@ -47,7 +47,7 @@ def bench(
         with silenced():  # training and commands tell how far they are
             sides = measure({**own, **peers(name)}, case.beside, *((3, 0.5) if quick else (repeats, 2.0)))
         found.cases[name] = CaseResult(group=case.group, about=case.about, unit=case.unit, sides=sides)
-        say(f"\n{name}: {case.about}\n{plain(table(found.cases[name]))}")
+        say("", f"{name}: {case.about}", *plain(table(found.cases[name])).splitlines())
         if json is not None:  # after each, in case the next is interrupted
             found.write(json)
     if before is None:
@@ -55,7 +55,7 @@ def bench(
     same = {name: result for name, result in before.cases.items() if name in asked}
     compared = compare(before.model_copy(update={"cases": same}), found)
     unlike = [w for w in ("machine", "versions") if getattr(before, w) != getattr(found, w)]
-    say("".join(f"\nnote: {what} differ from those of {against}" for what in unlike) + f"\n{compared}")
+    say(*(f"note: {what} differ from those of {against}" for what in unlike), *str(compared).splitlines())
     return found, compared
 
 
