@@ -184,6 +184,7 @@ def numpy_file(path: Path, array: np.ndarray) -> Path:
             "x.npy is not a complete .safetensors or .npy file of numbers: Object arrays",
         ),
         ("x.npy", np.array(["a"]), "x.npy is not a complete .safetensors or .npy file of numbers: "),
+        ("x.npy", np.zeros((1, 3, 8, 8), complex), "or .npy file of numbers: its numbers are complex"),
         ("x.npy", np.zeros((2, 3, 8, 7)), "x.npy holds [2, 3, 8, 7]; expected [rows, *[3, 8, 8]]"),
         ("x.npy", np.full((1, 3, 8, 8), np.nan), "x.npy holds numbers that are not finite (NaN or infinity)"),
         ("x.npy", np.full((1, 3, 8, 8), 255), "x.npy holds numbers from 255 to 255; images lie in [-1, 1]"),

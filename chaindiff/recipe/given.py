@@ -172,7 +172,10 @@ def _images(path: Path, variable: Variable) -> Tensor:
 def _numbers(path: Path, variable: Variable, where: str) -> Tensor:
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(regular_path(path), allow_pickle=False)).float()
+            found = np.load(regular_path(path), allow_pickle=False)
+            if np.iscomplexobj(found):
+                raise ValueError("its numbers are complex")
+            return torch.from_numpy(found).float()
         tensors, _ = tensorfile.load(path)
     except Exception as error:  # the readers raise many kinds of errors for other or truncated files
         reason = str(error.__cause__ or error) or type(error).__name__
