@@ -196,7 +196,7 @@ def numpy_file(path: Path, array: np.ndarray) -> Path:
         ("x.txt", b"hello", "x.txt is not a complete .safetensors or .npy file of numbers: "),
         ("folder", None, "folder: there are no images"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_given_files_that_cannot_be_used(refused, finished, tmp_path, name, content, expected):
     path = tmp_path / name
