@@ -45,7 +45,7 @@ def test_settings_that_differ_by_their_dotted_names():
     assert found.settings == {
         "stages.clip.sample.steps": [18, 9],
         "stages.image16.given.0.dropout": [0.0, 0.5],
-        "stages.image16.sample.steps": [18, 9],
+        "stages.image16.sample.steps": [10, 9],
         "sample.given.clip": [ABSENT, "p.png"],
     }
     assert str(found).splitlines()[:2] == [

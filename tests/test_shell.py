@@ -176,8 +176,8 @@ def test_plan_as_json(command):
         assert clip["parameters"] == sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     assert (clip["nfe"], image["nfe"]) == (2 * 18 - 1, 10)
     assert image["weight_bytes"] == 4 * image["parameters"]
-    assert found["nfe"] == 70
-    assert found["total_flops"] == 35 * (clip["flops"] + image["flops"])
+    assert found["nfe"] == 45
+    assert found["total_flops"] == 35 * clip["flops"] + 10 * image["flops"]
     assert clip["share"] + image["share"] == pytest.approx(1)
 
 
