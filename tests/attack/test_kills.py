@@ -75,9 +75,9 @@ def kill(process: subprocess.Popen) -> None:
 
 def left(folder: Path) -> dict[str, str]:
     """A digest of every file whose content does not tell the time; of tensors without metadata or seconds, which do."""
-    found = {}
+    found = {}  # checksums are named by their folder; a killed process leaves its lock file, which locks nothing then
     paths = sorted([*(folder / "runs").rglob("*"), *(folder / "cache").rglob("*")])
-    for path in (path for path in paths if not {"tensorboard", "checksums"} & {*path.parts}):  # named by folder
+    for path in (path for path in paths if not {"tensorboard", "checksums", ".lock"} & {*path.parts}):
         name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":
             with safe_open(path, "np") as file:
