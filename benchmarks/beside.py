@@ -22,7 +22,7 @@ from chaindiff.bench.timing import Side
 from chaindiff.bench.works import AUGMENT, BATCH, FFHQ, SMALL, quietly, stage
 from chaindiff.data import augment, open_data
 from chaindiff.edm.levels import karras_sigmas
-from chaindiff.specs.stage import UNetSpec
+from chaindiff.specs.network import UNetSpec
 
 SIGMA_DATA = 0.5
 LEVELS = karras_sigmas(HEUN, 0.002, 80.0, 7.0).tolist()

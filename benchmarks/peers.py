@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from chaindiff.io.errors import UserError
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.stage import UNetSpec
+from chaindiff.specs.network import UNetSpec
 
 
 class Published(nn.Module):

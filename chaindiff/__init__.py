@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from chaindiff.io.errors import UserError
     from chaindiff.networks.interface import Condition, Interface, Network
     from chaindiff.recipe.load import load
-    from chaindiff.specs.stage import Generated, JointNetwork, LinkSampling, Prior, Transformer, UNet
-    from chaindiff.specs.stage import LinkSpec as Link
-    from chaindiff.specs.stage import SamplerSpec as Sampler
+    from chaindiff.specs.link import LinkSpec as Link
+    from chaindiff.specs.network import JointNetwork, Prior, Transformer, UNet
+    from chaindiff.specs.sampling import LinkSampling
+    from chaindiff.specs.sampling import SamplerSpec as Sampler
+    from chaindiff.specs.stage import Generated
     from chaindiff.training.objects import train
 
     __version__: str
@@ -56,13 +58,15 @@ _HOMES = {
     "chaindiff.chain.saving": ["load_stage", "save_stage"],
     "chaindiff.io.errors": ["UserError"],
     "chaindiff.recipe.load": ["load"],
-    "chaindiff.specs.stage": ["Generated", "JointNetwork", "LinkSampling", "Prior", "Transformer", "UNet"],
+    "chaindiff.specs.network": ["JointNetwork", "Prior", "Transformer", "UNet"],
+    "chaindiff.specs.sampling": ["LinkSampling"],
+    "chaindiff.specs.stage": ["Generated"],
     "chaindiff.chain.stage": ["Cost", "Stage"],
     "chaindiff.training.objects": ["train"],
     "chaindiff.chain.variable": ["Variable"],
 }  # fmt: skip
 _NAMES = {name: (home, name) for home, names in _HOMES.items() for name in names}
-_NAMES |= {"Link": ("chaindiff.specs.stage", "LinkSpec"), "Sampler": ("chaindiff.specs.stage", "SamplerSpec")}
+_NAMES |= {"Link": ("chaindiff.specs.link", "LinkSpec"), "Sampler": ("chaindiff.specs.sampling", "SamplerSpec")}
 
 __all__ = sorted([*_NAMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -22,7 +22,8 @@ from chaindiff.edm.random import normal_batch
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.kernels import noise
-from chaindiff.specs.stage import EmaSpec, PriorSpec, TrainSpec, UNetSpec
+from chaindiff.specs.network import PriorSpec, UNetSpec
+from chaindiff.specs.training import EmaSpec, TrainSpec
 from chaindiff.training import loop
 from chaindiff.training.ahead import ahead
 from chaindiff.training.loop import train

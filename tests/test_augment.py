@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chaindiff.data.augment import Draw, active, apply, augment_dim, draw
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 
 GEOMETRIC = AugmentSpec(probability=0.5)
 COLOUR = AugmentSpec(probability=0.5, colour=0.7)

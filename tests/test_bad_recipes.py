@@ -13,8 +13,8 @@ import pytest
 from recipe_text import LINES, changed, message, write
 
 from chaindiff import cli
+from chaindiff.specs.link import LinkSpec
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import LinkSpec
 
 
 @pytest.fixture

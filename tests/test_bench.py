@@ -25,7 +25,7 @@ from chaindiff.commands import bench as command_module
 from chaindiff.edm import solvers
 from chaindiff.io.errors import UserError
 from chaindiff.networks import Condition, UNet
-from chaindiff.specs.stage import UNetSpec
+from chaindiff.specs.network import UNetSpec
 
 
 def results(cases: dict[str, dict[str, SideResult]]) -> Results:

@@ -15,7 +15,7 @@ from chaindiff.data import ImageData, augment, open_data
 from chaindiff.encoders import build_encoder
 from chaindiff.io.errors import UserError
 from chaindiff.specs.recipe import DataSpec, VariableSpec
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 from chaindiff.training.batches import Batches
 from chaindiff.training.cache import EmbeddingCache
 from chaindiff.training.fit import fit

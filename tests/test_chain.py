@@ -15,7 +15,9 @@ from chaindiff.chain.chain import Chain, Source
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.io.errors import UserError
-from chaindiff.specs.stage import ChurnSpec, LinkSampling, LinkSpec, PriorSpec, SamplerSpec, UNetSpec
+from chaindiff.specs.link import LinkSpec
+from chaindiff.specs.network import PriorSpec, UNetSpec
+from chaindiff.specs.sampling import ChurnSpec, LinkSampling, SamplerSpec
 
 # A chain of Gaussians a -> b -> c, with a -> c as well: x = W parents + N(0, variance).
 VARIABLES = {name: Variable.vector(name, 2) for name in "abc"}

@@ -15,7 +15,8 @@ from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import Draws
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
-from chaindiff.specs.stage import LinkSpec, UNetSpec
+from chaindiff.specs.link import LinkSpec
+from chaindiff.specs.network import UNetSpec
 from chaindiff.training.begin import Begun, begin_from
 
 

@@ -21,8 +21,9 @@ from chaindiff.evaluation.rows import Row
 from chaindiff.io.errors import UserError
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
+from chaindiff.specs.network import UNetSpec
 from chaindiff.specs.recipe import Recipe
-from chaindiff.specs.stage import SamplerSpec, UNetSpec
+from chaindiff.specs.sampling import SamplerSpec
 
 LATENT = """\
 name: latent

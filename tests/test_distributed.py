@@ -27,7 +27,7 @@ from chaindiff.io import tensorfile
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 from chaindiff.training import cache
 from chaindiff.training.batches import Batches
 

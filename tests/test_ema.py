@@ -19,7 +19,8 @@ from chaindiff.io import files, tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import EmaSpec, PowerEmaSpec, PriorSpec, TrainSpec
+from chaindiff.specs.network import PriorSpec
+from chaindiff.specs.training import EmaSpec, PowerEmaSpec, TrainSpec
 from chaindiff.training import snapshots, states
 from chaindiff.training.loop import train
 from chaindiff.training.snapshots import reconstruct, reconstruct_stage

@@ -23,8 +23,10 @@ from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition
 from chaindiff.recipe.assembly import Assembly
+from chaindiff.specs.link import LinkSpec
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import LinkSpec, SamplerSpec, UNetSpec
+from chaindiff.specs.network import UNetSpec
+from chaindiff.specs.sampling import SamplerSpec
 from chaindiff.training.begin import Begun, begin, begin_from, columns
 
 IMAGE = Variable.image("image", 3, 16)

@@ -17,7 +17,7 @@ from chaindiff.edm.random import Draws, generator, normal_batch
 from chaindiff.edm.schedules import schedule
 from chaindiff.edm.solvers import SOLVERS, Churn, evaluations, invert, solve, updates
 from chaindiff.io.errors import UserError
-from chaindiff.specs.stage import ChurnSpec, SamplerSpec
+from chaindiff.specs.sampling import ChurnSpec, SamplerSpec
 
 
 def data(count: int) -> Tensor:

@@ -23,7 +23,7 @@ from chaindiff.io.errors import UserError
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec, VariableSpec
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 from chaindiff.training.batches import Batches
 from chaindiff.training.cache import EmbeddingCache
 

@@ -18,8 +18,10 @@ from chaindiff.networks.interface import Condition, Interface
 from chaindiff.networks.joint import Joint
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.execution import sampler_settings
+from chaindiff.specs.link import LinkSpec
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import JointNetworkSpec, LinkSpec, NoiseSpec
+from chaindiff.specs.network import JointNetworkSpec
+from chaindiff.specs.noise import NoiseSpec
 
 A, B = Variable.vector("a", 1), Variable.vector("b", 2)
 COVARIANCE = torch.tensor([[0.30, 0.20, -0.10], [0.20, 0.40, 0.05], [-0.10, 0.05, 0.20]], dtype=torch.float64)

@@ -12,8 +12,8 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import Draws
 from chaindiff.io.errors import UserError
+from chaindiff.specs.link import LinkSpec
 from chaindiff.specs.load import load_recipe
-from chaindiff.specs.stage import LinkSpec
 
 SCALE = 0.5 * 8**0.5  # of a vector of eight entries, each of deviation 0.5
 CLIP, GROUP, X = Variable.vector("clip", 8), Variable.label("group", 3), Variable.vector("x", 4)

@@ -18,7 +18,10 @@ from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import Draws, normal
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
-from chaindiff.specs.stage import EmaSpec, LinkSpec, OptimizerSpec, PriorSpec, SamplerSpec, TrainSpec
+from chaindiff.specs.link import LinkSpec
+from chaindiff.specs.network import PriorSpec
+from chaindiff.specs.sampling import SamplerSpec
+from chaindiff.specs.training import EmaSpec, OptimizerSpec, TrainSpec
 from chaindiff.training import loop
 from chaindiff.training.loop import learning_rate, train
 

@@ -27,9 +27,9 @@ from chaindiff.encoders.statistics import Statistics
 from chaindiff.io.errors import UserError
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.training import prepare
+from chaindiff.specs.link import LinkSpec
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec, FileSpec, OpenClipSpec
-from chaindiff.specs.stage import LinkSpec
 from chaindiff.training.fit import fit
 
 CHANNELS, SIDE = 5, 4

@@ -15,7 +15,8 @@ from chaindiff.chain.variable import Variable
 from chaindiff.edm.precondition import EDM, SMALLEST_SIGMA, Direct, noise_label
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.stage import LinkSpec, UNetSpec
+from chaindiff.specs.link import LinkSpec
+from chaindiff.specs.network import UNetSpec
 
 
 def reference_unet(name: str, arch: str) -> tuple[UNet, dict[str, torch.Tensor]]:

@@ -26,19 +26,19 @@ from chaindiff.guidance.algebra import Wrapper
 from chaindiff.io.errors import UserError
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.stage import (
+from chaindiff.specs.network import PriorSpec
+from chaindiff.specs.noise import (
     CosineNoiseSpec,
     IddpmSpec,
     LogitNormalSpec,
     NoiseSpec,
     Precondition,
-    PriorSpec,
-    SamplerSpec,
-    StageSpec,
     UniformTimeSpec,
     VeSpec,
     VpSpec,
 )
+from chaindiff.specs.sampling import SamplerSpec
+from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.validate import config
 
 KINDS = ["edm", "x0", "v", "flow", "vp", "ve", "iddpm"]

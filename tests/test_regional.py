@@ -15,7 +15,7 @@ from chaindiff.execution import regional
 from chaindiff.execution.regional import compile_network, release, repeated
 from chaindiff.networks.blocks import Block
 from chaindiff.networks.prior import TransformerBlock
-from chaindiff.specs.stage import PriorSpec, UNetSpec
+from chaindiff.specs.network import PriorSpec, UNetSpec
 
 UNET = UNetSpec(kind="unet", channels=16, mult=[1, 2], blocks=2, attention=[8])
 PRIOR = PriorSpec(kind="prior", width=16, depth=3, heads=2)

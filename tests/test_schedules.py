@@ -21,7 +21,7 @@ from chaindiff.edm.levels import (
 )
 from chaindiff.edm.schedules import VE, VP, Cosine, Flow, Linear, LogSNR, Schedule, iddpm_levels, schedule
 from chaindiff.edm.solvers import evaluations, updates
-from chaindiff.specs.stage import SamplerSpec
+from chaindiff.specs.sampling import SamplerSpec
 
 SCHEDULES = [Linear(), VP(), VP.between(0.002, 80), VE(), Cosine(), Cosine(0.008), Flow(), LogSNR()]
 LEVELS = [1e-4, 0.002, 0.03, 0.9, 4.0, 80.0]

@@ -14,8 +14,9 @@ from recipe_text import FIXTURES, LINES, RECIPE, changed, message, write
 
 from chaindiff.io.errors import UserError
 from chaindiff.specs import load as load_module
+from chaindiff.specs.link import LinkSpec
 from chaindiff.specs.load import available, load_recipe
-from chaindiff.specs.stage import LinkSpec, PriorSpec, UNetSpec
+from chaindiff.specs.network import PriorSpec, UNetSpec
 from chaindiff.specs.yaml import MAX_DEPTH, assignment, dump, parse, read
 
 

@@ -22,7 +22,7 @@ from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
 from chaindiff.io import tensorfile
 from chaindiff.specs.recipe import DataSpec
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 from chaindiff.training.batches import Batches
 
 IMAGES, BATCH, TOTAL = 12, 8, 240  # rows of the data, so that batches cross epochs; images a step; images in all

@@ -24,7 +24,7 @@ from chaindiff.networks import build
 from chaindiff.networks.attention import JointBlock, angles, cells, rotate, sincos
 from chaindiff.networks.interface import Condition, Interface
 from chaindiff.networks.transformer import Transformer
-from chaindiff.specs.stage import TransformerSpec
+from chaindiff.specs.network import TransformerSpec
 
 MIX = {"image": (3, 8, 8), "map": (4, 4, 4), "vector": (5,), "words": (3, 6)}
 GRIDS = {"image": (3, 8, 8), "map": (4, 4, 4), "vector": (5,)}

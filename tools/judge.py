@@ -31,7 +31,7 @@ from chaindiff.evaluation.features import JUDGES
 from chaindiff.evaluation.judge_networks import SIZE, TRUNKS, Judge
 from chaindiff.io import tensorfile
 from chaindiff.io.files import cache_folder
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 
 STORED = 64  # side of the training images
 SIDES = (16, 24, 32, STORED)  # what they are reduced to before they are resized to 32

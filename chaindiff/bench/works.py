@@ -18,7 +18,8 @@ from chaindiff.execution.runner import Tiled
 from chaindiff.io.digest import digest
 from chaindiff.networks.interface import Condition
 from chaindiff.recipe.load import load
-from chaindiff.specs.stage import AugmentSpec, UNetSpec
+from chaindiff.specs.network import UNetSpec
+from chaindiff.specs.training import AugmentSpec
 from chaindiff.training.objects import train
 
 BATCH, STEPS = 64, 3

@@ -23,7 +23,7 @@ from chaindiff.edm.precondition import noise_label
 from chaindiff.io.errors import UserError
 from chaindiff.networks.blocks import LEVEL_FREQUENCIES, sinusoids
 from chaindiff.networks.interface import Condition
-from chaindiff.specs.stage import LinkSpec, no_channels
+from chaindiff.specs.link import LinkSpec, no_channels
 
 LEVEL_WIDTH = 2 * LEVEL_FREQUENCIES + 1
 

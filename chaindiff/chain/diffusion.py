@@ -30,17 +30,12 @@ from chaindiff.io.errors import UserError
 from chaindiff.kernels.sums import weighted_error, weighted_sum
 from chaindiff.networks.interface import Condition, Interface
 from chaindiff.networks.interface import Network as NetworkLike
+from chaindiff.specs.link import LinkSpec, largest_grid
+from chaindiff.specs.network import Network
+from chaindiff.specs.noise import NoiseLevels, Precondition, published_noise
 from chaindiff.specs.path import OffsetPath, TablePath, TrainPath, hidden, sampled
-from chaindiff.specs.stage import (
-    Generated,
-    LinkSpec,
-    Network,
-    NoiseLevels,
-    Precondition,
-    SamplerSpec,
-    largest_grid,
-    published_noise,
-)
+from chaindiff.specs.sampling import SamplerSpec
+from chaindiff.specs.stage import Generated
 from chaindiff.specs.validate import config
 
 Wrap = Callable[[Denoiser], Denoiser]  # custom guidance around the bound denoiser

@@ -11,6 +11,18 @@ from chaindiff.edm.ema import Average, Ema, PowerEma
 from chaindiff.edm.families import Family
 from chaindiff.edm.noise import TrainingNoise
 from chaindiff.edm.precondition import Preconditioning
+from chaindiff.specs.noise import (
+    CosineNoiseSpec,
+    IddpmSpec,
+    LogitNormalSpec,
+    NoiseLevels,
+    NoiseSpec,
+    Precondition,
+    PreconditionSpec,
+    UniformTimeSpec,
+    VeSpec,
+    VpSpec,
+)
 from chaindiff.specs.path import (
     CascadedLevels,
     MixtureLevels,
@@ -21,20 +33,7 @@ from chaindiff.specs.path import (
     TablePath,
     TrainPath,
 )
-from chaindiff.specs.stage import (
-    CosineNoiseSpec,
-    EmaSpec,
-    IddpmSpec,
-    LogitNormalSpec,
-    NoiseLevels,
-    NoiseSpec,
-    PowerEmaSpec,
-    Precondition,
-    PreconditionSpec,
-    UniformTimeSpec,
-    VeSpec,
-    VpSpec,
-)
+from chaindiff.specs.training import EmaSpec, PowerEmaSpec
 
 
 def preconditioning(spec: Precondition, sigma_data: float) -> Preconditioning:

@@ -25,7 +25,7 @@ from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import read_whole, write_whole
 from chaindiff.specs.code import is_code
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 
 FORMAT, CHAIN = "chaindiff-stage/1", "chain.json"
 

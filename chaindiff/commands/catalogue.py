@@ -16,8 +16,8 @@ from chaindiff.io.files import regular
 from chaindiff.io.metadata import about
 from chaindiff.specs.fields import kinds
 from chaindiff.specs.load import LOCK, What, available, load_recipe, summary
+from chaindiff.specs.network import Network
 from chaindiff.specs.recipe import Encoder, Reducer
-from chaindiff.specs.stage import Network
 
 JUDGES = {  # the names that `chaindiff.evaluation.features.extractor` knows
     "pixels": "the image itself, at `pixels:SIDE`",

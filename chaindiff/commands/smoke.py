@@ -6,8 +6,8 @@ from typing import Any
 
 from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.load import Loaded
+from chaindiff.specs.network import JointNetworkSpec, Network, UNetSpec
 from chaindiff.specs.recipe import DataSpec, FileSpec, OpenClipSpec, PcaSpec
-from chaindiff.specs.stage import JointNetworkSpec, Network, UNetSpec
 
 CLIP_WIDTH, MAP_WIDTH = 128, 320  # of the embedded image-text model and its last features
 CLASSES = 7  # groups of the embedded images

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from chaindiff.edm.random import Key, generator
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 
 SCALE = 0.2  # standard deviation of log2 of the scale, isotropic and anisotropic
 SHIFT = 0.125  # standard deviation of the translation, as a share of the image's side

@@ -18,7 +18,8 @@ from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.networks.arch import ARCHS
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.base import Spec
-from chaindiff.specs.stage import IddpmSpec, Precondition, PreconditionSpec, UNetSpec, VeSpec, VpSpec
+from chaindiff.specs.network import UNetSpec
+from chaindiff.specs.noise import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
 
 # Constructors of the published classes: their arguments in order, with defaults; ... is required.
 COMMON = {"img_resolution": ..., "in_channels": ..., "out_channels": ..., "label_dim": 0, "augment_dim": 0}

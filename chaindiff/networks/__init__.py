@@ -12,7 +12,7 @@ from chaindiff.networks.prior import Prior
 from chaindiff.networks.transformer import Transformer
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.code import CodeSpec
-from chaindiff.specs.stage import JointNetworkSpec, PriorSpec, TransformerSpec, UNetSpec
+from chaindiff.specs.network import JointNetworkSpec, PriorSpec, TransformerSpec, UNetSpec
 
 __all__ = ["Condition", "Interface", "Joint", "Network", "Prior", "Transformer", "UNet", "build"]
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chaindiff.edm.denoiser import State
-from chaindiff.specs.stage import largest_grid
+from chaindiff.specs.link import largest_grid
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,11 @@ from chaindiff.io.files import user_path
 from chaindiff.io.metadata import Trained, about
 from chaindiff.io.processes import processes
 from chaindiff.specs.code import CodeSpec
+from chaindiff.specs.link import LinkSpec
 from chaindiff.specs.load import LOCK, load_recipe
 from chaindiff.specs.lock import write_lock
-from chaindiff.specs.stage import Generated, LinkSpec, StageSpec, TrainSpec
+from chaindiff.specs.stage import Generated, StageSpec
+from chaindiff.specs.training import TrainSpec
 from chaindiff.training import states
 from chaindiff.training.begin import begin_from, other_preconditioning
 

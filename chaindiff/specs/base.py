@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -43,3 +43,8 @@ class Spec(BaseModel):
         if found:
             raise ValidationError.from_exception_data(type(self).__name__, found)
         return self
+
+
+def by_default(kind: str) -> BeforeValidator:
+    """The default kind of a mapping."""
+    return BeforeValidator(lambda said: {"kind": kind, **said} if isinstance(said, dict) else said)

@@ -10,6 +10,8 @@ from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.base import Problems
 from chaindiff.specs.clip_models import HUB, known_models, model_folder
 from chaindiff.specs.code import CodeSpec, is_code
+from chaindiff.specs.link import largest_grid, no_channels
+from chaindiff.specs.network import JointNetworkSpec, PriorSpec, TransformerSpec, UNetSpec
 from chaindiff.specs.recipe import (
     A,
     DataSpec,
@@ -22,15 +24,7 @@ from chaindiff.specs.recipe import (
     ResizeSpec,
     VariableSpec,
 )
-from chaindiff.specs.stage import (
-    JointNetworkSpec,
-    PriorSpec,
-    StageSpec,
-    TransformerSpec,
-    UNetSpec,
-    largest_grid,
-    no_channels,
-)
+from chaindiff.specs.stage import StageSpec
 from chaindiff.specs.validate import raise_all
 from chaindiff.specs.yaml import describe
 

@@ -17,7 +17,7 @@ from chaindiff.data.items import Data
 from chaindiff.edm.random import Draws, generator
 from chaindiff.io.errors import UserError
 from chaindiff.io.progress import Bar
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 
 ENCODED_AT_ONCE = 128
 

@@ -23,7 +23,8 @@ from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.metadata import About, about
 from chaindiff.networks.unet import UNet
-from chaindiff.specs.stage import LinkSpec, Precondition
+from chaindiff.specs.link import LinkSpec
+from chaindiff.specs.noise import Precondition
 
 LABEL, LABEL_BIAS, AUGMENT = (f"network.map_{part}" for part in ("label.weight", "label.bias", "augment.weight"))
 INPUT = re.compile(r"network\.enc\.\d+x\d+_(conv|aux_residual)\.weight")  # convolutions of the noisy image itself

@@ -14,7 +14,7 @@ from chaindiff.encoders import Encoder
 from chaindiff.io.digest import fingerprint
 from chaindiff.io.errors import UserError
 from chaindiff.io.shards import Shards
-from chaindiff.specs.stage import AugmentSpec
+from chaindiff.specs.training import AugmentSpec
 
 SHARD = 4096  # rows per file: the most that an interruption can lose
 

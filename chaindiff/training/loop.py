@@ -30,7 +30,7 @@ from chaindiff.execution.settings import SETTINGS, settle
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import remove_leftovers
-from chaindiff.specs.stage import OptimizerSpec, PowerEmaSpec, TrainSpec
+from chaindiff.specs.training import OptimizerSpec, PowerEmaSpec, TrainSpec
 from chaindiff.training import snapshots, states
 from chaindiff.training.ahead import ahead
 

@@ -25,7 +25,7 @@ from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.files import folder_path
 from chaindiff.io.processes import sole_writer
 from chaindiff.io.progress import Bar
-from chaindiff.specs.stage import AugmentSpec, TrainSpec
+from chaindiff.specs.training import AugmentSpec, TrainSpec
 from chaindiff.specs.validate import config
 from chaindiff.training.batches import Batches, pictures
 from chaindiff.training.loop import Progress

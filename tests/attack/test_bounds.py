@@ -32,8 +32,8 @@ from chaindiff.io.errors import UserError
 from chaindiff.io.files import read_whole
 from chaindiff.recipe.given import _numbers
 from chaindiff.recipe.samples import read_image
+from chaindiff.specs.network import PriorSpec
 from chaindiff.specs.recipe import DataSpec
-from chaindiff.specs.stage import PriorSpec
 from chaindiff.training.metrics import Metrics
 
 

@@ -23,7 +23,8 @@ from chaindiff.io import files, tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.shards import Shards
 from chaindiff.recipe.samples import Samples
-from chaindiff.specs.stage import EmaSpec, PriorSpec, TrainSpec
+from chaindiff.specs.network import PriorSpec
+from chaindiff.specs.training import EmaSpec, TrainSpec
 from chaindiff.training.loop import train
 
 
