@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
 
@@ -199,31 +199,36 @@ def test_averages_of_weights_have_the_published_decay(recipe: str, decay: float,
 # ------------------------------------------------------------ they run
 
 
-def run(*command: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*command])
-    assert ended.value.code == 0
-
-
-@pytest.mark.parametrize("recipe", ["latent_forcing", "reg"])
-def test_joint_models_run_as_smoke_tests(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Levels before one another, variables with settings and spreads of their own; all recipes run in the slow tests."""
-    monkeypatch.chdir(tmp_path)
-    run("run", recipe, "--smoke", "--quiet")
-
-
-def test_semantic_first_diffusion_learns_from_files_of_latents(tmp_path: Path, monkeypatch) -> None:
-    """As its user would: two files of maps for one's own images, at a tiny size."""
+@pytest.mark.parametrize(
+    ("recipe", "files", "made"),
+    [("sfd", {"semantic": 16, "texture": 32}, "texture"), ("latent_forcing", {"dino": 8}, "image")],
+)
+def test_joint_models_learn_from_files_of_features(
+    recipe: str, files: dict[str, int], made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As their users would, at a tiny size: files of maps for one's own images. Slow tests run every recipe's smoke."""
     monkeypatch.chdir(tmp_path)
     data = open_data(DataSpec(path="emoji64", split="test", where={"style": "google"}))
+    patch = "{dino: 1, image: 16}" if recipe == "latent_forcing" else 1
+    changes = [
+        "data={path: emoji64, split: test, where: {style: google}}",
+        "variables.label={shape: [7], of: group}",
+        f"stages.both.network={{width: 32, depth: 1, heads: 2, patch: {patch}}}",
+        "stages.both.train={images: 32, batch: 16, execution: eager, precision: float32}",
+        "stages.both.sample.steps=10",
+        f"sample={{count: 4, batch: 4, want: [{made}]}}",
+    ]
     generator = torch.Generator().manual_seed(0)
-    changes = ["data={path: emoji64, split: test, where: {style: google}}", "variables.label={shape: [7], of: group}"]
-    for name, channels in (("semantic", 16), ("texture", 32)):
+    for name, channels in files.items():
         values = 3 + 2 * torch.randn(len(data), channels, 16, 16, generator=generator)
         save_file({"features": values}, f"{name}.safetensors", {"names": json.dumps(data.names)})
-        changes.append(f"variables.{name}.encoder.path={name}.safetensors")
-    changes += ["stages.both.network={kind: transformer, width: 32, depth: 1, heads: 2}", "stages.both.sample.steps=10"]
-    changes += ["stages.both.train={images: 32, batch: 16, execution: eager, precision: float32}", "sample.count=4"]
-    run("run", "sfd", "--quiet", *(part for change in changes for part in ("--set", change)))
-    made = [*Path("runs/sfd/samples/texture").glob("*.safetensors")]
-    assert len(made) == 4
+        changes += [f"variables.{name}={{shape: [{channels}, 16, 16], encoder: {{path: {name}.safetensors}}}}"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", recipe, "--quiet", *(part for change in changes for part in ("--set", change))])
+    assert ended.value.code == 0
+    if recipe == "latent_forcing":
+        assert len([*Path(f"runs/{recipe}/samples/image").glob("0*.png")]) == 4
+    else:
+        values = load_file(f"runs/{recipe}/samples/{made}/000000.safetensors")[made]
+        assert values.shape == (4, 32, 16, 16)
+        assert values.std() == pytest.approx(1, abs=0.1)  # the average of weights is still at velocity 0: noise stays
