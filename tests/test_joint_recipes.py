@@ -23,6 +23,7 @@ from chaindiff.edm.schedules import Flow
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.training import EmaSpec
 
 COUNT = 40_000
 ERROR = 4 / math.sqrt(COUNT)  # four standard deviations of a share, at most 1/2 each
@@ -120,8 +121,9 @@ def test_semantics_lead_by_0_3() -> None:
     both = (semantic < 1) & (texture > 1 / 80)
     assert (semantic - texture)[both].sub(0.3).abs().max() < 1e-4
     assert abs(float(both.double().mean()) - (1 - 2 * done)) < ERROR
-    own = {name: stage("sfd").own[name].weight * channels for name, channels in (("semantic", 1), ("texture", 1))}
-    assert own["semantic"] * 32 * 1 == own["texture"] * 16 * 2  # per channel 2 and 1, each a mean over its own channels
+    # Published: squared errors of 16 channels twice and of 32 once. Ours are means over each variable's channels.
+    weights = {name: own.weight for name, own in stage("sfd").own.items()}
+    assert weights["semantic"] / 16 == 2 * weights["texture"] / 32
 
 
 def test_features_are_learned_before_pixels() -> None:
@@ -193,6 +195,7 @@ def test_averages_of_weights_have_the_published_decay(recipe: str, decay: float,
     stages = load_recipe(recipe).recipe.stages
     train = stages[name or next(iter(stages))].train
     assert train.batch == batch
+    assert isinstance(train.ema, EmaSpec) and train.ema.rampup is None
     assert 1 - 0.5 ** (batch / train.ema.half_life) == pytest.approx(1 - decay, rel=1e-3)
 
 
