@@ -33,7 +33,7 @@ from chaindiff.networks.interface import Network as NetworkLike
 from chaindiff.specs.link import LinkSpec, largest_grid
 from chaindiff.specs.network import Network
 from chaindiff.specs.noise import NoiseLevels, Precondition, published_noise
-from chaindiff.specs.path import OffsetPath, TablePath, TrainPath, hidden, sampled
+from chaindiff.specs.path import OffsetPath, TablePath, TrainPath, hidden, hideable, sampled
 from chaindiff.specs.sampling import SamplerSpec
 from chaindiff.specs.stage import Generated
 from chaindiff.specs.validate import config
@@ -324,8 +324,8 @@ class Diffusion(nn.Module):
         if isinstance(found, Mapping):
             own = self.sampler.model_dump(exclude_unset=True)
             found = cast(SamplerSpec, config(SamplerSpec, {**own, **found}, f"{self.name}.sampler"))
-        hideable = self.generates if len(self.generates) > 1 and hidden(self.trained_path) else ()
-        for place, problem in found.untrained({k.variable.name: k.spec for k in self.conditioner}, hideable):
+        links = {link.variable.name: link.spec for link in self.conditioner}
+        for place, problem in found.untrained(links, hideable(self.trained_path, [*self.generates])):
             raise UserError(problem, f"stages.{self.name}.sample.{place}")
         return found
 

@@ -73,7 +73,7 @@ def family(spec: TrainPath | SamplePath, names: Sequence[str]) -> Family:
         case _:
             found = families.Independent()
     shares = (spec.exact, spec.pure, spec.absent) if isinstance(spec, Shares) else (0.0, 0.0, 0.0)
-    return families.Beside(found, *shares) if any(shares) else found
+    return families.Beside(found, *shares, spec.only) if isinstance(spec, Shares) and any(shares) else found
 
 
 def curves(spec: SamplePath, names: Sequence[str]) -> families.Along:
