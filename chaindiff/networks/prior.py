@@ -1,4 +1,4 @@
-"""The prior for vectors: a DALL-E 2 style decoder-only transformer (Ramesh et al. 2022, section 2.2; VCDM)."""
+"""The prior for vectors: a DALL-E 2 style decoder-only transformer (Ramesh et al. 2022, section 2.2), or VCDM's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from chaindiff.edm.denoiser import State
 from chaindiff.networks.blocks import PositionalEmbedding
 from chaindiff.networks.interface import Condition
+from chaindiff.networks.vcdm import CosineBlock, RelativeBias
 
 
 class TransformerBlock(nn.Module):
@@ -33,12 +34,16 @@ class TransformerBlock(nn.Module):
 
 
 class Prior(nn.Module):
-    """Tokens [context ...][augment label][condition][noise level][noised vector][query]; the output is the query's."""
+    """Tokens [context ...][augment label][condition][noise level][noised vector][query]; the output is the query's.
+
+    `arch` "vcdm" is VCDM's auxiliary network: `CosineBlock`s, relative positions, a wider mapping of the noise level.
+    """
 
     def __init__(
         self,
         dim: int,
         *,
+        arch: str = "plain",
         label_dim: int = 0,
         augment_dim: int = 0,
         context_dim: int = 0,
@@ -50,19 +55,28 @@ class Prior(nn.Module):
         label_span: float = 1.0,
     ):
         super().__init__()
-        self.label_scale = 1000 / label_span
+        vcdm = arch == "vcdm"
+        self.label_scale, hidden = 1.0 if vcdm else 1000 / label_span, width * (1 + vcdm)
         self.map_noise = PositionalEmbedding(width, endpoint=True)
-        self.map_noise_up, self.map_noise_down = nn.Linear(width, width), nn.Linear(width, width)
+        self.map_noise_up, self.map_noise_down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.map_noise_middle = nn.Linear(hidden, hidden) if vcdm else None
         self.map_label = nn.Linear(label_dim, width) if label_dim else None
-        self.map_augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.map_augment = nn.Linear(augment_dim, width, bias=vcdm) if augment_dim else None
         self.map_context = nn.Linear(context_dim, width) if context_dim else None
-        self.map_input, self.query = nn.Linear(dim, width), nn.Parameter(torch.randn(width) * 0.02)
+        self.map_input = nn.Identity() if vcdm and dim == width else nn.Linear(dim, width)
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
         tokens = 3 + bool(label_dim) + bool(augment_dim) + context_length
-        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, dim)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.position = None if vcdm else nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.bias = RelativeBias(heads) if vcdm else None
+        block = CosineBlock if vcdm else TransformerBlock
+        self.blocks = nn.ModuleList(block(width, heads, dropout) for _ in range(depth))
+        self.norm, self.map_output = nn.LayerNorm(width, bias=not vcdm), None
+        self.out = nn.Linear(width, width if vcdm else dim, bias=not vcdm)
+        if vcdm:
+            self.map_output = nn.Linear(width, dim) if dim != width else None
+        else:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
         """The raw network F of the preconditioned denoiser, for one vector; absent labels count as zeros."""
@@ -70,7 +84,13 @@ class Prior(nn.Module):
         batch = len(vector)
         # The noise label ln(sigma)/4 spans about 3 units; a factor of 1000 spreads it over the sinusoids' range. Labels
         # that are times up to 1000 already have that range.
-        level = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise[name] * self.label_scale))))
+        level = self.map_noise(noise[name] * self.label_scale)
+        if self.map_noise_middle is None:
+            level = F.silu(self.map_noise_up(level))
+        else:  # VCDM's sines come first
+            level = F.silu(self.map_noise_up(level.unflatten(1, (2, -1)).flip(1).flatten(1)))
+            level = F.silu(self.map_noise_middle(level))
+        level = self.map_noise_down(level)
         tokens = []
         if self.map_context is not None and condition.context is not None:
             tokens.append(self.map_context(condition.context))
@@ -78,7 +98,15 @@ class Prior(nn.Module):
             if layer is not None:
                 tokens.append(layer(vector.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
         tokens += [level[:, None], self.map_input(vector)[:, None], self.query.expand(batch, 1, -1)]
-        y = torch.cat(tokens, dim=1) + self.position
+        y = torch.cat(tokens, dim=1)
+        if self.bias is None:
+            y = y + self.position
+            for block in self.blocks:
+                y = block(y)
+            return {name: self.out(self.norm(y[:, -1]))}
+        bias = self.bias(y.shape[1])
         for block in self.blocks:
-            y = block(y)
-        return {name: self.out(self.norm(y[:, -1]))}
+            y = block(y, bias)
+        y = y[:, -1]
+        y = self.out(self.norm(y / y.amax(dim=-1, keepdim=True)))
+        return {name: y if self.map_output is None else self.map_output(y)}

@@ -47,6 +47,11 @@ class PriorSpec(Spec):
     """A DALL-E 2 style decoder-only transformer for vectors."""
 
     kind: Literal["prior"]
+    arch: Literal["plain", "vcdm"] = Field(
+        default="plain",
+        description="vcdm: VCDM's auxiliary network as published, with rotary and relative positions, cosine "
+        "attention to one key for all heads, SwiGLU",
+    )
     width: Annotated[int, Field(gt=0, le=65_536)] = 512
     depth: UpToThousand = 6
     heads: Annotated[int, Field(gt=0, le=65_536)] = 8
@@ -55,6 +60,8 @@ class PriorSpec(Spec):
     def problems(self) -> Problems:
         if self.width % self.heads or self.width % 2:
             yield "width", f"should be even and a multiple of heads ({self.heads}), not {self.width}"
+        elif self.arch == "vcdm" and (self.width // self.heads) % 2:
+            yield "heads", f"rotary positions need an even number of features per head, not {self.width // self.heads}"
 
 
 class TransformerSpec(Spec):
