@@ -18,7 +18,7 @@ from chaindiff.chain.conditioning import Given
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.data.augment import GEOMETRIC
-from chaindiff.interop.edm import load_edm_network, published
+from chaindiff.interop.edm import load_network, published
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.networks.interface import Condition
@@ -59,7 +59,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("arch", KINDS)
 def test_published_networks_give_the_reference_outputs(arch) -> None:
     class_name, kwargs, state, tensors = reference(arch)
-    network = load_edm_network(class_name, kwargs, state)
+    network = load_network(published(class_name, kwargs), state)
     assert published(class_name, kwargs).network.arch == arch
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     inputs = part(tensors, "in.")
@@ -72,7 +72,7 @@ def test_published_networks_give_the_reference_outputs(arch) -> None:
 def test_a_preconditioner_is_taken_off(kind) -> None:
     class_name = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond", "iddpm": "iDDPMPrecond"}[kind]
     kwargs, state, tensors = whole(kind)
-    network = load_edm_network(class_name, kwargs, state)
+    network = load_network(published(class_name, kwargs), state)
     described = published(class_name, kwargs)
     assert described.precondition is not None
     assert (described.precondition.kind, described.class_name, described.sigma_data) == (kind, "SongUNet", 0.5)
@@ -85,19 +85,19 @@ def test_a_preconditioner_is_taken_off(kind) -> None:
 
 
 @pytest.mark.parametrize(
-    ("class_name", "said", "kind", "channels"),
+    ("class_name", "said", "kind"),
     [
-        ("VPPrecond", {"epsilon_t": 1e-3}, {"kind": "vp", "beta_d": 19.9, "beta_min": 0.1, "eps": 1e-3}, 3),
-        ("VEPrecond", {}, {"kind": "ve", "sigma_min": 0.02, "sigma_max": 100.0}, 3),
-        ("iDDPMPrecond", {"M": 500}, {"kind": "iddpm", "levels": 500}, 6),
-        ("EDMPrecond", {"sigma_data": 1.0}, {"kind": "edm"}, 3),
+        ("VPPrecond", {"epsilon_t": 1e-3}, {"kind": "vp", "beta_d": 19.9, "beta_min": 0.1, "eps": 1e-3}),
+        ("VEPrecond", {}, {"kind": "ve", "sigma_min": 0.02, "sigma_max": 100.0}),
+        ("iDDPMPrecond", {"M": 500}, {"kind": "iddpm", "levels": 500}),
+        ("EDMPrecond", {"sigma_data": 1.0}, {"kind": "edm"}),
     ],
 )
-def test_preconditioners_by_name(class_name, said, kind, channels) -> None:
+def test_preconditioners_by_name(class_name, said, kind) -> None:
     found = published(class_name, {"img_resolution": 64, "img_channels": 3, **said})
     assert found.precondition is not None
     assert found.precondition.model_dump(exclude={"loss"}) == kind
-    assert found.out_channels == channels
+    assert found.shape == (3, 64, 64)
     assert found.sigma_data == said.get("sigma_data", 0.5)
     assert found.network.arch == ("adm" if class_name in ("EDMPrecond", "iDDPMPrecond") else "ddpmpp")  # EDM's defaults
 
@@ -162,7 +162,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
 
     def message(state: dict[str, Tensor], **said) -> str:
         with pytest.raises(UserError) as error:
-            load_edm_network(class_name, {**kwargs, **said}, state)
+            load_network(published(class_name, {**kwargs, **said}), state)
         return str(error.value)
 
     less = {k: v for k, v in state.items() if k != "map_layer0.bias"}
@@ -269,7 +269,7 @@ def test_import_for_a_recipe_writes_weights_that_sample(tmp_path, edm, recipe, c
         (["--set", "stages.image.network.attention=[]"], "attention is [], but [8] in the snapshot"),
         (
             ["--set", "variables.image.shape=[3, 32, 32]", "--set", "stages.image.network.attention=[16]"],
-            "3 x 32 x 32, but the snapshot 16 pixels",
+            "3 x 32 x 32, but the snapshot 3 x 16 x 16",
         ),
         (["--set", "stages.image.given=[clip]"], "was not trained with: network.map_label.weight of clip"),
         (["--set", "stages.image.precondition.kind=x0"], "it was trained with EDM(sigma_data=0.5), not Direct("),
@@ -303,15 +303,15 @@ def test_what_is_no_snapshot_of_an_image_network(tmp_path, capsys) -> None:
     path = tmp_path / "x.pkl"
     kwargs, state, _ = whole()
     prior = module("AuxiliaryPrecond", {"width": 512}, {"query": torch.zeros(4)})
-    odd = module("EDMPrecond", {**kwargs, "model_type": nn.Identity}, state)
+    odd = module("EDMPrecond", {**kwargs, "model_type": nn.Bilinear}, state)
     nested = module("EDMPrecond", {**kwargs, "channel_mult": [[1], 2]}, state)
     for ema, message in [
-        (prior, "VCDM's auxiliary network is not: train it with the card clip_prior"),
+        (prior, "'AuxiliaryPrecond' cannot be imported"),
         (
             None,
-            "not a snapshot of EDM or VCDM with an object 'ema': it holds augment_pipe, dataset_kwargs, ema, loss_fn",
+            "not a snapshot of EDM, EDM2 or VCDM with an object 'ema': it holds augment_pipe, dataset_kwargs, ema, loss_",
         ),
-        (odd, "it refers to 'torch.nn.modules.linear.Identity'"),
+        (odd, "it refers to 'torch.nn.modules.linear.Bilinear'"),
         (nested, "the argument 'channel_mult' is not a number, a text or a list"),
     ]:
         path.write_bytes(snapshot(ema))
@@ -334,7 +334,7 @@ def spec_of(arch: str) -> UNetSpec:
 def both(arch: str, given: list, **settings) -> tuple[Diffusion, Diffusion, Begun]:
     """A stage that is the published network, another that begins from it, and what that was told."""
     class_name, kwargs, state, _ = reference(arch)
-    network = load_edm_network(class_name, kwargs, state)
+    network = load_network(published(class_name, kwargs), state)
     label = [Variable.label("label", 10)] if kwargs["label_dim"] else []
     teacher = Diffusion(IMAGE, given=label, network=network).eval()
     stage = Diffusion(IMAGE, given=given, network=spec_of(arch), **settings).eval()

@@ -22,7 +22,7 @@ from torch import nn
 
 from chaindiff.interop.pickles import SNAPSHOT as LISTED
 from chaindiff.interop.pickles import Array, Object, interpret, read_pickle
-from chaindiff.interop.snapshots import state_dict
+from chaindiff.interop.snapshots import arrays
 from chaindiff.io.errors import UserError
 
 TENSORS = {
@@ -65,7 +65,7 @@ def test_a_snapshot_is_read_as_records(tmp_path, protocol) -> None:
         "path": "x.zip",
         "use_labels": False,
     }
-    tensors = state_dict(found["ema"], len(content))
+    tensors = {name: array.tensor() for name, array in arrays(found["ema"], len(content)).items()}
     assert tensors.keys() == TENSORS.keys()
     for name, value in TENSORS.items():
         assert tensors[name].dtype == value.dtype
@@ -283,14 +283,14 @@ def test_modules_that_hold_themselves_or_share_tensors(tmp_path) -> None:
     loop = Object("Layer", (), {"_modules": {}})
     loop.state["_modules"]["inner"] = loop
     with pytest.raises(UserError, match="is part of the network twice"):
-        state_dict(loop, 1000)
+        arrays(loop, 1000)
     shared = read(tmp_path, pickle.dumps(torch.zeros(100), 4))
     many = Object("Layer", (), {"_parameters": {f"p{i}": shared for i in range(5)}})
     with pytest.raises(UserError, match="its tensors share memory: 2000 bytes of them in a file of 1000"):
-        state_dict(many, 1000)
+        arrays(many, 1000)
     bare = Object("Layer", (), {"_parameters": {"p": [1.0]}})
     with pytest.raises(UserError, match="'p' is not a tensor"):
-        state_dict(bare, 1000)
+        arrays(bare, 1000)
 
 
 # ------------------------------------------------------------ files that are not whole

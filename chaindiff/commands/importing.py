@@ -31,7 +31,7 @@ class Imported:
 def import_snapshot(
     path: Path, out: Path | None = None, loaded: Loaded | None = None, stage: str | None = None
 ) -> Imported:
-    """Write a snapshot of EDM or VCDM as safetensors, and say what it holds and how to use it.
+    """Write a snapshot of EDM, EDM2 or VCDM as safetensors, and say what it holds and how to use it.
 
     With a recipe, the file is the weights of its stage, to sample with; else a network, to begin a stage from.
     Raises UserError if the snapshot cannot be read safely, or is not what the stage is.
@@ -79,7 +79,7 @@ def snippet(snapshot: Snapshot, out: Path) -> str:
     """The stage of a recipe that this network can begin."""
     found = snapshot.published
     fields: dict[str, Any] = {"network": found.network.model_dump(mode="json", exclude_defaults=True)}
-    fields["network"] = {"kind": "unet", **fields["network"]}
+    fields["network"] = {"kind": found.network.kind, **fields["network"]}
     if found.precondition and found.precondition.kind != "edm":
         fields["precondition"] = found.precondition.model_dump(mode="json", exclude_defaults=True)
     if snapshot.noise:
@@ -88,8 +88,11 @@ def snippet(snapshot: Snapshot, out: Path) -> str:
         fields["augment"] = {"probability": snapshot.augment["p"]}
     if found.label_dim:
         told = {"dropout": found.label_dropout, "presence": False} if found.label_dropout else {}
-        fields["given"] = [{"variable": f"NAME_OF_{found.label_dim}_ENTRIES", **told}]
-    return dump({"stages": {"image": {**fields, "init": str(out)}}})
+        sizes = found.given or (found.label_dim,)
+        fields["given"] = [{"variable": f"NAME_OF_{size}_ENTRIES", **told} for size in sizes]
+    name = "image" if len(found.shape) == 3 else "vector"
+    variables = {"variables": {name: {"sigma_data": found.sigma_data}}} if found.sigma_data != 0.5 else {}
+    return dump({**variables, "stages": {name: {**fields, "init": str(out)}}})
 
 
 # ------------------------------------------------------------ as the weights of a stage
@@ -118,8 +121,8 @@ def save_stage(snapshot: Snapshot, path: Path, out: Path, assembly: Assembly, na
     wrong = [f"{k} is {said.get(k)}, but {v} in the snapshot" for k, v in theirs.items() if said.get(k) != v]
     wrong = [problem for problem in wrong if not problem.startswith(("dropout ", "label_init "))]  # of training alone
     size = assembly.stages[name].generates[0].shape
-    if size[1:] != (found.resolution, found.resolution):
-        wrong.append(f"it generates {' x '.join(map(str, size))}, but the snapshot {found.resolution} pixels")
+    if size != found.shape:
+        wrong.append(f"it generates {' x '.join(map(str, size))}, but the snapshot {' x '.join(map(str, found.shape))}")
     if wrong:
         raise UserError(f"{where}: this is not the network of {path}: {'; '.join(wrong)}", loaded.where(where))
     stage = assembly.stages[name].build()

@@ -1,4 +1,4 @@
-"""Networks of EDM and VCDM (Karras et al. 2022; Harvey & Wood 2023) as networks of this package: names and settings.
+"""Published networks as networks of this package: EDM's by the arguments they state (Karras et al. 2022).
 
 Our U-Nets keep the published names of parameters.
 """
@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.networks import Interface, MPUNet, Prior, UNet, build
 from chaindiff.networks.arch import ARCHS
-from chaindiff.networks.unet import UNet
 from chaindiff.specs.base import Spec
-from chaindiff.specs.network import UNetSpec
+from chaindiff.specs.network import PriorSpec, UNetSpec
 from chaindiff.specs.noise import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
 
 # Constructors of the published classes: their arguments in order, with defaults; ... is required.
@@ -83,8 +83,31 @@ SETTINGS = {  # published -> ours
     "attn_resolutions": "attention",
     "dropout": "dropout",
 }
-COMPUTED = {("iDDPMPrecond", "u")}  # tables that are not weights: noise levels, from C_1, C_2 and M
 LARGEST = 65_536  # of any size that a snapshot states; the largest published is 1,024
+# Our names in VCDM's auxiliary network and the published ones, to which the rest of the name is added.
+PRIOR = {
+    "map_noise_up": "to_time_embeds.0.1.net.0.0",
+    "map_noise_middle": "to_time_embeds.0.1.net.1.0",
+    "map_noise_down": "to_time_embeds.0.1.net.2",
+    "map_label": "to_cond_embeds.0",
+    "map_augment": "to_augment_embeds.0",
+    "query": "learned_query",
+    "bias.weight": "causal_transformer.rel_pos_bias.relative_attention_bias.weight",
+    "norm.weight": "causal_transformer.norm.g",
+    "out": "causal_transformer.project_out",
+}
+BLOCK = {
+    "norm_attention.weight": "0.norm.g",
+    "q.weight": "0.to_q.weight",
+    "kv.weight": "0.to_kv.weight",
+    "null": "0.null_kv",
+    "freqs": "0.rotary_emb.freqs",
+    "proj.weight": "0.to_out.0.weight",
+    "norm_out.weight": "0.to_out.1.g",
+    "norm_forward.weight": "1.0.g",
+    "up.weight": "1.1.weight",
+    "down.weight": "1.5.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -92,30 +115,38 @@ class Published:
     """A published network in terms of this package."""
 
     class_name: str
-    precondition: Precondition | None  # None: a U-Net by itself
-    network: UNetSpec
-    resolution: int
+    precondition: Precondition | None  # None: a network by itself
+    network: UNetSpec | PriorSpec
+    shape: tuple[int, ...]  # of what it generates
     in_channels: int
-    out_channels: int
     label_dim: int
     augment_dim: int
     label_dropout: float
     sigma_data: float
+    prefix: str = ""  # of its tensors, within a preconditioner
+    apart: tuple[str, ...] = ()  # tensors of the preconditioner itself that sampling does without
+    given: tuple[int, ...] = ()  # sizes of the parts of its label, where known
     settings: dict[str, Any] = field(default_factory=dict)  # as the published constructor took them
 
-    def build(self) -> UNet:
+    def build(self) -> Any:
         """The network on the meta device: names and shapes, no memory."""
-        learns = isinstance(self.precondition, IddpmSpec)  # which doubles the output channels
+        told = {"label_dim": self.label_dim, "augment_dim": self.augment_dim}
         with torch.device("meta"):
-            return UNet(
-                self.resolution,
-                self.in_channels,
-                self.out_channels // (1 + learns),
-                learns_variances=learns,
-                label_dim=self.label_dim,
-                augment_dim=self.augment_dim,
-                **self.network.model_dump(exclude={"kind"}),
-            )
+            if isinstance(self.precondition, IddpmSpec):
+                settings = self.network.model_dump(exclude={"kind"})
+                return UNet(self.shape[1], self.in_channels, self.shape[0], learns_variances=True, **told, **settings)
+            images = self.in_channels - self.shape[0] if len(self.shape) == 3 else 0
+            return build(self.network, Interface({"x": self.shape}, image_channels=images, **told))
+
+    def theirs(self, name: str) -> str:
+        """The published name of one of our tensors."""
+        if isinstance(self.network, PriorSpec):
+            head, number, rest = name.split(".", 2) if name.startswith("blocks.") else ("", "", name)
+            if head:
+                return f"{self.prefix}causal_transformer.layers.{number}.{BLOCK[rest]}"
+            ours = next(ours for ours in PRIOR if name.startswith(ours))
+            return self.prefix + PRIOR[ours] + name.removeprefix(ours)
+        return self.prefix + name
 
 
 def published(class_name: str, kwargs: Mapping[str, Any]) -> Published:
@@ -125,21 +156,19 @@ def published(class_name: str, kwargs: Mapping[str, Any]) -> Published:
     """
     precondition, inner, said, sigma_data = None, class_name, dict(kwargs), 0.5
     if class_name in PRECONDITIONERS:
-        _, kind, signature = PRECONDITIONERS[class_name]
+        signature = PRECONDITIONERS[class_name][2]
         outer = _complete(class_name, signature, {k: said.pop(k) for k in signature if k in said})
         precondition = _precondition(class_name, outer)
-        sigma_data = _number(class_name, "sigma_data", outer.get("sigma_data", 0.5))
+        sigma_data = number(class_name, "sigma_data", outer.get("sigma_data", 0.5))
         channels = _size(class_name, "img_channels", outer["img_channels"])
-        doubled = 2 if kind == "iddpm" else 1  # the iDDPM network also predicts a variance
         said |= {name: outer[name] for name in ("img_resolution", "label_dim")}
-        said |= {"in_channels": channels, "out_channels": channels * doubled}
+        said |= {"in_channels": channels, "out_channels": channels}
         inner = str(outer["model_type"])
     if inner not in UNETS:
         known = [*UNETS, *PRECONDITIONERS]
         raise UserError(
             f"the network class '{inner:.80}' cannot be imported{did_you_mean(inner, known)}",
-            hint="known are EDM's U-Nets, which VCDM's image networks are too; VCDM's auxiliary network is not: train "
-            "it with the card clip_prior",
+            hint="known are the networks of EDM, EDM2 and VCDM",
         )
     found = _complete(inner, UNETS[inner], said)
     sizes = {name: _size(inner, name, found[name]) for name in (*COMMON, "model_channels", "num_blocks")}
@@ -148,19 +177,20 @@ def published(class_name: str, kwargs: Mapping[str, Any]) -> Published:
             raise UserError(f"{inner}: {name} should be a list, not {found[name]!r:.40}")
         found[name] = [_size(inner, name, item) for item in found[name]]
     ours = {ours: found[name] for name, ours in SETTINGS.items()}
-    network = _checked(inner, UNetSpec, {"kind": "unet", "arch": _variant(inner, found), **ours})
-    _refuse_shape(inner, network, sizes["img_resolution"])
+    network = checked(inner, UNetSpec, {"kind": "unet", "arch": _variant(inner, found), **ours})
+    refuse_shape(inner, network, sizes["img_resolution"])
     return Published(
         class_name=inner,
         precondition=precondition,
         network=network,
-        resolution=sizes["img_resolution"],
+        shape=(sizes["out_channels"], sizes["img_resolution"], sizes["img_resolution"]),
         in_channels=sizes["in_channels"],
-        out_channels=sizes["out_channels"],
         label_dim=sizes["label_dim"],
         augment_dim=sizes["augment_dim"],
-        label_dropout=_number(inner, "label_dropout", found["label_dropout"]),
+        label_dropout=number(inner, "label_dropout", found["label_dropout"]),
         sigma_data=sigma_data,
+        prefix="model." if class_name in PRECONDITIONERS else "",
+        apart=("u",) if class_name == "iDDPMPrecond" else (),  # noise levels, from C_1, C_2 and M
         settings=dict(kwargs),
     )
 
@@ -172,10 +202,10 @@ def _precondition(class_name: str, outer: Mapping[str, Any]) -> Precondition:
     for name in signature.keys() - ADM.keys() - levels.keys() - {"sigma_data"}:
         if outer[name] != signature[name]:
             raise UserError(f"{class_name}: {name}={outer[name]!r:.40} is not supported, only {signature[name]}")
-    return _checked(class_name, made, {"kind": kind, **{ours: outer[name] for name, ours in levels.items()}})
+    return checked(class_name, made, {"kind": kind, **{ours: outer[name] for name, ours in levels.items()}})
 
 
-def _checked(class_name: str, made: type[Spec], said: Mapping[str, Any]) -> Any:
+def checked(class_name: str, made: type[Spec], said: Mapping[str, Any]) -> Any:
     try:
         return made(**said)
     except ValidationError as error:
@@ -200,7 +230,7 @@ def _size(class_name: str, name: str, value: Any) -> int:
     return value
 
 
-def _number(class_name: str, name: str, value: Any) -> float:
+def number(class_name: str, name: str, value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise UserError(f"{class_name}: {name} should be a number, not {value!r:.40}")
     return float(value)
@@ -223,7 +253,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _refuse_shape(class_name: str, network: UNetSpec, resolution: int) -> None:
+def refuse_shape(class_name: str, network: UNetSpec, resolution: int) -> None:
     levels = len(network.mult)
     if not levels or resolution % 2 ** (levels - 1):
         raise UserError(f"{class_name}: {levels} levels of channel_mult do not fit {resolution} pixels")
@@ -237,38 +267,34 @@ def _listing(problems: list[str]) -> str:
     return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
 
 
-def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNet:
-    """A published network with its weights, in float32.
+def load_network(described: Published, state_dict: Mapping[str, Tensor]) -> UNet | MPUNet | Prior:
+    """A published network with its weights, in float32; a preconditioner around it is removed.
 
-    `class_name` and `kwargs` are a U-Net's (SongUNet, DhariwalUNet), or a preconditioner's around one (EDMPrecond,
-    VPPrecond, VEPrecond, iDDPMPrecond), which is removed: `published` tells which it was. Raises UserError if an
-    argument is not supported, or names, number or shapes of the tensors are not those of the network.
+    Raises UserError if names, number or shapes of the tensors are not those of the network.
     """
-    described = published(class_name, kwargs)
-    prefix = "model." if class_name in PRECONDITIONERS else ""  # of the U-Net within a preconditioner
-    kept = {name: value for name, value in state_dict.items() if (class_name, name) not in COMPUTED}
-    tensors = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
-    if len(described.network.mult) * described.network.blocks > len(tensors):  # before so many blocks are built
-        raise UserError(f"{class_name}: {len(tensors)} tensors are too few for num_blocks={described.network.blocks}")
+    found, spec = {k: v for k, v in state_dict.items() if k not in described.apart}, described.network
+    if isinstance(spec, UNetSpec) and len(spec.mult) * spec.blocks > len(found):  # before so many blocks are built
+        raise UserError(f"{described.class_name}: {len(found)} tensors are too few for num_blocks={spec.blocks}")
     network = described.build()
-    own = network.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unexpected {name}" for name in kept if not name.startswith(prefix)]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
+    own = {described.theirs(name): (name, value) for name, value in network.state_dict().items()}
+    problems = [f"missing {name}" for name in own if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in own]
     problems += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
+        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
+        for name, (_, value) in own.items()
+        if name in found and found[name].shape != value.shape
     ]
-    problems += [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]
-    taps = torch.tensor(ARCHS[described.network.arch].taps, dtype=torch.float32)
-    kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
-    problems += [
-        f"{name} is another filter than {taps.int().tolist()}"
-        for name, value in tensors.items()
-        if name.endswith(".resample_filter") and (value.shape != kernel.shape or not torch.equal(value.float(), kernel))
-    ]
+    problems += [f"{name} is {value.dtype}" for name, value in found.items() if not value.is_floating_point()]
+    if isinstance(spec, UNetSpec) and spec.arch in ARCHS:
+        taps = torch.tensor(ARCHS[spec.arch].taps, dtype=torch.float32)
+        kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+        problems += [
+            f"{name} is another filter than {taps.int().tolist()}"
+            for name, value in found.items()
+            if name.endswith(".resample_filter")
+            and (value.shape != kernel.shape or not torch.equal(value.float(), kernel))
+        ]
     if problems:
-        raise UserError(f"{class_name}: its tensors do not fit its arguments: {_listing(problems)}")
-    network.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+        raise UserError(f"{described.class_name}: its tensors do not fit its arguments: {_listing(problems)}")
+    network.load_state_dict({name: found[theirs].float() for theirs, (name, _) in own.items()}, assign=True)
     return network.eval()

@@ -108,6 +108,21 @@ def _items(name: str, arguments: tuple) -> Any:
     return arguments[0] if arguments else []  # a set is read as the list of its items: nothing is hashed
 
 
+class _Bytes:
+    """Bytes as protocol 2 writes them, which has only text; each is encoded once, however often it is named."""
+
+    def __init__(self):
+        self.known: dict[int, tuple[str, bytes]] = {}  # the text is kept, so that its id stays its own
+
+    def __call__(self, name: str, arguments: tuple) -> bytes:
+        text, encoding = arguments
+        if not isinstance(text, str) or encoding != "latin1":
+            raise Refused(f"{name} of something else than bytes")
+        if id(text) not in self.known:
+            self.known[id(text)] = text, text.encode("latin1")
+        return self.known[id(text)][1]
+
+
 def _persistent(name: str, arguments: tuple) -> Object:
     """An object of NVIDIA's `torch_utils.persistence`: its class's name and state; its source text is dropped."""
     (meta,) = arguments
@@ -180,15 +195,30 @@ def _storage(name: str, arguments: tuple) -> Storage:
 # ------------------------------------------------------------ the list
 
 NUMPY = ("_reconstruct", "scalar")
+LAYERS = (
+    *("container.ModuleDict", "container.ModuleList", "container.Sequential", "linear.Linear", "linear.Identity"),
+    *("sparse.Embedding", "dropout.Dropout", "activation.SiLU"),
+)
+DALLE2 = (
+    *("DALLE2CLIPModel", "CausalTransformer", "Attention", "LayerNorm", "SwiGLU", "RelPosBias"),
+    *("SinusoidalPosEmb", "MLP"),
+)
 SNAPSHOT: Table = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "dnnlib.util.EasyDict": _mapping,
     "collections.OrderedDict": _mapping,
     "builtins.set": _items,
+    "__builtin__.set": _items,  # protocol 2 says Python 2's name
+    "__builtin__.bytes": lambda name, arguments: b"",
+    "torch.Size": _items,
     "torch._utils._rebuild_tensor_v2": _array,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.storage._load_from_bytes": _storage,
-    **{f"torch.nn.modules.container.{name}": _object for name in ("ModuleDict", "ModuleList", "Sequential")},
+    **{f"torch.nn.modules.{name}": _object for name in LAYERS},
+    **{f"training.structure.{name}": _object for name in ("Structure", "StructuredArgument")},
+    **{f"training.networks.dalle2.{name}": _object for name in DALLE2},
+    "rotary_embedding_torch.rotary_embedding_torch.RotaryEmbedding": _object,
+    "einops.layers.torch.Rearrange": _object,
     **{f"numpy.{core}.multiarray.{name}": _object for core in ("core", "_core") for name in NUMPY},
     "numpy.ndarray": _object,
     "numpy.dtype": _object,
@@ -310,9 +340,14 @@ def read_pickle(path: Path) -> Any:
     """
     try:
         with regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content[:2] == b"PK":
+                raise UserError(
+                    f"{path} is an archive of torch.save, as training states are (training-state-*.pt), not a snapshot",
+                    hint="give the network-snapshot-*.pkl beside it",
+                )
             if content[:1] != b"\x80":
                 raise Refused("it does not start like one")
-            return interpret(content, SNAPSHOT)  # type: ignore[arg-type]  (mmap reads like a file)
+            return interpret(content, {**SNAPSHOT, "_codecs.encode": _Bytes()})  # type: ignore[arg-type]  (mmap reads like a file)
     except FileNotFoundError as error:
         raise UserError(f"there is no snapshot {path}") from error
     except OSError as error:
@@ -321,7 +356,7 @@ def read_pickle(path: Path) -> Any:
         raise UserError(
             f"{path} is not a snapshot that can be read safely: {error}",
             hint="a pickle can run any program when it is loaded; this reader runs nothing, and accepts only what "
-            "snapshots of EDM and VCDM hold",
+            "snapshots of EDM, EDM2 and VCDM hold",
         ) from error
     except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(

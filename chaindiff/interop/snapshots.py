@@ -1,4 +1,4 @@
-"""Snapshots of EDM's and VCDM's training: pickles {ema, loss_fn, augment_pipe, dataset_kwargs}, read as data."""
+"""Snapshots of the training of EDM, EDM2 and VCDM: pickles {ema, loss_fn, dataset_kwargs ...}, read as data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from chaindiff.interop.edm import PRECONDITIONERS, Published, load_edm_network, published
+from chaindiff.interop.edm import Published, load_network, published
+from chaindiff.interop.inferred import inferred
 from chaindiff.interop.pickles import Array, Object, read_pickle
 from chaindiff.io.errors import UserError
-from chaindiff.networks.unet import UNet
+from chaindiff.networks import MPUNet, Prior, UNet
 
 LONGEST = 200  # characters of a module's full name, at most
 AUGMENT = ("p", "xflip", "yflip", "scale", "rotate_frac", "aniso", "translate_frac")  # strengths of EDM's augmentation
@@ -24,7 +23,7 @@ class Snapshot:
 
     class_name: str
     published: Published
-    network: UNet
+    network: UNet | MPUNet | Prior
     noise: tuple[float, float] | None
     augment: dict[str, float]
 
@@ -32,7 +31,7 @@ class Snapshot:
 def read_snapshot(path: Path) -> Snapshot:
     """The EMA network of a snapshot, and what it records of its training.
 
-    Raises UserError if the file cannot be read safely, or its network is not one of EDM's.
+    Raises UserError if the file cannot be read safely, or its network is not one of EDM's, EDM2's or VCDM's.
     """
     content = read_pickle(path)
     ema = content.get("ema") if isinstance(content, dict) else None
@@ -40,10 +39,14 @@ def read_snapshot(path: Path) -> Snapshot:
         found = (
             f"it holds {', '.join(sorted(map(str, content))):.100}" if isinstance(content, dict) else "not a mapping"
         )
-        raise UserError(f"{path} is a pickle, but not a snapshot of EDM or VCDM with an object 'ema': {found}")
+        raise UserError(f"{path} is a pickle, but not a snapshot of EDM, EDM2 or VCDM with an object 'ema': {found}")
     try:
-        described = published(ema.name, settings(ema))  # before anything as large as the weights is allocated
-        network = load_edm_network(ema.name, settings(ema), state_dict(ema, path.stat().st_size))
+        stored = arrays(ema, path.stat().st_size)
+        if ema.name == "Precond" or "structure" in ema.state:
+            described = inferred(ema, {name: array.size for name, array in stored.items()})
+        else:
+            described = published(ema.name, settings(ema))  # before anything as large as the weights is allocated
+        network = load_network(described, {name: array.tensor() for name, array in stored.items()})
     except UserError as error:
         raise UserError(f"{path}: {error.message}", hint=error.hint) from error
     loss, pipe = (_state(content.get(name)) for name in ("loss_fn", "augment_pipe"))
@@ -71,19 +74,21 @@ def settings(record: Object) -> dict[str, Any]:
     return {str(name): value for name, value in kwargs.items()}
 
 
-def state_dict(root: Object, limit: int) -> dict[str, Tensor]:
+def arrays(root: Object, limit: int) -> dict[str, Array]:
     """Parameters and buffers of a module by their full names, as torch's own `state_dict` gives them.
 
-    Raises UserError if a module is not one, appears twice, or if there would be more than `limit` bytes of tensors.
+    Raises UserError if a module is not one, if one with inner modules appears twice, or if there would be more than
+    `limit` bytes of tensors.
     """
-    arrays: dict[str, Array] = {}
+    found: dict[str, Array] = {}
     queue, seen = [("", root)], set()
     while queue:
         prefix, module = queue.pop()
         state = module.state if isinstance(module, Object) else None
         if not isinstance(state, dict) or id(module) in seen or len(prefix) > LONGEST:
             raise UserError(f"'{prefix[:80]}' is not a module, is part of the network twice, or is nested too deeply")
-        seen.add(id(module))
+        if state.get("_modules"):  # layers may share a rotary embedding
+            seen.add(id(module))
         parts = {name: state.get(name) or {} for name in ("_parameters", "_buffers", "_modules")}
         if not all(isinstance(part, dict) for part in parts.values()):
             raise UserError(f"the module '{prefix[:80]}' has no parameters, buffers or modules by name")
@@ -93,22 +98,20 @@ def state_dict(root: Object, limit: int) -> dict[str, Tensor]:
                 continue
             if not isinstance(value, Array):
                 raise UserError(f"'{f'{prefix}{name}':.80}' is not a tensor")
-            arrays[f"{prefix}{name}"] = value
+            found[f"{prefix}{name}"] = value
         queue += [(f"{prefix}{name}.", part) for name, part in parts["_modules"].items() if part is not None]
-    total = sum(array.bytes for array in arrays.values())
+    total = sum(array.bytes for array in found.values())
     if total > limit:
         raise UserError(f"its tensors share memory: {total} bytes of them in a file of {limit}")
-    return {name: array.tensor() for name, array in arrays.items()}
+    return found
 
 
 def kind_of(snapshot: Snapshot) -> str:
     """A one-line description for people."""
     p = snapshot.published
     count = sum(parameter.numel() for parameter in snapshot.network.parameters())
-    wrapped = f"{snapshot.class_name} of {p.class_name}" if snapshot.class_name in PRECONDITIONERS else p.class_name
-    labels = f"label of {p.label_dim}" if p.label_dim else "no label"
+    wrapped = p.class_name if snapshot.class_name == p.class_name else f"{snapshot.class_name} of {p.class_name}"
+    size = " x ".join(map(str, p.shape[1:])) + f", {p.in_channels} channels" if p.shape[1:] else f"{p.shape[0]} entries"
+    labels = f"label of {' + '.join(map(str, p.given or (p.label_dim,)))}" if p.label_dim else "no label"
     augment = f"augmentation label of {p.augment_dim}" if p.augment_dim else "no augmentation label"
-    return (
-        f"{wrapped} ({p.network.arch}), {p.resolution} x {p.resolution}, {p.in_channels} channels, "
-        f"{count:,} parameters, {labels}, {augment}"
-    )
+    return f"{wrapped} ({p.network.arch}), {size}, {count:,} parameters, {labels}, {augment}"

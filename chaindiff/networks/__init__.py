@@ -6,6 +6,7 @@ from torch import nn
 
 from chaindiff.io.code import create
 from chaindiff.io.errors import UserError
+from chaindiff.networks.edm2 import MPUNet
 from chaindiff.networks.interface import Condition, Interface, Network
 from chaindiff.networks.joint import Joint
 from chaindiff.networks.prior import Prior
@@ -14,7 +15,7 @@ from chaindiff.networks.unet import UNet
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.network import JointNetworkSpec, PriorSpec, TransformerSpec, UNetSpec
 
-__all__ = ["Condition", "Interface", "Joint", "Network", "Prior", "Transformer", "UNet", "build"]
+__all__ = ["Condition", "Interface", "Joint", "MPUNet", "Network", "Prior", "Transformer", "UNet", "build"]
 
 
 def build(
@@ -45,7 +46,18 @@ def build(
     if isinstance(spec, UNetSpec):
         if len(shape) != 3 or shape[1] != shape[2]:
             raise UserError(f"a unet generates square images and maps, not a shape of {list(shape)}")
-        return UNet(shape[1], shape[0] + interface.image_channels, shape[0], **told, **settings)
+        if spec.arch != "edm2":
+            return UNet(shape[1], shape[0] + interface.image_channels, shape[0], **told, **settings)
+        if width or interface.augment_dim:
+            raise UserError("EDM2's unet takes no tokens and no augmentation label")
+        fields = {"channels", "mult", "blocks", "attention", "dropout"}
+        return MPUNet(
+            shape[1],
+            shape[0] + interface.image_channels,
+            shape[0],
+            label_dim=interface.label_dim,
+            **spec.model_dump(include=fields),
+        )
     if len(shape) != 1 or interface.image_channels:
         raise UserError(
             f"a prior generates vectors and takes no images as conditioning; its variable has shape {list(shape)}"

@@ -1,4 +1,4 @@
-"""EDM2's magnitude-preserving U-Net (Karras et al. 2024, arXiv 2312.02696, appendix B), with its names of parameters."""
+"""EDM2's magnitude-preserving U-Net (Karras et al. 2024, arXiv 2312.02696, appendix B); its names of parameters."""
 
 from __future__ import annotations
 

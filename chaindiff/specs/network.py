@@ -23,10 +23,12 @@ from chaindiff.specs.code import OURS_OR_CODE, CodeSpec, Ours, Theirs
 
 
 class UNetSpec(Spec):
-    """A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks."""
+    """A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks; or EDM2's."""
 
     kind: Literal["unet"]
-    arch: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
+    arch: Literal["ddpmpp", "ncsnpp", "adm", "edm2"] = Field(
+        default="ddpmpp", description="edm2: magnitude-preserving; takes no tokens and no augmentation label"
+    )
     channels: Annotated[int, Field(gt=0, le=16_384)] = 128
     mult: list[UpToThousand] = Field(default=[1, 2, 2, 2], min_length=1)
     blocks: UpToThousand = 4
@@ -41,6 +43,8 @@ class UNetSpec(Spec):
     def problems(self) -> Problems:
         if self.channels % 2:
             yield "channels", f"should be even, not {self.channels}"
+        if self.arch == "edm2" and self.label_init != "published":
+            yield "label_init", "zeros is not for edm2, whose weights all have unit norm"
 
 
 class PriorSpec(Spec):
@@ -132,6 +136,10 @@ class JointNetworkSpec(Spec):
     image: UNetSpec
     vector: PriorSpec
     seen: PositiveInt = Field(default=64, description="image features that the priors receive")
+
+    def problems(self) -> Problems:
+        if self.image.arch == "edm2":
+            yield "image.arch", "edm2 is not for joint networks"
 
 
 Network = Annotated[
