@@ -43,8 +43,10 @@ def stand_in(module: str, name: str, base: type = nn.Module) -> type:
 
 DALLE2 = {
     name: stand_in("training.networks.dalle2", name)
-    for name in ("DALLE2CLIPModel", "CausalTransformer", "Attention", "LayerNorm", "SwiGLU", "RelPosBias", "MLP")
-    + ("SinusoidalPosEmb",)
+    for name in (
+        *("DALLE2CLIPModel", "CausalTransformer", "Attention", "LayerNorm", "SwiGLU", "RelPosBias", "MLP"),
+        "SinusoidalPosEmb",
+    )
 }
 ROTARY = "rotary_embedding_torch.rotary_embedding_torch"
 Rotary = stand_in(ROTARY, "RotaryEmbedding")

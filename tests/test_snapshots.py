@@ -127,9 +127,8 @@ def test_the_auxiliary_network_sees_every_input_and_trains() -> None:
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"noise_mult": 2.0}, "EDMPrecond: noise_mult is not supported, only 1"),
+        ({"noise_mult": 2.0}, "EDMPrecond: noise_mult is not supported but for 1"),
         ({"sigma_data": "much"}, "EDMPrecond: sigma_data should be a number"),
-        ({"_modules": {}}, "EDMPrecond: its network 'model' is missing"),
     ],
 )
 def test_what_vcdm_never_published_is_refused(tmp_path, attributes, message) -> None:
@@ -144,15 +143,19 @@ def test_tensors_that_are_not_the_networks_are_refused(tmp_path) -> None:
     for name, value, message in [
         ("causal_transformer.extra.g", torch.ones(32), "unexpected model.causal_transformer.extra.g"),
         ("causal_transformer.norm.g", torch.ones(31), "model.causal_transformer.norm.g is [31], expected [32]"),
-        ("learned_query", torch.ones(2, 16), "DALLE2CLIPModel: its tensors are not those of a network of VCDM or EDM2"),
+        ("learned_query", torch.ones(2, 16), "EDMPrecond: its tensors are not those of a network of EDM, EDM2 or VCDM"),
     ]:
         content = snapshot(vcdm(auxiliary({**state, name: value}), [[3, 8, 8], [32]], 1))
         with pytest.raises(UserError) as error:
             read(tmp_path, content)
         assert message in str(error.value)
+    empty = vcdm(nn.Identity(), [[3, 8, 8], [32]], 1)
+    empty._modules.clear()
+    with pytest.raises(UserError, match="EDMPrecond: its tensors are not those of"):
+        read(tmp_path, snapshot(empty))
     model = PersistentModule("WrappedOriginalSongUNet", softmax_onehot=True)
     fill(model, part(fixture("vcdm_image")[0], "state.model."))
-    with pytest.raises(UserError, match=r"WrappedOriginalSongUNet: softmax_onehot=True is not supported, only False"):
+    with pytest.raises(UserError, match="EDMPrecond: softmax_onehot is not supported but for False"):
         read(tmp_path, snapshot(vcdm(model, [[3, 16, 16], [32]], 0)))
 
 
@@ -193,8 +196,8 @@ def test_both_networks_of_vcdm_become_stages_that_sample(tmp_path, capsys) -> No
     recipe.write_text(RECIPE)
     weights = []
     for stage, name, said in [
-        ("clip", "vcdm_aux_class", "EDMPrecond of DALLE2CLIPModel (vcdm), 32 entries, "),
-        ("image", "vcdm_image_class", "EDMPrecond of WrappedOriginalSongUNet (ddpmpp), 16 x 16, 3 channels, "),
+        ("clip", "vcdm_aux_class", "EDMPrecond (vcdm), 32 entries, "),
+        ("image", "vcdm_image_class", "EDMPrecond (ddpmpp), 16 x 16, 3 channels, "),
     ]:
         path, out = tmp_path / f"{stage}.pkl", tmp_path / f"{stage}.safetensors"
         path.write_bytes(vcdm_snapshot(name)[0])
@@ -228,7 +231,7 @@ def test_a_training_state_is_refused_by_its_name(tmp_path, capsys) -> None:
     torch.save({"net": nn.Linear(2, 2).state_dict(), "optimizer_state": {}}, path)
     status, _, error = command(capsys, "import", path, "--out", tmp_path / "x.safetensors")
     assert status == 2
-    assert "is an archive of torch.save, as training states are (training-state-*.pt), not a snapshot" in error
+    assert "it is an archive of torch.save, as training states are (training-state-*.pt)" in error
     assert "network-snapshot-*.pkl beside it" in error
 
 
@@ -267,11 +270,11 @@ def test_networks_of_edm2_denoise_as_published(tmp_path, name, protocol) -> None
     halved = read(tmp_path, edm2_snapshot(name, half=True))
     assert all(parameter.dtype == torch.float32 for parameter in halved.network.parameters())
     assert 0 < off(denoised(halved, tensors, None if labels is None else labels.double()), out) < 5e-3
-    assert "Precond of UNet (edm2), " in kind_of(found)
+    assert "Precond (edm2), " in kind_of(found)
 
 
 def test_settings_of_edm2_that_shapes_do_not_show(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"UNet: concat_balance=0.3 is not supported, only 0.5"):
+    with pytest.raises(UserError, match=r"Precond: concat_balance is not supported but for 0.5"):
         read(tmp_path, edm2_snapshot("edm2_xs_cond", concat_balance=0.3))
 
 
@@ -323,7 +326,7 @@ def test_magnitudes_are_preserved() -> None:
         layer.weight.mul_(5.0)
     results = [layer(a), mp_silu(a), mp_sum(a, torch.randn_like(a), 0.3), mp_cat(a, b)[:, :96] * 0.75**0.5]
     for result in results[:3]:
-        assert abs(float(result[:, :, 1:-1, 1:-1].square().mean().sqrt()) - 1) < 0.02
+        assert abs(float(result.detach()[:, :, 1:-1, 1:-1].square().mean().sqrt()) - 1) < 0.02
     joined = mp_cat(a, b)
     norms = joined[:, :96].norm(), joined[:, 96:].norm()
     assert abs(float(norms[0] / norms[1]) - 1) < 0.01, "both contribute equally"

@@ -341,9 +341,9 @@ def read_pickle(path: Path) -> Any:
     try:
         with regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content[:2] == b"PK":
-                raise UserError(
-                    f"{path} is an archive of torch.save, as training states are (training-state-*.pt), not a snapshot",
-                    hint="give the network-snapshot-*.pkl beside it",
+                raise Refused(
+                    "it is an archive of torch.save, as training states are (training-state-*.pt): give the "
+                    "network-snapshot-*.pkl beside it"
                 )
             if content[:1] != b"\x80":
                 raise Refused("it does not start like one")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chaindiff.interop.edm import Published, load_network, published
-from chaindiff.interop.inferred import inferred
 from chaindiff.interop.pickles import Array, Object, read_pickle
+from chaindiff.interop.published import Published, load_network, published
 from chaindiff.io.errors import UserError
 from chaindiff.networks import MPUNet, Prior, UNet
 
@@ -42,10 +40,11 @@ def read_snapshot(path: Path) -> Snapshot:
         raise UserError(f"{path} is a pickle, but not a snapshot of EDM, EDM2 or VCDM with an object 'ema': {found}")
     try:
         stored = arrays(ema, path.stat().st_size)
-        if ema.name == "Precond" or "structure" in ema.state:
-            described = inferred(ema, {name: array.size for name, array in stored.items()})
-        else:
-            described = published(ema.name, settings(ema))  # before anything as large as the weights is allocated
+        inner = ema.state.get("_modules") or {}
+        model = inner.get("model") or inner.get("unet") or ema
+        said = {**settings(ema), **settings(model), **ema.state, **model.state}
+        described = published(ema.name, said, {name: array.size for name, array in stored.items()})
+        described = replace(described, settings=settings(ema))
         network = load_network(described, {name: array.tensor() for name, array in stored.items()})
     except UserError as error:
         raise UserError(f"{path}: {error.message}", hint=error.hint) from error
@@ -61,17 +60,14 @@ def _state(found: Any) -> dict[str, float]:
 
 
 def settings(record: Object) -> dict[str, Any]:
-    """The arguments with which an object was created. Raises UserError for one that is not plain."""
-    if record.state.get("_init_args"):
-        raise UserError(f"{record.name:.80} was created with positional arguments, unlike published networks")
+    """The arguments with which an object was created, as far as they are numbers, texts or lists of these."""
     kwargs = record.state.get("_init_kwargs")
-    if not isinstance(kwargs, Mapping):
-        raise UserError(f"{record.name:.80}: its arguments are missing (_init_kwargs)")
-    for name, value in kwargs.items():
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if not (item is None or type(item) in (bool, int, float, str)):
-                raise UserError(f"{record.name:.80}: the argument '{name!s:.80}' is not a number, a text or a list")
-    return {str(name): value for name, value in kwargs.items()}
+    kinds = (type(None), bool, int, float, str)
+    return {
+        str(name): value
+        for name, value in (kwargs.items() if isinstance(kwargs, dict) else ())
+        if all(type(item) in kinds for item in (value if isinstance(value, list | tuple) else [value]))
+    }
 
 
 def arrays(root: Object, limit: int) -> dict[str, Array]:
@@ -110,8 +106,7 @@ def kind_of(snapshot: Snapshot) -> str:
     """A one-line description for people."""
     p = snapshot.published
     count = sum(parameter.numel() for parameter in snapshot.network.parameters())
-    wrapped = p.class_name if snapshot.class_name == p.class_name else f"{snapshot.class_name} of {p.class_name}"
     size = " x ".join(map(str, p.shape[1:])) + f", {p.in_channels} channels" if p.shape[1:] else f"{p.shape[0]} entries"
     labels = f"label of {' + '.join(map(str, p.given or (p.label_dim,)))}" if p.label_dim else "no label"
     augment = f"augmentation label of {p.augment_dim}" if p.augment_dim else "no augmentation label"
-    return f"{wrapped} ({p.network.arch}), {size}, {count:,} parameters, {labels}, {augment}"
+    return f"{p.class_name} ({p.network.arch}), {size}, {count:,} parameters, {labels}, {augment}"
