@@ -106,7 +106,7 @@ def test_preconditioners_by_name(class_name, said, kind) -> None:
     found = published(class_name, said, {name: tuple(value.shape) for name, value in state.items()})
     assert found.precondition is not None
     assert found.precondition.model_dump(exclude={"loss"}) == kind
-    assert (found.shape, found.sigma_data) == ((3, 16, 16), said.get("sigma_data", 0.5))
+    assert (found.shape[1:], found.sigma_data) == ((16, 16), said.get("sigma_data", 0.5))
 
 
 def test_what_was_never_published_is_refused_by_name() -> None:
@@ -128,7 +128,8 @@ def test_what_was_never_published_is_refused_by_name() -> None:
     assert f"{name} is another filter than [1, 1]" in message({**state, name: state[name] * 2})
     assert f"{name} is another filter than [1, 1]" in message({**state, name: torch.ones(1, 1, 4, 4)})
     assert "map_layer0.bias is torch.int64" in message({**state, "map_layer0.bias": torch.zeros(64).long()})
-    assert "resolutions do not fit" in message({**state, "enc.5x5_block0.conv0.weight": torch.zeros(16, 1, 1, 1)})
+    odd = {f"enc.{side}x{side}_block0.conv0.weight": torch.zeros(16, 1, 1, 1) for side in (7, 5, 3, 2)}
+    assert "6 resolutions do not fit 16 pixels" in message({**state, **odd})
     many = {f"enc.16x16_block{i}.conv0.weight": state["enc.16x16_block0.conv0.weight"] for i in range(600)}
     assert "tensors are too few for 600 blocks a level" in message({**state, **many})
     assert "its tensors are not those of a network of EDM" in message({"optimizer.step": torch.zeros(1)})

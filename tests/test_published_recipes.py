@@ -46,6 +46,13 @@ def test_size_and_settings_are_the_published_ones(name: str) -> None:
     assert train.optimizer.warmup == 10e6 and train.optimizer.betas == (0.9, 0.999)
 
 
+@pytest.mark.parametrize("name", ["vcdm_ffhq", "vcdm_afhq"])
+def test_vcdms_auxiliary_network_has_the_published_size(name: str) -> None:
+    """24,786,432 parameters, and a linear layer for the augmentation's label of 9."""
+    cost = Assembly(load_recipe(name)).chain().plan(["clip"]).costs["clip"]
+    assert (cost.parameters, cost.nfe) == (24_786_432 + 10 * 512, 79)
+
+
 @pytest.mark.parametrize("name", CHURN)
 def test_samplers_are_the_published_ones(name: str) -> None:
     for stage in load_recipe(name).recipe.stages.values():
