@@ -82,7 +82,7 @@ class Published:
 
     def build(self) -> Any:
         """The network on the meta device: names and shapes, no memory."""
-        told = {"label_dim": self.label_dim, "augment_dim": self.augment_dim}
+        told: dict[str, Any] = {"label_dim": self.label_dim, "augment_dim": self.augment_dim}
         with torch.device("meta"):
             if isinstance(self.precondition, IddpmSpec):
                 settings = self.network.model_dump(exclude={"kind"})
@@ -173,7 +173,8 @@ def _number(class_name: str, name: str, value: Any) -> float:
 def _given(structure: Any, shape: tuple[int, ...], label: int) -> tuple[int, ...]:
     """The sizes of the vectors that VCDM's network was conditioned on, in their order."""
     state = structure.state if isinstance(structure, Object) and isinstance(structure.state, dict) else {}
-    shapes = state.get("shapes") if isinstance(state.get("shapes"), list) else []
+    shapes = state.get("shapes")
+    shapes = shapes if isinstance(shapes, list) else []
     widths = [s[0] for s in shapes if isinstance(s, tuple) and len(s) == 1 and isinstance(s[0], int)]
     if shape[0] in widths and len(shape) == 1:
         widths.remove(shape[0])

@@ -99,12 +99,12 @@ class Prior(nn.Module):
                 tokens.append(layer(vector.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
         tokens += [level[:, None], self.map_input(vector)[:, None], self.query.expand(batch, 1, -1)]
         y = torch.cat(tokens, dim=1)
-        if self.bias is None:
+        if self.position is not None:
             y = y + self.position
             for block in self.blocks:
                 y = block(y)
             return {name: self.out(self.norm(y[:, -1]))}
-        bias = self.bias(y.shape[1])
+        bias = None if self.bias is None else self.bias(y.shape[1])
         for block in self.blocks:
             y = block(y, bias)
         y = y[:, -1]
