@@ -15,7 +15,7 @@ from pathlib import Path
 
 from chaindiff.commands.tune import tune
 
-from benchmarks.joint_or_chain.plan import ARMS, comparison
+from benchmarks.joint_or_chain.plan import ARMS, BUDGET, comparison
 from benchmarks.joint_or_chain.write import write_page
 from chaindiff.evaluation.evaluate import draw_all
 
@@ -40,7 +40,7 @@ def main() -> None:
             break
     learned = asked.out / "learned.yaml"
     if not learned.exists():
-        tune(arms[2].base(), out=learned)
+        tune(arms[2].base(), steps=BUDGET, out=learned)
     group, missing = comparison(arms, asked.out, asked.count, asked.seeds)
     draw_all([row for rows in group.rows for row in rows])
     print(f"wrote {write_page(group, missing, asked.out, asked.page)}")

@@ -73,18 +73,20 @@ class Arm:
     def __str__(self) -> str:
         return f"{self.name}, training seed {self.seed}" if self.seed else self.name
 
-    def base(self) -> Loaded:
+    def base(self, *changes: str) -> Loaded:
+        """The recipe as it is trained."""
         train = {"seed": self.seed} | ({"images": self.images} if self.images else {})
-        return load_recipe(self.recipe).override(self.changes).override({"stages": {"*": {"train": train}}})
+        loaded = load_recipe(self.recipe, changes).override(self.changes)
+        return loaded.override({"stages": {"*": {"train": train}}})
 
     def sampled(self, path: str, out: Path) -> Loaded:
         """The recipe as it is sampled along a path; a table's levels go from 80 to 0 by themselves."""
-        how: dict[str, Any] = SOLVER | ({"path": along(path, self.image)} if path in EVERY else {})
-        stages = {name: {"sample": how if path else how | {"sigma_min": 0.01}} for name in self.base().recipe.stages}
-        found = self.base().override({"stages": stages, "sample": {"precision": "float32"}})
         if path == LEARNED:
-            found = found.override(load_recipe(self.recipe, [f"@{out / 'learned.yaml'}"]).tree)
-        return found
+            how, loaded = SOLVER, self.base(f"@{out / 'learned.yaml'}")
+        else:
+            own = {"path": along(path, self.image)} if path else {"sigma_min": 0.01}
+            how, loaded = SOLVER | own, self.base()
+        return loaded.override({"stages": {"*": {"sample": how}}, "sample": {"precision": "float32"}})
 
     def folder(self, out: Path) -> Path | None:
         """The run that it is trained in; None: the shipped weights."""
