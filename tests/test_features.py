@@ -155,18 +155,19 @@ def test_inception_files(inception, tmp_path):
 # -- other networks
 
 
-def test_efficientnet_takes_published_weights_in_their_order(tmp_path, random_state):
-    trunk = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_efficientnet_takes_published_weights_in_their_order(name, tmp_path, random_state):
+    trunk = timm.create_model(f"tf_{name}", num_classes=0).eval()
     state = {f"layer{i}.x": v for i, (k, v) in enumerate(trunk.state_dict().items()) if "num_batches" not in k}
     torch.save({**state, "_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}, tmp_path / "b.pth")
-    found = extractor("efficientnet_lite0", tmp_path / "b.pth")
+    found = extractor(name, tmp_path / "b.pth")
     images = pixels(2, 128)
     with torch.no_grad():
         expected = trunk((images.float() - 127) / 128)
     assert found.family == "efficientnet" and found.width == expected.shape[1]
     torch.testing.assert_close(found(images), expected, rtol=1e-3, atol=1e-4)
     torch.save(dict(list(state.items())[1:]), tmp_path / "less.pth")
-    assert "not weights of" in refusal(lambda: extractor("efficientnet_lite0", tmp_path / "less.pth"))
+    assert "not weights of" in refusal(lambda: extractor(name, tmp_path / "less.pth"))
 
 
 def test_open_clip_towers(tmp_path, random_state):
