@@ -21,35 +21,20 @@ from chaindiff.specs.base import Spec
 from chaindiff.specs.network import UNetSpec
 from chaindiff.specs.noise import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
 
-# Constructors of the published classes: their arguments in order, with defaults; ... is required.
+# Constructors of the published classes: their arguments, with defaults; ... is required.
 COMMON = {"img_resolution": ..., "in_channels": ..., "out_channels": ..., "label_dim": 0, "augment_dim": 0}
+INNER = {"channel_mult_emb": 4, "dropout": 0.1, "label_dropout": 0}
 UNETS: dict[str, dict[str, Any]] = {
     "SongUNet": {
-        **COMMON,
-        "model_channels": 128,
-        "channel_mult": [1, 2, 2, 2],
-        "channel_mult_emb": 4,
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-        "dropout": 0.1,
-        "label_dropout": 0,
-        "embedding_type": "positional",
-        "channel_mult_noise": 1,
-        "encoder_type": "standard",
-        "decoder_type": "standard",
-        "resample_filter": [1, 1],
+        **COMMON, **INNER, "model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4,
+        "attn_resolutions": [16], "embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
+        "decoder_type": "standard", "resample_filter": [1, 1],
     },
     "DhariwalUNet": {
-        **COMMON,
-        "model_channels": 192,
-        "channel_mult": [1, 2, 3, 4],
-        "channel_mult_emb": 4,
-        "num_blocks": 3,
+        **COMMON, **INNER, "model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3,
         "attn_resolutions": [32, 16, 8],
-        "dropout": 0.1,
-        "label_dropout": 0,
     },
-}
+}  # fmt: skip
 WRAPPER = {"img_resolution": ..., "img_channels": ..., "label_dim": 0, "use_fp16": False, "model_type": "SongUNet"}
 ADM = {**WRAPPER, "model_type": "DhariwalUNet"}
 # Preconditioners: our spec, then the constructor's own arguments; further ones go on to the U-Net.
@@ -77,12 +62,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "DhariwalUNet": {"adm": {"channel_mult_emb": 4}},
 }
 SETTINGS = {  # published -> ours
-    "model_channels": "channels",
-    "channel_mult": "mult",
-    "num_blocks": "blocks",
-    "attn_resolutions": "attention",
+    "model_channels": "channels", "channel_mult": "mult", "num_blocks": "blocks", "attn_resolutions": "attention",
     "dropout": "dropout",
-}
+}  # fmt: skip
 COMPUTED = {("iDDPMPrecond", "u")}  # tables that are not weights: noise levels, from C_1, C_2 and M
 LARGEST = 65_536  # of any size that a snapshot states; the largest published is 1,024
 

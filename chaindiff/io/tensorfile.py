@@ -24,17 +24,9 @@ from chaindiff.io.files import regular, regular_path, whole
 from chaindiff.io.metadata import DAMAGED
 
 DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 CHECKSUM = "crc32"
 SUM = re.compile(rb'"crc32":"([^"]*)"')  # nowhere else in a header: within a text its quotes are escaped
 NONE = "00000000"  # stands in for the checksum while it is computed

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-)
+from pydantic import Field, NonNegativeInt
 
 from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion, UpToTenMillion
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
@@ -244,8 +241,7 @@ class EvaluateSpec(Spec):
     )
     reference: str | None = Field(default=None, description="the split to compare with; none: the recipe's own data")
     held_out: str | None = Field(
-        default="test",
-        description="the held-out split, for floors and memorisation; none: not available",
+        default="test", description="the held-out split, for floors and memorisation; none: not available"
     )
 
 
