@@ -133,20 +133,6 @@ class Row:
         """Samples of what is measured, uint8 [n, 3, h, w]."""
         return self.samples(self.of)[rows]
 
-    @property
-    def seconds_per_image(self) -> float:
-        """Median over samples, so that a compilation does not count."""
-        return self.samples("seconds")[:].median().item()
-
-    @property
-    def gflops(self) -> float:
-        """Sampling cost of one image."""
-        return sum(self.plan.costs[name].total_flops for name in self.plan.running) / 1e9
-
-    @property
-    def nfe(self) -> dict[str, int]:
-        return {name: self.plan.costs[name].nfe for name in self.plan.running}
-
     @cached_property
     def training_images(self) -> dict[str, int | None]:
         """The images that each running stage has seen, in the order in which stages run; `trained_images`."""
@@ -166,7 +152,8 @@ class Row:
         return total / 1e15
 
     def about(self) -> dict[str, Any]:
-        """The details reported beside this row's figures."""
+        """The details reported beside this row's figures; sampling costs are of one image."""
+        costs = {name: self.plan.costs[name] for name in self.plan.running}
         return {
             "row": self.label,
             "recipe": self.assembly.recipe.name,
@@ -175,11 +162,11 @@ class Row:
             "given": {n: f"{list(v.shape)} numbers" if isinstance(v, Tensor) else v for n, v in self.given.items()},
             "count": self.count,
             "seed": self.seed,
-            "nfe": self.nfe,
-            "gflops": self.gflops,
+            "nfe": {name: cost.nfe for name, cost in costs.items()},
+            "gflops": sum(cost.total_flops for cost in costs.values()) / 1e9,
             "training images": self.training_images,
             "training pflop": self.training_pflop,
-            "seconds per image": self.seconds_per_image,
+            "seconds per image": self.samples("seconds")[:].median().item(),  # without what a compilation took
         }
 
 

@@ -14,7 +14,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError, did_you_mean, some
 from chaindiff.networks.arch import ARCHS
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.base import Spec
@@ -215,10 +216,6 @@ def _refuse_shape(class_name: str, network: UNetSpec, resolution: int) -> None:
         raise UserError(f"{class_name}: model_channels={network.channels} is not divisible into heads of 64 channels")
 
 
-def _listing(problems: list[str]) -> str:
-    return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-
-
 def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNet:
     """A published network with its weights, in float32.
 
@@ -233,15 +230,8 @@ def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Map
     if len(described.network.mult) * described.network.blocks > len(tensors):  # before so many blocks are built
         raise UserError(f"{class_name}: {len(tensors)} tensors are too few for num_blocks={described.network.blocks}")
     network = described.build()
-    own = network.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unexpected {name}" for name in kept if not name.startswith(prefix)]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
+    problems = [f"unexpected {name}" for name in kept if not name.startswith(prefix)]
+    problems += tensorfile.misfits(network, tensors)
     problems += [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]
     taps = torch.tensor(ARCHS[described.network.arch].taps, dtype=torch.float32)
     kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
@@ -251,6 +241,6 @@ def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Map
         if name.endswith(".resample_filter") and (value.shape != kernel.shape or not torch.equal(value.float(), kernel))
     ]
     if problems:
-        raise UserError(f"{class_name}: its tensors do not fit its arguments: {_listing(problems)}")
+        raise UserError(f"{class_name}: its tensors do not fit its arguments: {some(problems, 4)}")
     network.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return network.eval()

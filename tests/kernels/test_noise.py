@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact import normal, normal_batch
 from scipy import stats
 
-from chaindiff.edm.random import Draws, normal, normal_batch
+from chaindiff.edm.random import Draws
 from chaindiff.kernels import noise
 
 ONES = 0xFFFFFFFF
