@@ -239,7 +239,7 @@ def test_sweeps_take_lists_and_single_values():
     assert Sweep.parse("a.b=1,2").values == (1, 2)
     assert Sweep.parse("a.b=[0.5, x]").values == (0.5, "x")
     assert Sweep.parse("a.b=3").values == (3,)
-    assert list(Sweep.parse("a.b=1,2").overrides()) == [(1, {"a": {"b": 1}}), (2, {"a": {"b": 2}})]
+    assert Sweep.parse("a.b=1,2") == Sweep("a.b", (1, 2))
 
 
 # ---------------------------------------------------------------- given values

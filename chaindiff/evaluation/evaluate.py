@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,6 @@ class Sweep:
         if not isinstance(values, list) or not values:
             values = [values]
         return cls(".".join(path), tuple(values))
-
-    def overrides(self) -> Iterable[tuple[Any, dict[str, Any]]]:
-        for value in self.values:
-            yield value, nest(self.field.split("."), wrap(value, None)).plain()
 
 
 @dataclass
@@ -124,7 +120,8 @@ def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
     """One row for each value of a setting. Raises UserError for values that the recipe refuses."""
     tail = f", {', '.join(oracle)} from the data" if oracle else ""
     group = Group(f"{sweep.field}{tail}", "sweep")
-    for value, changes in sweep.overrides():
+    for value in sweep.values:
+        changes = nest(sweep.field.split("."), wrap(value, None)).plain()
         group.rows.append(make(f"{sweep.field.split('.')[-1]} {value}{tail}", oracle, changes, seeds=make.seeds[:1]))
         group.x.append(value)
     return group

@@ -15,15 +15,9 @@ Table = list[list[str]]
 SCALE = {"kid": 1000.0}  # KID is shown in thousandths
 SHOWN = ("fd", "kid", "cmmd", "swd", "precision", "recall", "alignment", "alignment_data")  # of all that is measured
 NAMES = {
-    "fd": "FD",
-    "kid": "KID x1000",
-    "swd": "SWD",
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "alignment": "alignment with captions",
+    "fd": "FD", "kid": "KID x1000", "swd": "SWD", "alignment": "alignment with captions",
     "alignment_data": "alignment of the data itself",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

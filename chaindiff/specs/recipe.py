@@ -131,21 +131,10 @@ Decoder = Annotated[Annotated[EnlargeSpec, Ours] | Annotated[CodeEncoderSpec, Th
 # ---------------------------------------------------------------- variables
 
 SHAPES = {
-    "image": "[channels, height, width]",
-    "map": "[channels, height, width]",
-    "vector": "[elements]",
-    "tokens": "[length, width]",
-    "label": "[number of classes]",
-    "text": "[]",
-}
-A = {
-    "image": "an image",
-    "map": "a map",
-    "vector": "a vector",
-    "tokens": "tokens",
-    "label": "a label",
-    "text": "a text",
-}
+    "image": "[channels, height, width]", "map": "[channels, height, width]", "vector": "[elements]",
+    "tokens": "[length, width]", "label": "[number of classes]", "text": "[]",
+}  # fmt: skip
+A = {name: f"a {name}" for name in SHAPES} | {"image": "an image", "tokens": "tokens"}
 
 
 class VariableSpec(Spec):
