@@ -51,6 +51,8 @@ class Disk:
         self.written, temporary = 0, files._temporary
 
         def opened(path: Path) -> IO[bytes] | Full:
+            if files.cache_folder() in path.parents:  # on another disk
+                return temporary(path)
             self.written += 1
             return Full(temporary(path)) if self.written > room else temporary(path)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from chaindiff.evaluation.provenance import Figure, check_alike
 from chaindiff.io.errors import in_lines
 
 Table = list[list[str]]
+R = TypeVar("R")
 SCALE = {"kid": 1000.0}  # KID is shown in thousandths
 SHOWN = ("fd", "kid", "cmmd", "swd", "precision", "recall", "alignment", "alignment_data")  # of all that is measured
 NAMES = {
@@ -46,13 +47,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Results:
-    """A table's rows; `x` are the settings of a sweep."""
+class Group(Generic[R]):
+    """Rows that belong in one table, to be measured or measured; `x` are the settings of a sweep."""
 
     title: str
-    kind: str
-    rows: Sequence[Measured]
-    x: Sequence[Any] = ()
+    kind: str  # "main", "links", "sweep"
+    rows: list[R] = field(default_factory=list)
+    x: list[Any] = field(default_factory=list)
+
+
+Results = Group[Measured]
 
 
 def judges_of(rows: Iterable[Measured]) -> dict[str, bool]:

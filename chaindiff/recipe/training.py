@@ -83,10 +83,7 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     )
     with noted(*less), Bar(f"train {name}", total, images) as bar:
         for progress in steps:
-            loss = (
-                "" if progress.loss is None else f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s"
-            )
-            bar.update(min(progress.images, total), loss or None)
+            bar.update(min(progress.images, total), str(progress) or None)
             if progress.preview is not None and accelerator.is_main_process:
                 preview(progress.preview, batches, folder / "previews" / f"{progress.images:09d}.png")
     return folder / "weights.safetensors"

@@ -100,8 +100,7 @@ def _train_stage(
     with tempfile.TemporaryDirectory() as scratch, Bar(f"train {name}", spec.images) as bar:
         place = folder or Path(scratch)
         for step in steps_of(stage, batches, spec, place, total=spec.images, metadata=about):
-            said = "" if step.loss is None else f"loss {step.loss:.4f}, {step.images_per_second:.0f} images/s"
-            bar.update(min(step.images, step.total), said or None)
+            bar.update(min(step.images, step.total), str(step) or None)
             if progress is not None:
                 progress(step)
         tensorfile.fill(stage, tensorfile.load(place / "weights.safetensors")[0], str(place))
