@@ -389,6 +389,9 @@ def test_a_plan_warns_of_a_path_that_training_never_drew() -> None:
         ("stages.both.path={kind: cascaded, shares: {klip: 1}}", "the stage does not generate 'klip'; did you mean"),
         ("stages.both.sample.variables={klip: {steps: 3}}", "the stage does not generate 'klip'; did you mean 'clip'?"),
         ("stages.both.generates=[clip, clip]", "'clip' is named twice"),
+        ("stages.both.path={kind: shared, exact: 0.1, only: [klip]}", "does not generate 'klip'; did you mean"),
+        ("stages.both.path={kind: shared, only: [clip]}", "the shares exact, pure and absent are 0"),
+        ("stages.both={path: {only: [clip]}, sample: {guidance: {image16: 2}}}", "prediction without 'image16', which"),
         ("stages.both.precondition.loss=velocity", "'velocity' is for networks that predict x0, not edm"),
     ],
 )  # fmt: skip

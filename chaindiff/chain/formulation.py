@@ -53,7 +53,7 @@ def family(spec: paths.TrainPath | paths.SamplePath, names: Sequence[str]) -> Fa
         case _:
             found = families.Independent()
     shares = (spec.exact, spec.pure, spec.absent) if isinstance(spec, paths.Shares) else (0.0, 0.0, 0.0)
-    return families.Beside(found, *shares) if any(shares) else found
+    return families.Beside(found, *shares, spec.only) if isinstance(spec, paths.Shares) and any(shares) else found
 
 
 def curves(spec: paths.SamplePath, names: Sequence[str]) -> families.Along:

@@ -16,7 +16,7 @@ from chaindiff.edm.solvers import Churn, Update, evaluations, updates
 from chaindiff.guidance.algebra import Weight, guided
 from chaindiff.guidance.classifier_free import guidance_terms
 from chaindiff.io.errors import UserError
-from chaindiff.specs.path import OffsetPath, TablePath, hidden, sampled
+from chaindiff.specs.path import OffsetPath, TablePath, hideable, sampled
 from chaindiff.specs.sampling import SamplerSpec
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Sampling:
 
     def __post_init__(self):
         stage = self.stage
-        hideable = stage.generates if len(stage.generates) > 1 and hidden(stage.trained_path) else ()
-        for place, problem in self.settings.untrained({k.variable.name: k.spec for k in stage.conditioner}, hideable):
+        links = {link.variable.name: link.spec for link in stage.conditioner}
+        for place, problem in self.settings.untrained(links, hideable(stage.trained_path, [*stage.generates])):
             raise UserError(problem, f"stages.{stage.name}.sample.{place}")
 
     def levels(self, name: str) -> tuple[float, float]:

@@ -25,12 +25,13 @@ from chaindiff.edm.random import Key, generator
 from chaindiff.specs.training import AugmentSpec
 
 SCALE = 0.2  # standard deviation of log2 of the scale, isotropic and anisotropic
+ROTATED = 0.5  # share of the anisotropic scales whose axes are not the image's
 SHIFT = 0.125  # standard deviation of the translation, as a share of the image's side
 # Standard deviations at colour strength 1: brightness in units of [-1, 1], the others in log2.
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.5, 1.0
 SHRINKS = 0.85  # below this scale in some direction, apply() averages over each pixel's area
 
-VERSION = 1  # raised when a key gives another augmentation, so that cached embeddings are recomputed
+VERSION = 2  # raised when a key gives another augmentation, so that cached embeddings are recomputed
 GEOMETRIC, COLOUR = 9, 5  # entries of the label
 UNIFORMS, NORMALS = 14, 7  # random numbers of a draw; the same count for every spec, so that options do not interact
 
@@ -71,7 +72,9 @@ def draw(spec: AugmentSpec, keys: Sequence[tuple[Key, ...]]) -> Draw:
     x_flip = (uniform[9] < 0.5) * float(spec.flip)
     y_flip = flips * (uniform[10] < 0.5)
     scale, rotation = scales * normal[0], turns * angles[0]
-    aniso, orientation = anisos * normal[1], anisos * angles[1]
+    # One number says whether the axes turn, and how far.
+    aniso = anisos * normal[1]
+    orientation = anisos * (uniform[12] < ROTATED) * math.pi * (2 * uniform[12] / ROTATED - 1)
     shift_x, shift_y = shifts * normal[2], shifts * normal[3]
     label = [x_flip, y_flip, scale, np.cos(rotation) - 1, np.sin(rotation)]
     label += [aniso * np.cos(orientation), aniso * np.sin(orientation), shift_x, shift_y]

@@ -115,7 +115,7 @@ def other_preconditioning(stage: Diffusion, said: About) -> list[str]:
     if kept is None:
         return []
     try:
-        spread = said.sigma_data or stage.target.sigma_data
+        spread = said.sigma_data or next(iter(stage.generates.values())).sigma_data
         trained = preconditioning(TypeAdapter(Precondition).validate_python(kept), spread)
     except ValueError:
         return [f"it was trained with an unknown preconditioning: {kept!s:.80}"]
