@@ -46,7 +46,7 @@ class Measured:
         return max(within, between)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group(Generic[R]):
     """Rows that belong in one table, to be measured or measured; `x` are the settings of a sweep."""
 
