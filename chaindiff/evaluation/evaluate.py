@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,13 @@ class Rows:
         loaded: Loaded | None = None,
         out: Path | None = None,
         seeds: Sequence[int] | None = None,
-        count: int | None = None,
-        split: str | None = None,
     ) -> list[Row]:
         """One row for each seed; its label names what the recipe gives."""
         recipe = (loaded or self.loaded).override(changes) if changes else loaded or self.loaded
         told = [f"{name} {'...' if isinstance(v, Tensor) else v}" for name, v in recipe.recipe.sample.given.items()]
         label += f", given {', '.join(told)}" * bool(told)
-        return [
-            Row(label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, out or self.out)
-            for seed in (seeds or self.seeds)
-        ]
+        row = partial(Row, label, recipe, self.of, self.folder, self.count, oracle=tuple(oracle), out=out or self.out)
+        return [row(seed=seed) for seed in (seeds or self.seeds)]
 
 
 def measured_variable(assembly: Assembly, of: str | None) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value, rows_of
-from chaindiff.evaluation.oracle import DataValues, oracle, split_of
+from chaindiff.evaluation.oracle import DataValues, oracle
 from chaindiff.execution.prepare import Preparation
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
@@ -49,7 +49,6 @@ class Row:
     count: int = 1000
     seed: int = 0
     oracle: Sequence[str] = ()
-    split: str | None = None  # of the oracle's values
     out: Path | None = None  # the run whose weights are used
 
     @cached_property
@@ -99,7 +98,7 @@ class Row:
             depends["sample"].pop(irrelevant)
         depends["sample"]["precision"] = self.assembly.recipe.sample.precision
         data = self.assembly.data.content if self.from_data else None
-        return digest([depends, self.made, self.from_data, self.split, data, CHUNK])
+        return digest([depends, self.made, self.from_data, None, data, CHUNK])
 
     @cached_property
     def store(self) -> Shards:
@@ -116,7 +115,7 @@ class Row:
             n: v if len(v) == 1 else rows_of(v, [row % len(v) for row in range(whole)]) for n, v in self.values.items()
         }
         if self.from_data:
-            values = DataValues(assembly, split_of(assembly, self.split), self.folder / "data")
+            values = DataValues(assembly, assembly.data, self.folder / "data")
             given |= oracle(values, self.from_data, whole, self.seed)
         settings = {"seed": self.seed, "batch": BATCH, "want": self.made, "given": given}
         asked = assembly.recipe.sample

@@ -160,11 +160,11 @@ class Study:
         """Of the images that samples are made for: where values come from the data, and the judge reads texts."""
         if not judge.startswith("open_clip") or not row.from_data:
             return None
-        return captions(row.assembly, self.data(row, row.split).data)
+        return captions(row.assembly, self.data(row, None).data)
 
     def _alignment(self, row: Row, judge: str, texts: list[str]) -> list[Figure]:
         """Mean cosine of each sample and the caption of the image that it was made for, and that of those images."""
-        source = self.data(row, row.split)
+        source = self.data(row, None)
         images = oracle_rows(source.count, row.count, row.seed)
         told = torch.tensor([bool(text) for text in texts])[images].nonzero()[:, 0]  # samples with a caption
         if not len(told):
