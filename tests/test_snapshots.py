@@ -142,7 +142,7 @@ def test_tensors_that_are_not_the_networks_are_refused(tmp_path) -> None:
     state = part(tensors, "state.model.")
     for name, value, message in [
         ("causal_transformer.extra.g", torch.ones(32), "unexpected model.causal_transformer.extra.g"),
-        ("causal_transformer.norm.g", torch.ones(31), "model.causal_transformer.norm.g is [31], expected [32]"),
+        ("causal_transformer.norm.g", torch.ones(31), "norm.weight is [31], expected [32]"),
         ("learned_query", torch.ones(2, 16), "EDMPrecond: its tensors are not those of a network of EDM, EDM2 or VCDM"),
     ]:
         content = snapshot(vcdm(auxiliary({**state, name: value}), [[3, 8, 8], [32]], 1))

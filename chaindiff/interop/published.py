@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from chaindiff.interop.pickles import Array, Object
-from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError, did_you_mean, some
 from chaindiff.networks import Interface, MPUNet, Prior, UNet, build
 from chaindiff.networks.arch import ARCHS
 from chaindiff.specs.network import PriorSpec, UNetSpec
@@ -214,10 +215,6 @@ def _prior(class_name: str, shapes: Shapes, said: Mapping[str, Any]) -> Found:
     return _checked(class_name, PriorSpec.model_validate, spec), (width,), 0
 
 
-def _listing(problems: list[str]) -> str:
-    return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-
-
 def load_network(described: Published, state_dict: Mapping[str, Tensor]) -> UNet | MPUNet | Prior:
     """A published network with its weights, in float32; a preconditioner around it is removed.
 
@@ -228,23 +225,18 @@ def load_network(described: Published, state_dict: Mapping[str, Tensor]) -> UNet
     if isinstance(spec, UNetSpec) and len(spec.mult) * spec.blocks > len(found):  # before so many blocks are built
         raise UserError(f"{described.class_name}: {len(found)} tensors are too few for {spec.blocks} blocks a level")
     network = described.build()
-    own = {described.theirs(name): (name, value) for name, value in network.state_dict().items()}
-    problems = [f"missing {name}" for name in own if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in own]
-    problems += [
-        f"{name} is {list(found[name].shape)}, expected {list(value.shape)}"
-        for name, (_, value) in own.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    problems += [f"{name} is {value.dtype}" for name, value in found.items() if not value.is_floating_point()]
+    ours = {described.theirs(name): name for name in network.state_dict()}
+    tensors = {ours.get(name, name): value for name, value in found.items()}
+    problems = tensorfile.misfits(network, tensors)
+    problems += [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]
     taps = torch.tensor(ARCHS[spec.arch].taps if spec.arch in ARCHS else (1, 1), dtype=torch.float32)
     kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
     problems += [
         f"{name} is another filter than {taps.int().tolist()}"
-        for name, value in found.items()
+        for name, value in tensors.items()
         if name.endswith(".resample_filter") and (value.shape != kernel.shape or not torch.equal(value.float(), kernel))
     ]
     if problems:
-        raise UserError(f"{described.class_name}: its tensors do not fit together: {_listing(problems)}")
-    network.load_state_dict({name: found[theirs].float() for theirs, (name, _) in own.items()}, assign=True)
+        raise UserError(f"{described.class_name}: its tensors do not fit together: {some(problems, 4)}")
+    network.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return network.eval()

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from chaindiff.io.errors import did_you_mean
-from chaindiff.specs.base import (
-    PROBLEM,
-    Name,
-    Problems,
-    Spec,
-)
+from chaindiff.specs.base import PROBLEM, Name, Problems, Spec
 from chaindiff.specs.code import CODE, is_code
 from chaindiff.specs.link import Link
-from chaindiff.specs.network import (
-    JointNetworkSpec,
-    Network,
-    UNetSpec,
-)
-from chaindiff.specs.noise import (
-    NoiseLevels,
-    NoiseSpec,
-    Precondition,
-    PreconditionSpec,
-    published_noise,
-)
+from chaindiff.specs.network import JointNetworkSpec, Network, UNetSpec
+from chaindiff.specs.noise import NoiseLevels, NoiseSpec, Precondition, PreconditionSpec, published_noise
 from chaindiff.specs.path import (
     CascadedLevels,
     IndependentLevels,
@@ -44,10 +23,7 @@ from chaindiff.specs.path import (
     hideable,
 )
 from chaindiff.specs.sampling import SamplerSpec
-from chaindiff.specs.training import (
-    AugmentSpec,
-    TrainSpec,
-)
+from chaindiff.specs.training import AugmentSpec, TrainSpec
 
 
 class Generated(Spec):
@@ -69,6 +45,13 @@ def _named(said: Any) -> Any:
     return said
 
 
+_Several = Annotated[
+    dict[Name, Generated],
+    Field(min_length=1),
+    BeforeValidator(_named, json_schema_input_type=list[Name] | dict[Name, Generated]),
+]
+
+
 class StageSpec(Spec):
     """One stage: generates a variable given others, or several together."""
 
@@ -82,14 +65,7 @@ class StageSpec(Spec):
         default="diffusion", description="`diffusion`, or a user-defined class: `MODULE:NAME`, with `--allow-code`"
     )
     settings: dict[str, Any] = Field(default={}, description="keyword arguments of a user-defined class")
-    generates: (
-        Annotated[
-            dict[Name, Generated],
-            Field(min_length=1),
-            BeforeValidator(_named, json_schema_input_type=list[Name] | dict[Name, Generated]),
-        ]
-        | None
-    ) = Field(
+    generates: _Several | None = Field(
         default=None,
         description="a list of names, or a mapping of names to settings of their own; none: the variable of the "
         "stage's name; of several, the first leads (`path`)",
