@@ -292,7 +292,7 @@ def test_sizes_of_edm2(channels, millions) -> None:
 def test_a_block_with_attention_is_the_papers_equations() -> None:
     """Figure 21 of the paper in float64, with its attention written out."""
     torch.manual_seed(0)
-    block = MPBlock(64, 128, 32, encoder=True, attend=True).double().eval()
+    block = MPBlock(64, 128, 32, encoder=True, resample=None, attend=True, dropout=0.0).double().eval()
     nn.init.constant_(block.emb_gain, 0.7)
     x, emb = torch.randn(2, 64, 4, 4).double(), torch.randn(2, 32).double()
 

@@ -191,13 +191,12 @@ def _storage(name: str, arguments: tuple) -> Storage:
 
 NUMPY = ("_reconstruct", "scalar")
 LAYERS = (
-    *("container.ModuleDict", "container.ModuleList", "container.Sequential", "linear.Linear", "linear.Identity"),
-    *("sparse.Embedding", "dropout.Dropout", "activation.SiLU"),
-)
+    "container.ModuleDict", "container.ModuleList", "container.Sequential", "linear.Linear", "linear.Identity",
+    "sparse.Embedding", "dropout.Dropout", "activation.SiLU",
+)  # fmt: skip
 DALLE2 = (
-    *("DALLE2CLIPModel", "CausalTransformer", "Attention", "LayerNorm", "SwiGLU", "RelPosBias"),
-    *("SinusoidalPosEmb", "MLP"),
-)
+    "DALLE2CLIPModel", "CausalTransformer", "Attention", "LayerNorm", "SwiGLU", "RelPosBias", "SinusoidalPosEmb", "MLP",
+)  # fmt: skip
 SNAPSHOT: Table = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "dnnlib.util.EasyDict": _mapping,

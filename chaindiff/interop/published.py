@@ -33,13 +33,11 @@ PRECONDITIONERS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "VPPrecond": ("vp", {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "eps"}, {"M": 1000}),
     "VEPrecond": ("ve", {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}, {}),
     "iDDPMPrecond": ("iddpm", {"M": "levels"}, {"C_1": 0.001, "C_2": 0.008}),
-    "Precond": (
-        "edm",
-        {},
-        {"label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3}
-        | {"clip_act": 256, "channels_per_head": 64, "resample_filter": [1, 1]},
-    ),
-}
+    "Precond": ("edm", {}, {
+        "label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256,
+        "channels_per_head": 64, "resample_filter": [1, 1],
+    }),
+}  # fmt: skip
 # Tensors of preconditioners that sampling does without: noise levels, from C_1, C_2 and M; the weight of EDM2's loss.
 APART = {
     "iDDPMPrecond": ("u",),

@@ -50,14 +50,10 @@ def build(
             return UNet(shape[1], shape[0] + interface.image_channels, shape[0], **told, **settings)
         if width or interface.augment_dim:
             raise UserError("EDM2's unet takes no tokens and no augmentation label")
-        fields = {"channels", "mult", "blocks", "attention", "dropout"}
-        return MPUNet(
-            shape[1],
-            shape[0] + interface.image_channels,
-            shape[0],
-            label_dim=interface.label_dim,
-            **spec.model_dump(include=fields),
-        )
+        for ours in ("arch", "label_init"):
+            del settings[ours]
+        inputs = shape[0] + interface.image_channels
+        return MPUNet(shape[1], inputs, shape[0], label_dim=interface.label_dim, **settings)
     if len(shape) != 1 or interface.image_channels:
         raise UserError(
             f"a prior generates vectors and takes no images as conditioning; its variable has shape {list(shape)}"

@@ -86,11 +86,10 @@ class MPBlock(nn.Module):
         inputs: int,
         outputs: int,
         embedding: int,
-        *,
         encoder: bool,
-        resample: str | None = None,
-        attend: bool = False,
-        dropout: float = 0.0,
+        resample: str | None,
+        attend: bool,
+        dropout: float,
     ):
         super().__init__()
         self.encoder, self.resample, self.dropout = encoder, resample, dropout
@@ -148,8 +147,7 @@ class MPUNet(nn.Module):
         self.emb_label = MPConv(label_dim, embedding) if label_dim else None
 
         def block(inputs: int, outputs: int, attend: bool, encoder: bool, resample: str | None = None) -> MPBlock:
-            settings = {"encoder": encoder, "resample": resample, "attend": attend, "dropout": dropout}
-            return MPBlock(inputs, outputs, embedding, **settings)
+            return MPBlock(inputs, outputs, embedding, encoder, resample, attend, dropout)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         width, skips = channels * mult[0], []

@@ -70,13 +70,13 @@ class Prior(nn.Module):
         self.bias = RelativeBias(heads) if vcdm else None
         block = CosineBlock if vcdm else TransformerBlock
         self.blocks = nn.ModuleList(block(width, heads, dropout) for _ in range(depth))
-        self.norm, self.map_output = nn.LayerNorm(width, bias=not vcdm), None
-        self.out = nn.Linear(width, width if vcdm else dim, bias=not vcdm)
-        if vcdm:
-            self.map_output = nn.Linear(width, dim) if dim != width else None
-        else:
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
+        self.norm, self.out = (
+            nn.LayerNorm(width, bias=not vcdm),
+            nn.Linear(width, width if vcdm else dim, bias=not vcdm),
+        )
+        self.map_output = nn.Linear(width, dim) if vcdm and dim != width else None
+        for parameter in () if vcdm else self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
         """The raw network F of the preconditioned denoiser, for one vector; absent labels count as zeros."""
@@ -85,10 +85,10 @@ class Prior(nn.Module):
         # The noise label ln(sigma)/4 spans about 3 units; a factor of 1000 spreads it over the sinusoids' range. Labels
         # that are times up to 1000 already have that range.
         level = self.map_noise(noise[name] * self.label_scale)
-        if self.map_noise_middle is None:
-            level = F.silu(self.map_noise_up(level))
-        else:  # VCDM's sines come first
-            level = F.silu(self.map_noise_up(level.unflatten(1, (2, -1)).flip(1).flatten(1)))
+        if self.map_noise_middle is not None:  # VCDM's sines come first
+            level = level.unflatten(1, (2, -1)).flip(1).flatten(1)
+        level = F.silu(self.map_noise_up(level))
+        if self.map_noise_middle is not None:
             level = F.silu(self.map_noise_middle(level))
         level = self.map_noise_down(level)
         tokens = []
@@ -99,14 +99,13 @@ class Prior(nn.Module):
                 tokens.append(layer(vector.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
         tokens += [level[:, None], self.map_input(vector)[:, None], self.query.expand(batch, 1, -1)]
         y = torch.cat(tokens, dim=1)
-        if self.position is not None:
+        bias = ()
+        if self.bias is not None:
+            bias = (self.bias(y.shape[1]),)
+        elif self.position is not None:
             y = y + self.position
-            for block in self.blocks:
-                y = block(y)
-            return {name: self.out(self.norm(y[:, -1]))}
-        bias = None if self.bias is None else self.bias(y.shape[1])
         for block in self.blocks:
-            y = block(y, bias)
+            y = block(y, *bias)
         y = y[:, -1]
-        y = self.out(self.norm(y / y.amax(dim=-1, keepdim=True)))
+        y = self.out(self.norm(y / y.amax(dim=-1, keepdim=True) if bias else y))
         return {name: y if self.map_output is None else self.map_output(y)}
