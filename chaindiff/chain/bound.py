@@ -41,20 +41,21 @@ class Bound:
 
     def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
         """The predictions of several bound denoisers of this stage, from one call of the network."""
-        like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
+        count, terms = len(next(iter(x.values()))), len(others)
         values, scales, absent = {}, {}, {}
-        for name in self.stage.generates:
-            value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
+        for name, shared in self.shared.items():
+            like, fixed = shared.like, name in self.fixed
+            value, level = (self.fixed[name], 0.0) if fixed else (x[name].to(like), sigma[name])
             noises = [other.unseen.get(name) for other in others]  # pure noise takes the place of what is not seen
             if isinstance(level, Tensor) or any(noise is not None for noise in noises):
                 rows = level.to(like) if isinstance(level, Tensor) else like.new_full((count,), level)
                 pure = torch.full_like(rows, self.stage.pure(name))
                 rows = torch.cat([rows if noise is None else pure for noise in noises])
-                scales[name] = self.stage.preconditioning(name)(rows)
+                scales[name] = shared.coefficients(rows)
             else:
-                scales[name] = self.shared[name][level]
+                scales[name] = shared[level]
             each = [value if noise is None else noise.expand_as(value) for noise in noises]
-            values[name] = value if terms == 1 and noises[0] is None else torch.cat(each)
+            values[name] = each[0] if terms == 1 else torch.cat(each)
             gone = [name in other.unseen and noise is None for other, noise in zip(others, noises, strict=True)]
             if any(gone):
                 absent[name] = torch.tensor(gone).repeat_interleave(count).to(like.device, non_blocking=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -93,6 +94,11 @@ class Diffusion(nn.Module):
         if not isinstance(self.precondition_spec, Preconditioning):
             self.precondition = preconditioning(self.precondition_spec, variables[0].sigma_data)
             noise = published_noise(self.precondition_spec) if noise is None else noise
+        said = {v: self.own[v].precondition or self.precondition_spec for v in self.generates}
+        self.preconditions: dict[str, Preconditioning] = {
+            v: own if isinstance(own, Preconditioning) else preconditioning(own, self.generates[v].sigma_data)
+            for v, own in said.items()
+        }
         self.noise_spec = config(NoiseLevels, {} if noise is None else noise, f"{self.name}.noise")
         custom = callable(self.noise_spec)
         self.noise: TrainingNoise = cast(Any, self.noise_spec) if custom else training_noise(self.noise_spec)
@@ -131,20 +137,19 @@ class Diffusion(nn.Module):
 
     def preconditioning(self, name: str) -> Preconditioning:
         """The preconditioning of a generated variable: its own, or the stage's with its sigma_data."""
-        said = self.own[name].precondition or self.precondition_spec
-        if isinstance(said, Preconditioning):
-            return said
-        return preconditioning(said, self.generates[name].sigma_data)
+        return self.preconditions[name]
 
     def training_noise(self, name: str) -> TrainingNoise:
         """The training noise of a generated variable: its own, or the stage's."""
         said = self.own[name].noise
         return self.noise if said is None else training_noise(said)
 
-    def _label(self, name: str, label: Tensor) -> Tensor:
-        """A variable's noise label at the span of the stage's, for which the network is built."""
-        spans = [getattr(p, "label_span", 1.0) for p in (self.precondition, self.preconditioning(name))]
-        return label if spans[0] == spans[1] else label * (spans[0] / spans[1])
+    def coefficients(self, name: str, sigma: Tensor) -> Coefficients:
+        """The preconditioning of a generated variable at levels, its noise label at the span of the stage's, for which
+        the network is built."""
+        own = self.preconditioning(name)
+        found, spans = own(sigma), [getattr(p, "label_span", 1.0) for p in (self.precondition, own)]
+        return found if spans[0] == spans[1] else replace(found, noise=found.noise * (spans[0] / spans[1]))
 
     def pure(self, name: str) -> float:
         """The level of a variable at which nothing of it is left."""
@@ -190,7 +195,7 @@ class Diffusion(nn.Module):
 
         The network sees zeros where a variable is `absent`. It alone runs in bf16.
         """
-        scales = {name: self.preconditioning(name)(sigma[name]) for name in self.generates}
+        scales = {name: self.coefficients(name, sigma[name]) for name in self.generates}
         return self.preconditioned(x, scales, condition, absent)
 
     def preconditioned(
@@ -200,20 +205,27 @@ class Diffusion(nn.Module):
         condition: Condition,
         absent: Mapping[str, Bool[Tensor, " batch"]] | None = None,
     ) -> Prediction:
-        """`denoise` by coefficients, each [batch] or, where all samples share a level, []."""
-        seen = {name: weighted_sum((c.input, x[name])) for name, c in scales.items()}
-        for name, gone in (absent or {}).items():
-            seen[name] = seen[name].masked_fill(gone.reshape(-1, *[1] * (seen[name].ndim - 1)), 0.0)
-        labels = {name: self._label(name, c.noise.expand(len(x[name])).contiguous()) for name, c in scales.items()}
+        """`denoise` by coefficients, each [batch] or, where all samples share a level, []; a label may be [1]."""
+        seen, labels, clean, variance = {}, {}, {}, {}
+        for name, c in scales.items():
+            value = x[name]
+            seen[name] = weighted_sum((c.input, value))
+            if absent and name in absent:
+                gone = absent[name].reshape(-1, *[1] * (value.ndim - 1))
+                seen[name] = seen[name].masked_fill(gone, 0.0)
+            whole = c.noise.shape[:1] == value.shape[:1]
+            labels[name] = c.noise if whole else c.noise.flatten()[:1].expand(len(value)).contiguous()
         device = next(iter(x.values())).device.type
         network = self.network if self.run is None or torch.is_grad_enabled() else self.run
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+        if self.autocast is None and not torch.is_autocast_enabled(device):
             found = network(seen, labels, condition)
-        clean, variance = {}, {}
+        else:
+            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+                found = network(seen, labels, condition)
         for name, c in scales.items():
             raw = found[name]
-            if getattr(self.network, "learns_variances", False):  # a second half (Nichol & Dhariwal 2021)
-                raw, variance[name] = raw.chunk(2, dim=1)
+            if raw.shape[1] != x[name].shape[1] and getattr(self.network, "learns_variances", False):
+                raw, variance[name] = raw.chunk(2, dim=1)  # a second half (Nichol & Dhariwal 2021)
             clean[name] = weighted_sum((c.skip, x[name]), (c.out, raw))
         return Prediction(clean, variance or None)
 
@@ -420,14 +432,14 @@ class Diffusion(nn.Module):
             values[name] = Given(value, None, sigma, noise, keep)
         fixed = {name: given[name].to(like) for name in self.generates if name in given}
         unseen = {name: self._unseen(name, batch, draws) for name in self.generates if name in absent}
-        shared = self.shared() if shared is None else shared
+        shared = self.shared(rows=batch) if shared is None else shared
         return Bound(self, self.conditioner(values, batch, like), shared, fixed, unseen)
 
-    def shared(self, table: Sequence[Update] = ()) -> dict[str, Shared]:
+    def shared(self, table: Sequence[Update] = (), rows: int = 1) -> dict[str, Shared]:
         """The coefficients of every generated variable, for a denoiser that is called at the levels of a table."""
         levels = [row.sigma for row in table if row.sigma is not None]
         return {
-            name: Shared(self.preconditioning(name), self.like, (at[name] for at in levels if name in at))
+            name: Shared(partial(self.coefficients, name), self.like, (at[name] for at in levels if name in at), rows)
             for name in self.generates
         }
 
@@ -447,12 +459,11 @@ class Diffusion(nn.Module):
         table: Sequence[Update] = (),
     ) -> Denoiser:
         """The bound denoiser with the sampler's guidance, prepared for the levels of a table."""
-        s, shared = self.tuned(sampler), self.shared(table)
-        moving = [name for name in self.generates if name not in given]
-        terms = [
-            (self.bind(given, draws, absent=gone, sampler=s, shared=shared), weights)
-            for gone, weights in self.terms(moving, s)
-        ]
+        s = self.tuned(sampler)
+        said = self.terms([name for name in self.generates if name not in given], s)
+        batch = len(draws or next(iter(given.values()), [0]))
+        shared = self.shared(table, batch * len(said))
+        terms = [(self.bind(given, draws, absent=gone, sampler=s, shared=shared), weights) for gone, weights in said]
         return terms[0][0] if len(terms) == 1 else guided(terms)
 
     def sample(
