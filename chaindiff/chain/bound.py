@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Bound:
     shared: Mapping[str, Shared]  # coefficients, by generated variable
     fixed: State = field(default_factory=dict)  # generated variables that are given
     unseen: Mapping[str, Tensor | None] = field(default_factory=dict)  # that it does without: pure noise, or nothing
-    joined: dict[tuple[int, ...], tuple[Sequence[Bound], Condition]] = field(default_factory=dict)
+    joined: dict[Any, tuple[Sequence[Bound], Condition]] = field(default_factory=dict)
 
     @property
     def kin(self) -> int:
@@ -70,10 +70,12 @@ class Bound:
 
     def _side_by_side(self, others: Sequence[Bound], count: int) -> Condition:
         """The conditions of several as one batch, kept for the next step; what is bound without given variables is
-        shared by all rows."""
-        key = (count, *map(id, others))
+        shared by all rows. They are prepared where the network itself runs, and nobody asks for gradients."""
+        plain = torch.is_grad_enabled() or self.stage.run is not None
+        key = (count, plain, self.stage.autocast, *map(id, others))
         if key not in self.joined:
-            self.joined[key] = others, _joined([other.condition for other in others], count)
+            found = _joined([other.condition for other in others], count)
+            self.joined[key] = others, found if plain else self.stage.prepared(found)
         return self.joined[key][1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -215,19 +216,27 @@ class Diffusion(nn.Module):
                 seen[name] = seen[name].masked_fill(gone, 0.0)
             whole = c.noise.shape[:1] == value.shape[:1]
             labels[name] = c.noise if whole else c.noise.flatten()[:1].expand(len(value)).contiguous()
-        device = next(iter(x.values())).device.type
         network = self.network if self.run is None or torch.is_grad_enabled() else self.run
-        if self.autocast is None and not torch.is_autocast_enabled(device):
+        with self._precision(next(iter(x.values())).device.type):
             found = network(seen, labels, condition)
-        else:
-            with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-                found = network(seen, labels, condition)
         for name, c in scales.items():
             raw = found[name]
             if raw.shape[1] != x[name].shape[1] and getattr(self.network, "learns_variances", False):
                 raw, variance[name] = raw.chunk(2, dim=1)  # a second half (Nichol & Dhariwal 2021)
             clean[name] = weighted_sum((c.skip, x[name]), (c.out, raw))
         return Prediction(clean, variance or None)
+
+    def prepared(self, condition: Condition) -> Condition:
+        """With what the network computes of the condition alone, if it has a `prepare`."""
+        prepare = getattr(self.network, "prepare", None)
+        with self._precision(self.like.device.type):
+            return condition if prepare is None else prepare(condition)
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        """In which the network runs: its own, whatever surrounds it."""
+        if self.autocast is None and not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, self.autocast, enabled=self.autocast is not None)
 
     def _laid_out(self, value: Tensor) -> Tensor:
         """In the memory format of the network's images, so that no step changes it."""
