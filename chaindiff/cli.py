@@ -51,6 +51,9 @@ Want = Annotated[
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Number of samples.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sampling seed.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per batch.")]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", metavar="4GB", help="Sample within this, a part of the batch at a time.")
+]
 Replace = Annotated[bool, typer.Option("--replace", help="Delete samples of other settings first.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")
@@ -151,6 +154,7 @@ def run(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
+    max_memory: MaxMemory = None,
     given: Given = [],  # noqa: B006 (Typer copies it)
     out: Out = None,
     replace: Replace = False,
@@ -163,7 +167,7 @@ def run(
 ) -> None:
     """Run whatever a recipe still needs: training, sampling, the report."""
     loaded = _load(recipe, changes, allow_code)
-    asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
+    asked = {"count": count, "seed": seed, "batch": batch, "max_memory": max_memory, "given": _values(given)}
     _facts(_work("commands.run", quiet, as_json).run(loaded, out=out, smoke=smoke, replace=replace, **asked), as_json)
 
 
@@ -196,6 +200,7 @@ def sample(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
+    max_memory: MaxMemory = None,
     want: Want = [],  # noqa: B006
     given: Given = [],  # noqa: B006
     out: Out = None,
@@ -208,7 +213,8 @@ def sample(
 ) -> None:
     """Sample from a chain."""
     loaded = _load(recipe, changes, allow_code)
-    asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
+    asked = {"count": count, "seed": seed, "batch": batch, "max_memory": max_memory}
+    asked |= {"want": want or None, "given": _values(given)}
     _facts(_work("commands.sample", quiet, as_json).sample(loaded, out=out, replace=replace, **asked), as_json)
 
 

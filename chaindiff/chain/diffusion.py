@@ -390,7 +390,8 @@ class Diffusion(nn.Module):
         s = self.tuned(sampler)
         path = self.path(moving, s)
         table = self.table(path, s)
-        nfe = evaluations(table, guided([(_Counted(), weights) for _, weights in self.terms(moving, s)]))
+        terms = self.terms(moving, s)
+        nfe = evaluations(table, guided([(_Counted(), weights) for _, weights in terms]))
         noisy = {n: f"noise {s.link(n).noise:g}" for n in (k.variable.name for k in self.conditioner if k.tells_level)}
         counts, (parameters, weight_bytes) = count(self.network, self.interface), weighed(self.conditioner)
         return Cost(
@@ -398,7 +399,7 @@ class Diffusion(nn.Module):
             flops=counts.flops,
             nfe=nfe,
             weight_bytes=counts.weight_bytes + weight_bytes,
-            activation_bytes=counts.activation_bytes,
+            activation_bytes=counts.activation_bytes * len(terms),  # they are evaluated as one batch
             how=f"{s.solver}, {s.steps} steps",
             notes=noisy,
             warning=self._undrawn(path),

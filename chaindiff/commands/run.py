@@ -28,6 +28,7 @@ def run(
     count: int | None = None,
     seed: int | None = None,
     batch: int | None = None,
+    max_memory: str | None = None,
     given: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> Sampled:
@@ -38,7 +39,7 @@ def run(
         out = out or Path("runs") / loaded.recipe.name
         banner = "SMOKE RUN: tiny networks, a few training steps, the embedded images. Not results."
         say(banner)
-    loaded = asking(loaded, count=count, seed=seed, batch=batch, given=given)
+    loaded = asking(loaded, count=count, seed=seed, batch=batch, max_memory=max_memory, given=given)
     assembly = Assembly(loaded, out)
     with sole_writer(assembly.out):
         return run_assembly(assembly, replace, banner)

@@ -61,12 +61,14 @@ def sample(
     count: int | None = None,
     seed: int | None = None,
     batch: int | None = None,
+    max_memory: str | None = None,
     want: Sequence[str] | None = None,
     given: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> Sampled:
     """Sample with existing weights."""
-    assembly = Assembly(asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given), out)
+    options = {"count": count, "seed": seed, "batch": batch, "max_memory": max_memory, "want": want, "given": given}
+    assembly = Assembly(asking(loaded, **options), out)
     with sole_writer(assembly.out):
         sampled = sample_chain(assembly, replace)
     say(f"{sampled.samples.count} samples in {sampled.samples.folder}")
@@ -126,10 +128,10 @@ def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
         lock |= held.lock | {"count": asked.count}
     chain = assembly.chain(() if complete else found.running)  # weights that do not load are found now
     settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "given": said.values}
-    settings["want"] = [variable.name for variable in samples.variables]
+    settings |= {"want": [variable.name for variable in samples.variables], "max_memory": asked.max_memory}
     began, ready, choices = time.perf_counter(), None, {}
     if not complete:
-        ready = Preparation(chain, chain.request(asked.count, **settings), asked, found.costs)
+        ready = Preparation(chain, chain.request(asked.count, **settings), asked)
         choices = ready.together(kept(lock, asked))
         lock["execution"] = locked(choices)
     state.wait_for_everyone()  # all of them have looked before one changes anything
