@@ -153,9 +153,21 @@ def test_distribution_of_the_label():
     """Each entry's first two moments, at probability 1, against their closed forms."""
     label = draw(AugmentSpec(probability=1, colour=1), keys(4000)).label.double()
     mean = torch.tensor([0.5, 0.5, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0], dtype=torch.float64)
-    var = torch.tensor([0.25, 0.25, 1, 0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1, 0.5, 0.5], dtype=torch.float64)
+    var = torch.tensor([0.25, 0.25, 1, 0.5, 0.5, 0.75, 0.25, 1, 1, 1, 1, 1, 0.5, 0.5], dtype=torch.float64)
     assert ((label.mean(0) - mean).abs() < 4.5 * (var / 4000).sqrt()).all()
     assert ((label.var(0) / var - 1).abs() < 0.12).all()
+
+
+@pytest.mark.parametrize("probability, n", [(0.3, 4000), pytest.param(0.15, 100_000, marks=pytest.mark.slow)])
+def test_half_of_the_anisotropic_scales_lie_along_the_axes(probability, n):
+    """As published (`aniso_rotate_prob` 0.5); the others turn evenly, by up to half a turn either way."""
+    cos, sin = draw(AugmentSpec(probability=probability, flip=False), keys(n)).label[:, 5:7].double().unbind(1)
+    scaled = (cos != 0) | (sin != 0)
+    for share, told in ((scaled, probability), (sin != 0, probability / 2)):
+        assert abs(share.sum() - n * told) < 4 * math.sqrt(n * told * (1 - told))
+    turned = torch.atan2(sin, cos)[sin != 0]  # even over the circle, whichever sign the scale has
+    for moment in (turned.cos(), turned.sin(), (2 * turned).cos(), (2 * turned).sin()):
+        assert abs(moment.mean()) < 4.5 * math.sqrt(0.5 / len(turned))
 
 
 def test_a_draw_depends_on_its_key_alone():

@@ -131,6 +131,25 @@ def test_shares_and_mixtures_are_as_often_as_said() -> None:
     assert abs(float(together.double().mean()) - 0.75) < ERROR
 
 
+def test_shares_can_be_of_some_variables_only() -> None:
+    """ReDi: the features alone are dropped, in a fifth of the samples; the image is learned there."""
+    said = {"kind": "shared", "absent": 0.2, "exact": 0.1, "only": ["semantic"]}
+    drawn, known = draw(said), family(config(TrainPath, said, "path"), NAMES)
+    assert abs(float(drawn.absent["semantic"].double().mean()) - 0.2) < ERROR and not drawn.absent["texture"].any()
+    assert abs(float((drawn.levels["semantic"] == 0).double().mean()) - 0.1) < ERROR
+    assert (drawn.levels["texture"] > 0).all() and drawn.counted["texture"].all()
+    assert torch.equal(drawn.counted["semantic"], ~drawn.absent["semantic"] & (drawn.levels["semantic"] > 0))
+    assert known.known(NAMES) == {frozenset({"semantic"})}
+    assert known.drew({"semantic": 0.0, "texture": 3.0}) and not known.drew({"semantic": 3.0, "texture": 0.0})
+    three = ["a", "b", "c"]
+    subsets = draw({"exact": 1.0, "pure": 0.0, "only": ["c", "b"]}, names=three).levels
+    chosen = torch.stack([subsets[name] == 0 for name in three])
+    assert not chosen[0].any() and chosen.any(0).all()
+    for pair in ((True, True), (True, False), (False, True)):
+        here = (chosen[1] == pair[0]) & (chosen[2] == pair[1])
+        assert abs(float(here.double().mean()) - 1 / 3) < ERROR
+
+
 def test_one_variable_alone_draws_its_own_noise() -> None:
     draws, noise = Draws(range(50), 0, "stage"), LogNormal()
     for said in ({}, {"exact": 0.5, "absent": 0.5, "pure": 0.0}):

@@ -21,7 +21,7 @@ from chaindiff.data import open_data
 from chaindiff.encoders.moments import Moments
 from chaindiff.evaluation.extractor import resize
 from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, weights_folder
-from chaindiff.evaluation.judge_networks import TRUNKS, Judge
+from chaindiff.evaluation.judge_networks import TRUNKS
 from chaindiff.evaluation.kernels import kid
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
@@ -155,18 +155,19 @@ def test_inception_files(inception, tmp_path):
 # -- other networks
 
 
-def test_efficientnet_takes_published_weights_in_their_order(tmp_path, random_state):
-    trunk = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_efficientnet_takes_published_weights_in_their_order(name, tmp_path, random_state):
+    trunk = timm.create_model(f"tf_{name}", num_classes=0).eval()
     state = {f"layer{i}.x": v for i, (k, v) in enumerate(trunk.state_dict().items()) if "num_batches" not in k}
     torch.save({**state, "_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}, tmp_path / "b.pth")
-    found = extractor("efficientnet_lite0", tmp_path / "b.pth")
+    found = extractor(name, tmp_path / "b.pth")
     images = pixels(2, 128)
     with torch.no_grad():
         expected = trunk((images.float() - 127) / 128)
     assert found.family == "efficientnet" and found.width == expected.shape[1]
     torch.testing.assert_close(found(images), expected, rtol=1e-3, atol=1e-4)
     torch.save(dict(list(state.items())[1:]), tmp_path / "less.pth")
-    assert "not weights of" in refusal(lambda: extractor("efficientnet_lite0", tmp_path / "less.pth"))
+    assert "not weights of" in refusal(lambda: extractor(name, tmp_path / "less.pth"))
 
 
 def test_open_clip_towers(tmp_path, random_state):
@@ -228,7 +229,7 @@ def test_shipped_judges_know_unseen_emoji(kind, emoji):
     """As good as their file says, on concepts that training never showed; the most frequent class: 0.36, 0.15, 0.26."""
     path = JUDGES / f"judge_{kind}.safetensors"
     tensors, about = tensorfile.load(path)
-    network = Judge(kind, json.loads(about["heads"]))
+    network = judge.Judge(kind, json.loads(about["heads"]))
     tensorfile.fill(network, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, str(path))
     labels = judge.Labels(emoji["test"], json.loads(about["tags"]))
     for side, figures in json.loads(about["test"]).items():

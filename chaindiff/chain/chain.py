@@ -250,10 +250,7 @@ class Chain:
         stages: Mapping[str, Mapping[str, Any]] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        execution: str | None = None,
-        precision: str | None = None,
-        max_memory: str | None = None,
-        **sampler: Any,
+        **options: Any,
     ) -> Request:
         """A request, read, checked and planned; see `sample`."""
         read = self._read or (lambda given: plain_values(given, self.variables))
@@ -265,21 +262,21 @@ class Chain:
         if strange := [name for name in settings if name not in self.stages]:
             raise UserError(f"there is no stage '{strange[0]}'{did_you_mean(strange[0], self.stages)}")
         plan = self.resolve(want, tuple(values))
-        if said := {key: value for key, value in sampler.items() if value is not None}:
-            names = [step.producer.name for step in plan.steps if step.producer.kind == "stage"]
-            running = [self.stages[name] if max_memory is None else self.stages.only(name) for name in names]
-            for name, own in tuned(running, said).items():
+        asked = {key: value for key, value in options.items() if value is not None}
+        ways = {key: asked.pop(key) for key in ("execution", "precision", "max_memory") if key in asked}
+        memory = config(SampleSpec, {"exact": exact, **ways}, "sample").max_memory
+        if asked:
+            one = self.stages.only if ways.get("max_memory") else self.stages.__getitem__
+            running = [one(name) for name in plan.running]
+            for name, own in tuned(running, asked).items():
                 mine = settings.setdefault(name, {})
                 whole = mine.get("sampler") or {}  # a whole sampler stands as it is
                 mine["sampler"] = {**own, **whole} if isinstance(whole, Mapping) else whole
-        said = {"execution": execution, "precision": precision, "max_memory": max_memory}
-        ways = {key: value for key, value in said.items() if value is not None}
-        asked: SampleSpec = config(SampleSpec, {"exact": exact, **ways}, "sample")
-        if (device, dtype) != (None, None) and (execution or precision):
+        if (device, dtype) != (None, None) and ways.keys() - {"max_memory"}:
             message = "execution and precision take neither `device` nor `dtype`"
             raise UserError(message, hint="say chain.to(device) before, and precision='bf16'")
         found = Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype), ways)
-        return found if asked.max_memory is None else within(self, found, asked.max_memory)
+        return found if memory is None else within(self, found, memory)
 
     def _batch(self, request: Request, begin: int, first: int) -> Generator[Preview, None, Values]:
         """One batch: yields previews, returns the wanted values."""
@@ -291,11 +288,11 @@ class Chain:
             s if s >= request.count else noise if isinstance(noise, int) else noise[s] for s in range(begin, end)
         ]
         values: dict[str, Any] = {name: rows_of(value, rows) for name, value in request.given.items()}
-        running = [step for step in request.plan.steps if step.producer.kind == "stage"]
+        running = [*request.plan.running]
         for step in request.plan.steps:
             name = step.producer.name
             if step.producer.kind == "stage":
-                place = (begin / request.count, (end - begin) / request.count, running.index(step) / len(running))
+                place = (begin / request.count, (end - begin) / request.count, running.index(name) / len(running))
                 with self._placed(request, name):
                     values |= yield from self._stage(request, step, values, numbers, place)
             elif step.producer.kind == "source":
@@ -318,7 +315,7 @@ class Chain:
         given = {v: values[v] for v in (*(variable.name for variable in stage.given), *own)}
         draws = Draws(numbers, request.seed, 0, name, dtype=torch.float64)
         batches, share, before = place
-        stages = sum(s.producer.kind == "stage" for s in request.plan.steps)
+        stages = len(request.plan.running)
         began, state = time.perf_counter(), None
         with evaluating(stage), noted(f"while sampling stage '{name}', {len(numbers)} at a time"):
             states = stage.sample(given, draws, **request.settings.get(name, {}))
@@ -364,9 +361,8 @@ class Chain:
     @contextmanager
     def _executed(self, request: Request) -> Iterator[None]:
         """Networks executed as the request says; restored afterwards."""
-        if not request.ways.keys() & {"execution", "precision"}:
-            yield
-            return
+        if not request.ways.keys() - {"max_memory"}:
+            return (yield)
         from chaindiff.execution.prepare import Preparation
 
         asked = SampleSpec.model_validate({"execution": "eager", "precision": "float32", **request.ways})

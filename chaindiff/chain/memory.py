@@ -27,7 +27,7 @@ def within(chain: Chain, request: Request, asked: str) -> Request:
     the least fits.
     """
     limit, least = TypeAdapter(ByteSize).validate_python(asked), TILE if request.exact else 1
-    running = {step.producer.name: step.outputs for step in request.plan.steps if step.producer.kind == "stage"}
+    running = request.plan.running
     held = {*request.plan.given, *(name for step in request.plan.steps for name in step.outputs)}
     sizes = {name: BYTES * math.prod(chain.variables[name].shape) for name in held if name in chain.variables}
     said = {n: {"sampler": own} for n, more in request.settings.items() if (own := more.get("sampler"))}

@@ -10,6 +10,7 @@ from chaindiff.chain.graph import Plan
 from chaindiff.chain.stage import Cost
 from chaindiff.io.errors import in_lines
 from chaindiff.show.drawing import Arrow, Box, chain_svg
+from chaindiff.show.page import amount
 
 if TYPE_CHECKING:
     from chaindiff.chain.chain import Chain
@@ -25,13 +26,12 @@ class ChainPlan:
     @cached_property
     def costs(self) -> dict[str, Cost]:
         """Of every stage of the chain, including those that do not run; counted on first use."""
-        moving = {step.producer.name: step.outputs for step in self.plan.steps if step.producer.kind == "stage"}
-        return {name: self.chain.cost(name, moving.get(name)) for name in self.chain.stages}
+        return {name: self.chain.cost(name, self.plan.running.get(name)) for name in self.chain.stages}
 
     @cached_property
     def running(self) -> list[str]:
         """Names of the stages that run, in order."""
-        return [s.producer.name for s in self.plan.steps if s.producer.kind == "stage"]
+        return [*self.plan.running]
 
     def share(self, stage: str) -> float:
         """The stage's share of the request's floating-point operations."""
@@ -152,11 +152,3 @@ class ChainPlan:
 
     def svg(self) -> str:
         return chain_svg(*self.drawing())
-
-
-def amount(value: float) -> str:
-    """A number with a unit prefix: 83.7 G."""
-    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:.3g} {prefix}"
-    return f"{value:.3g} "

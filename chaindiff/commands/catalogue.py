@@ -24,6 +24,7 @@ JUDGES = {  # the names that `chaindiff.evaluation.features.extractor` knows
     "judge_conv": "a small convolutional classifier of emoji",
     "judge_vit": "a small vision transformer, classifier of emoji",
     "efficientnet_lite0": "an ImageNet classifier, from a package",
+    "efficientnet_lite2": "a larger one, likewise",
     "inception_2015": "the network of FID, from a local file",
     "open_clip": "an image tower: `open_clip:MODEL` or `open_clip:MODEL:TAG`",
     "dinov2": "a self-supervised transformer: `dinov2:small`, `base`, `large` or `giant`",

@@ -25,12 +25,13 @@ from chaindiff.edm.random import Key, generator
 from chaindiff.specs.training import AugmentSpec
 
 SCALE = 0.2  # standard deviation of log2 of the scale, isotropic and anisotropic
+ROTATED = 0.5  # share of the anisotropic scales whose axes are not the image's
 SHIFT = 0.125  # standard deviation of the translation, as a share of the image's side
 # Standard deviations at colour strength 1: brightness in units of [-1, 1], the others in log2.
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.5, 1.0
 SHRINKS = 0.85  # below this scale in some direction, apply() averages over each pixel's area
 
-VERSION = 1  # raised when a key gives another augmentation, so that cached embeddings are recomputed
+VERSION = 2  # raised when a key gives another augmentation, so that cached embeddings are recomputed
 GEOMETRIC, COLOUR = 9, 5  # entries of the label
 UNIFORMS, NORMALS = 14, 7  # random numbers of a draw; the same count for every spec, so that options do not interact
 
@@ -71,7 +72,9 @@ def draw(spec: AugmentSpec, keys: Sequence[tuple[Key, ...]]) -> Draw:
     x_flip = (uniform[9] < 0.5) * float(spec.flip)
     y_flip = flips * (uniform[10] < 0.5)
     scale, rotation = scales * normal[0], turns * angles[0]
-    aniso, orientation = anisos * normal[1], anisos * angles[1]
+    # One number says whether the axes turn, and how far.
+    aniso = anisos * normal[1]
+    orientation = anisos * (uniform[12] < ROTATED) * math.pi * (2 * uniform[12] / ROTATED - 1)
     shift_x, shift_y = shifts * normal[2], shifts * normal[3]
     label = [x_flip, y_flip, scale, np.cos(rotation) - 1, np.sin(rotation)]
     label += [aniso * np.cos(orientation), aniso * np.sin(orientation), shift_x, shift_y]
@@ -129,16 +132,12 @@ def _warp(images: Float[Tensor, "n 3 h w"], matrix: Float[Tensor, "n 3 3"], poin
     pixels = torch.tensor([width / 2, height / 2], dtype=torch.float64, device=images.device)
     linear = inverse[:, :2, :2] * pixels[None, None, :] / pixels[None, :, None]
     a, c = linear.float(), (2 * inverse[:, :2, 2]).float()
-    x, y = (_centres(points * side, images.device) for side in (width, height))
+    # The centres of a side's pixels, where the side reaches from -1 to 1.
+    x, y = ((torch.arange(n, device=images.device) * 2 + 1 - n) / n for n in (points * width, points * height))
     grid = a[:, None, None, :, 0] * x[:, None] + (a[:, None, None, :, 1] * y[:, None, None] + c[:, None, None])
     mode = "bicubic" if points == 1 else "bilinear"
     out = F.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
     return F.avg_pool2d(out, points) if points > 1 else out
-
-
-def _centres(side: int, device: torch.device) -> Float[Tensor, " side"]:
-    """The centres of a side's pixels, where the side reaches from -1 to 1."""
-    return (torch.arange(side, device=device) * 2 + 1 - side) / side
 
 
 def _matrices(*entries: np.ndarray | int) -> Float64[np.ndarray, "n 3 3"]:

@@ -243,22 +243,29 @@ class Mixture:
 @dataclass(frozen=True)
 class Beside:
     """A family, but in shares of the samples some of its variables (not all; each subset equally likely) are known
-    `exact`ly, are `pure` noise, or are `absent`: unseen and not learned."""
+    `exact`ly, are `pure` noise, or are `absent`: unseen and not learned. `only` names those that these can be."""
 
     family: Family
     exact: float = 0.0
     pure: float = 0.0
     absent: float = 0.0
+    only: Sequence[str] = ()
+
+    def _subsets(self, names: Sequence[str]) -> tuple[list[str], range]:
+        """The variables that can be chosen, and numbers whose bits choose among them: not none, and not all."""
+        free = [v for v in names if v in (self.only or names)]
+        return free, range(1, 2 ** len(free) - (len(free) == len(names)))
 
     def draw(self, draws: Draws, noises: Mapping[str, TrainingNoise], pure: Mapping[str, float]) -> Drawn:
         drawn = self.family.draw(draws, noises, pure)
         if len(noises) < 2 or not (self.exact or self.pure or self.absent):
             return drawn
-        which, how = draws.integers("which", below=2 ** len(noises) - 2) + 1, draws.uniform("how")
+        free, numbers = self._subsets([*noises])
+        which, how = draws.integers("which", below=len(numbers)) + 1, draws.uniform("how")
         without = (how >= self.exact + self.pure) & (how < self.exact + self.pure + self.absent)
         levels, counted, absent = {}, {}, {}
-        for place, (v, level) in enumerate(drawn.levels.items()):
-            chosen = (which >> place) % 2 == 1
+        for v, level in drawn.levels.items():
+            chosen = (which >> free.index(v)) % 2 == 1 if v in free else torch.zeros_like(which, dtype=torch.bool)
             level = level.masked_fill(chosen & (how < self.exact), 0.0)
             levels[v] = level.masked_fill(chosen & (how >= self.exact) & (how < self.exact + self.pure), pure[v])
             gone = drawn.absent.get(v, torch.zeros_like(chosen)) | (chosen & without)
@@ -274,11 +281,12 @@ class Beside:
         if self.family.drew(levels):
             return True
         for share, out in ((self.exact, 0.0), (self.pure, max(levels.values()))):
-            rest = {v: level for v, level in levels.items() if level != out}
+            rest = {v: level for v, level in levels.items() if level != out or v not in (self.only or levels)}
             if share and len(rest) < len(levels) and (not rest or self.family.drew(rest)):
                 return True
         return False
 
     def known(self, names: Sequence[str]) -> set[frozenset[str]]:
-        every = (frozenset(v for i, v in enumerate(names) if bits >> i & 1) for bits in range(1, 2 ** len(names) - 1))
+        free, numbers = self._subsets(names)
+        every = (frozenset(v for i, v in enumerate(free) if bits >> i & 1) for bits in numbers)
         return set(every) if self.exact else self.family.known(names)

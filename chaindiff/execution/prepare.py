@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from chaindiff.execution import packages
 from chaindiff.execution.costs import Costs, Weighed, measured
 from chaindiff.execution.graphs import Graphed
-from chaindiff.execution.machine import bf16, compiler, machine, numerics
+from chaindiff.execution.machine import bf16, compiler, machine, settle
 from chaindiff.execution.packages import UntrustedError
 from chaindiff.execution.precision import DTYPES, ERROR, compare, has_network
 from chaindiff.execution.runner import Call, Flat, Tiled
@@ -66,18 +66,17 @@ class Preparation:
         self.chain, self.request, self.asked = chain, request, asked
         self.stages: dict[str, Diffusion] = {}
         self.weights: dict[str, str] = {}
-        running = {step.producer.name: step.outputs for step in request.plan.steps if step.producer.kind == "stage"}
-        for name in running:
+        for name in request.plan.running:
             if has_network(stage := chain.stage(request, name)):
                 self.stages[name], self.weights[name] = stage, packages.weights_key(stage)
-        costs = {name: chain.cost(name, running[name]) for name in self.stages}
+        costs = {name: chain.cost(name, request.plan.running[name]) for name in self.stages}
         self.evaluations = {name: request.count * costs[name].nfe for name in self.stages}  # of one sample each
         self.flops = request.count * sum(costs[name].total_flops for name in self.stages)
         self.rows = min(request.size, request.count)
 
     def apply(self, decided: Choices | None = None) -> Choices:
         """Execute the stages from now on as was `decided`, or as is decided here; returns how they are executed."""
-        numerics(self.asked.exact)
+        settle(self.asked.exact)
         choices = self._decided() if decided is None else decided
         return {name: self._apply(name, stage, choices.get(name, Choice())) for name, stage in self.stages.items()}
 

@@ -3,6 +3,7 @@ follows. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -65,10 +66,13 @@ class Shares(Spec):
     absent: Probability = Field(
         default=0.0, description="share in which some are replaced by zeros and not learned, for guidance without them"
     )
+    only: list[Name] = Field(default=[], description="the variables that these shares concern; none: all, not at once")
 
     def problems(self) -> Problems:
         if (total := self.exact + self.pure + self.absent) > 1:
             yield "exact", f"the shares exact, pure and absent should sum to at most 1, not {total:g}"
+        if self.only and not total:
+            yield "only", "is never used: the shares exact, pure and absent are 0"
 
 
 class IndependentLevels(Shares):
@@ -142,6 +146,13 @@ def hidden(path: TrainPath) -> Literal["absent", "pure"] | None:
     if isinstance(path, MixtureLevels):
         return next((how for part in path.parts if (how := hidden(part.levels))), None)
     return "absent" if path.absent else "pure" if path.pure else None
+
+
+def hideable(path: TrainPath, names: Sequence[str]) -> list[str]:
+    """Those of several variables that a network which was trained so can do without."""
+    if isinstance(path, MixtureLevels):
+        return [name for name in names if any(name in hideable(part.levels, names) for part in path.parts)]
+    return [name for name in names if name in (path.only or names)] if hidden(path) and len(names) > 1 else []
 
 
 def sampled(path: TrainPath) -> SamplePath:

@@ -4,49 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from chaindiff.io.errors import did_you_mean
-from chaindiff.specs.base import (
-    PROBLEM,
-    Name,
-    Problems,
-    Spec,
-)
+from chaindiff.specs.base import PROBLEM, Name, Problems, Spec
 from chaindiff.specs.code import CODE, is_code
 from chaindiff.specs.link import Link
-from chaindiff.specs.network import (
-    JointNetworkSpec,
-    Network,
-    UNetSpec,
-)
-from chaindiff.specs.noise import (
-    NoiseLevels,
-    NoiseSpec,
-    Precondition,
-    PreconditionSpec,
-    published_noise,
-)
+from chaindiff.specs.network import JointNetworkSpec, Network, UNetSpec
+from chaindiff.specs.noise import NoiseLevels, NoiseSpec, Precondition, PreconditionSpec, published_noise
 from chaindiff.specs.path import (
     CascadedLevels,
     IndependentLevels,
     MixtureLevels,
+    Shares,
     TablePath,
     TrainPath,
-    hidden,
+    hideable,
 )
 from chaindiff.specs.sampling import SamplerSpec
-from chaindiff.specs.training import (
-    AugmentSpec,
-    TrainSpec,
-)
+from chaindiff.specs.training import AugmentSpec, TrainSpec
 
 
 class Generated(Spec):
@@ -187,8 +164,7 @@ class StageSpec(Spec):
     @property
     def hideable(self) -> list[str]:
         """The variables that it generates and can do without, as guidance by them needs."""
-        several = [*(self.generates or ())]
-        return several if len(several) > 1 and hidden(self.path) else []
+        return hideable(self.path, [*(self.generates or ())])
 
     def _of_paths(self, names: list[str]) -> Problems:
         """Whether paths name the variables that the stage generates."""
@@ -197,6 +173,8 @@ class StageSpec(Spec):
             whole |= {f"path.parts.{place}.levels": part.levels for place, part in enumerate(self.path.parts)}
         named = {"sample.variables": [*self.sample.variables]}
         for field, path in whole.items():
+            if isinstance(path, Shares):
+                named[f"{field}.only"] = path.only
             if isinstance(path, TablePath):
                 named[f"{field}.points"] = [*path.points]
                 if missing := [name for name in names if name not in path.points]:

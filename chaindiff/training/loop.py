@@ -25,8 +25,8 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
 from chaindiff.chain.saving import changed, refuse_changed
 from chaindiff.edm.random import Draws, seed
+from chaindiff.execution.machine import SETTINGS, settle
 from chaindiff.execution.regional import able, compile_network
-from chaindiff.execution.settings import SETTINGS, settle
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import remove_leftovers
@@ -48,6 +48,9 @@ class Progress:
     images_per_second: float
     loss: float | None = None
     preview: nn.Module | None = None  # the averaged stage, when a preview is due
+
+    def __str__(self) -> str:
+        return "" if self.loss is None else f"loss {self.loss:.4f}, {self.images_per_second:.0f} images/s"
 
 
 def learning_rate(spec: OptimizerSpec, images: int, total: int) -> float:
