@@ -54,8 +54,7 @@ def test_no_more_is_allocated_than_is_allowed(limit: float, monkeypatch) -> None
     def counted(name: str) -> Any:
         with _disable_current_modes():
             stage = load(name)
-        for tensor in stage.parameters():
-            peak.add(tensor)
+            peak.__torch_dispatch__(lambda: list(stage.parameters()), ())
         return stage
 
     monkeypatch.setattr(chain.stages, "_load", counted)

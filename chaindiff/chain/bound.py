@@ -74,8 +74,10 @@ class Bound:
         plain = torch.is_grad_enabled() or self.stage.run is not None
         key = (count, plain, self.stage.autocast, *map(id, others))
         if key not in self.joined:
-            found = _joined([other.condition for other in others], count)
-            self.joined[key] = others, found if plain else self.stage.prepared(found)
+            found, prepare = _joined([o.condition for o in others], count), getattr(self.stage.network, "prepare", None)
+            if prepare is not None and not plain:
+                found = self.stage.precisely(prepare, self.stage.like.device.type, found)
+            self.joined[key] = others, found
         return self.joined[key][1]
 
 

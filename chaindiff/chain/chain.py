@@ -152,9 +152,11 @@ class Chain:
         stage: Any = self.stages.outlines[name]
         return stage.cost(tuple(stage.generates) if moving is None else moving, **settings)
 
-    def stage(self, request: Request, name: str) -> Stage:
-        """A stage with its weights, while a frugal request keeps no others."""
-        return self.stages.only(name) if request.frugal else self.stages[name]
+    def diffusions(self, request: Request) -> Iterator[tuple[str, Diffusion]]:
+        """The diffusion stages that a request runs, each with its weights until the next one follows."""
+        for name in request.plan.running:
+            if isinstance(stage := self.stages.only(name) if request.frugal else self.stages[name], Diffusion):
+                yield name, stage
 
     def __repr__(self) -> str:
         made = "; ".join(
@@ -266,9 +268,8 @@ class Chain:
         ways = {key: asked.pop(key) for key in ("execution", "precision", "max_memory") if key in asked}
         memory = config(SampleSpec, {"exact": exact, **ways}, "sample").max_memory
         if asked:
-            one = self.stages.only if ways.get("max_memory") else self.stages.__getitem__
-            running = [one(name) for name in plan.running]
-            for name, own in tuned(running, asked).items():
+            one = self.stages.__getitem__ if memory is None else self.stages.only
+            for name, own in tuned([one(name) for name in plan.running], asked).items():
                 mine = settings.setdefault(name, {})
                 whole = mine.get("sampler") or {}  # a whole sampler stands as it is
                 mine["sampler"] = {**own, **whole} if isinstance(whole, Mapping) else whole
@@ -344,18 +345,15 @@ class Chain:
     @contextmanager
     def _placed(self, request: Request, name: str) -> Iterator[None]:
         """A stage on the request's device and in its precision; restored afterwards."""
-        (device, dtype), stage = request.placement, self.stage(request, name)
+        (device, dtype), stage = request.placement, self.stages.only(name) if request.frugal else self.stages[name]
         with ExitStack() as after:
             if isinstance(stage, nn.Module) and device is not None:
-                at = next((p.device for p in stage.parameters()), torch.device("cpu"))
-                after.callback(stage.to, at)
+                after.callback(stage.to, next((p.device for p in stage.parameters()), torch.device("cpu")))
                 stage.to(device)
-            if isinstance(stage, Diffusion) and (device is not None or dtype is not None):
-                after.callback(setattr, stage, "run", stage.run)
-                stage.run = None
-            if isinstance(stage, Diffusion) and dtype is not None:
-                after.callback(setattr, stage, "autocast", stage.autocast)
-                stage.autocast = None if dtype == torch.float32 else dtype
+            if isinstance(stage, Diffusion) and request.placement != (None, None):
+                after.callback(vars(stage).update, run=stage.run, autocast=stage.autocast)
+                chosen = stage.autocast if dtype is None else None if dtype == torch.float32 else dtype
+                stage.run, stage.autocast = None, chosen
             yield
 
     @contextmanager
@@ -367,13 +365,11 @@ class Chain:
 
         asked = SampleSpec.model_validate({"execution": "eager", "precision": "float32", **request.ways})
         ready = Preparation(self, request, asked.model_copy(update={"exact": request.exact}))
-        before = {stage: (stage.run, stage.autocast) for stage in ready.stages.values()}
-        try:
+        with ExitStack() as after:
+            for stage in ready.stages.values():
+                after.callback(vars(stage).update, run=stage.run, autocast=stage.autocast)
             ready.apply()
             yield
-        finally:
-            for stage, (run, autocast) in before.items():
-                stage.run, stage.autocast = run, autocast
 
     # ------------------------------------------------------------ objects
 

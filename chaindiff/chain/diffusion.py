@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -93,11 +92,11 @@ class Diffusion(nn.Module):
         if not isinstance(self.precondition_spec, Preconditioning):
             self.precondition = preconditioning(self.precondition_spec, variables[0].sigma_data)
             noise = published_noise(self.precondition_spec) if noise is None else noise
-        said = {v: self.own[v].precondition or self.precondition_spec for v in self.generates}
-        self.preconditions: dict[str, Preconditioning] = {
-            v: own if isinstance(own, Preconditioning) else preconditioning(own, self.generates[v].sigma_data)
-            for v, own in said.items()
-        }
+        self.preconditions: dict[str, Preconditioning] = {}  # each variable's own, or the stage's with its sigma_data
+        for made in variables:
+            said = self.own[made.name].precondition or self.precondition_spec
+            known = said if isinstance(said, Preconditioning) else preconditioning(said, made.sigma_data)
+            self.preconditions[made.name] = known
         self.noise_spec = config(NoiseLevels, {} if noise is None else noise, f"{self.name}.noise")
         custom = callable(self.noise_spec)
         self.noise: TrainingNoise = cast(Any, self.noise_spec) if custom else training_noise(self.noise_spec)
@@ -135,25 +134,20 @@ class Diffusion(nn.Module):
             label_span=getattr(self.precondition, "label_span", 1.0),
         )
 
-    def preconditioning(self, name: str) -> Preconditioning:
-        """The preconditioning of a generated variable: its own, or the stage's with its sigma_data."""
-        return self.preconditions[name]
-
     def training_noise(self, name: str) -> TrainingNoise:
         """The training noise of a generated variable: its own, or the stage's."""
         said = self.own[name].noise
         return self.noise if said is None else training_noise(said)
 
     def coefficients(self, name: str, sigma: Tensor) -> Coefficients:
-        """The preconditioning of a generated variable at levels, its noise label at the span of the stage's, for which
-        the network is built."""
-        own = self.preconditioning(name)
-        found, spans = own(sigma), [getattr(p, "label_span", 1.0) for p in (self.precondition, own)]
-        return found if spans[0] == spans[1] else replace(found, noise=found.noise * (spans[0] / spans[1]))
+        """A generated variable's preconditioning; its noise label [*sigma] spans what the network is built for."""
+        own = self.preconditions[name]
+        found, span = own(sigma), getattr(self.precondition, "label_span", 1) / getattr(own, "label_span", 1)
+        return replace(found, noise=(found.noise * span).expand(sigma.shape))
 
     def pure(self, name: str) -> float:
         """The level of a variable at which nothing of it is left."""
-        return min(PURE_NOISE, self.preconditioning(name).sigma_max)
+        return min(PURE_NOISE, self.preconditions[name].sigma_max)
 
     @property
     def given(self) -> list[Variable]:
@@ -206,18 +200,15 @@ class Diffusion(nn.Module):
         absent: Mapping[str, Bool[Tensor, " batch"]] | None = None,
     ) -> Prediction:
         """`denoise` by coefficients, each [batch] or, where all samples share a level, []; a label may be [1]."""
-        seen, labels, clean, variance = {}, {}, {}, {}
+        seen = {name: weighted_sum((c.input, x[name])) for name, c in scales.items()}
+        for name, gone in (absent or {}).items():
+            seen[name] = seen[name].masked_fill(gone.reshape(-1, *[1] * (seen[name].ndim - 1)), 0.0)
+        labels, clean, variance = {}, {}, {}
         for name, c in scales.items():
-            value = x[name]
-            seen[name] = weighted_sum((c.input, value))
-            if absent and name in absent:
-                gone = absent[name].reshape(-1, *[1] * (value.ndim - 1))
-                seen[name] = seen[name].masked_fill(gone, 0.0)
-            whole = c.noise.shape[:1] == value.shape[:1]
-            labels[name] = c.noise if whole else c.noise.flatten()[:1].expand(len(value)).contiguous()
+            rows = len(x[name])
+            labels[name] = c.noise if len(c.noise) == rows else c.noise[:1].expand(rows).contiguous()
         network = self.network if self.run is None or torch.is_grad_enabled() else self.run
-        with self._precision(next(iter(x.values())).device.type):
-            found = network(seen, labels, condition)
+        found = self.precisely(network, next(iter(x.values())).device.type, seen, labels, condition)
         for name, c in scales.items():
             raw = found[name]
             if raw.shape[1] != x[name].shape[1] and getattr(self.network, "learns_variances", False):
@@ -225,17 +216,12 @@ class Diffusion(nn.Module):
             clean[name] = weighted_sum((c.skip, x[name]), (c.out, raw))
         return Prediction(clean, variance or None)
 
-    def prepared(self, condition: Condition) -> Condition:
-        """With what the network computes of the condition alone, if it has a `prepare`."""
-        prepare = getattr(self.network, "prepare", None)
-        with self._precision(self.like.device.type):
-            return condition if prepare is None else prepare(condition)
-
-    def _precision(self, device: str) -> AbstractContextManager[Any]:
-        """In which the network runs: its own, whatever surrounds it."""
+    def precisely(self, function: Callable[..., Any], device: str, *inputs: Any) -> Any:
+        """What the network, or a part of it, gives in its own precision, whatever surrounds it."""
         if self.autocast is None and not torch.is_autocast_enabled(device):
-            return nullcontext()
-        return torch.autocast(device, self.autocast, enabled=self.autocast is not None)
+            return function(*inputs)
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            return function(*inputs)
 
     def _laid_out(self, value: Tensor) -> Tensor:
         """In the memory format of the network's images, so that no step changes it."""
@@ -261,7 +247,6 @@ class Diffusion(nn.Module):
             keep = one_of(spec.keep, draws.integers(f"{name}/keep", below=len(spec.keep))) if spec.keep else None
             given[name] = Given(batch[name], present, sigma, noise, keep)
         own = {name: draws if len(clean) == 1 else draws.of(name) for name in clean}
-        preconditions = {name: self.preconditioning(name) for name in clean}
         pure = {name: self.pure(name) for name in clean}
         drawn = self.family.draw(draws, {name: self.training_noise(name) for name in clean}, pure)
         levels, counted, absent = (
@@ -277,7 +262,7 @@ class Diffusion(nn.Module):
         losses = []
         for name, level in levels.items():
             learned = (level > 0) & counted.get(name, level > 0)
-            weight = self.own[name].weight * preconditions[name].weight(level.masked_fill(~learned, 1.0))
+            weight = self.own[name].weight * self.preconditions[name].weight(level.masked_fill(~learned, 1.0))
             losses.append(weighted_error(denoised[name], clean[name], weight).masked_fill(~learned, 0.0))
         return torch.stack(losses).mean(0)
 

@@ -16,20 +16,18 @@ if TYPE_CHECKING:
     from chaindiff.chain.chain import Chain
 
 COPIES = 8  # of what a stage makes: its state, predictions and noise, and those of the step before
-BYTES = 4  # of a number
 
 
 def within(chain: Chain, request: Request, asked: str) -> Request:
     """The request with the largest part of its batch that fits into so much memory for weights and activations.
 
-    It divides the batch, so that batches stay whole. Weights that can be read again are not kept while other stages
-    run. Encoders, decoders, and what Python and torch take by themselves, are not counted. Raises UserError if not even
-    the least fits.
+    Weights that can be read again are not kept while other stages run. Encoders, decoders, and what Python and torch
+    take by themselves, are not counted. Raises UserError if not even the least fits.
     """
     limit, least = TypeAdapter(ByteSize).validate_python(asked), TILE if request.exact else 1
     running = request.plan.running
     held = {*request.plan.given, *(name for step in request.plan.steps for name in step.outputs)}
-    sizes = {name: BYTES * math.prod(chain.variables[name].shape) for name in held if name in chain.variables}
+    sizes = {name: 4 * math.prod(chain.variables[name].shape) for name in held if name in chain.variables}
     said = {n: {"sampler": own} for n, more in request.settings.items() if (own := more.get("sampler"))}
     costs = {n: chain.cost(n, made, **said.get(n, {})) for n, made in running.items()}
     whole = sum(cost.weight_bytes for cost in costs.values())
@@ -49,5 +47,7 @@ def within(chain: Chain, request: Request, asked: str) -> Request:
             f"at least {amount(kept + least * each)}B let this request run",
         )
     fits = min((limit - kept) // each for kept, each, _ in needs)
-    batch = next(n for n in range(request.batch, 0, -1) if request.batch % n == 0 and n <= fits)
+    batch = next(
+        n for n in range(min(fits, request.batch), 0, -1) if request.batch % n == 0
+    )  # a file holds whole parts
     return replace(request, batch=batch, frugal=True)

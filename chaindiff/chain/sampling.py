@@ -41,7 +41,7 @@ class Sampling:
 
         Raises UserError if a level that was set lies outside.
         """
-        sampler, known = self.settings.of(name), self.stage.preconditioning(name)
+        sampler, known = self.settings.of(name), self.stage.preconditions[name]
         for bound in ("sigma_min", "sigma_max"):
             said = getattr(sampler, bound)
             if said is not None and not known.sigma_min <= said <= known.sigma_max:
@@ -70,7 +70,7 @@ class Sampling:
                 levels = grid(own.discretisation, own.steps, low / own.shift, high / own.shift, own.rho, chosen[name])
             except ValueError as error:
                 raise UserError(str(error), f"stages.{stage.name}.sample.steps") from error
-            grids[name] = [stage.preconditioning(name).round(level * own.shift) for level in levels]
+            grids[name] = [stage.preconditions[name].round(level * own.shift) for level in levels]
         path = s.path or sampled(stage.trained_path)
         if isinstance(path, TablePath):
             return curves(path, names).path(names, s.steps, chosen)

@@ -50,10 +50,7 @@ class Preconditioning(Protocol):
 
 
 class Shared(dict[float, Coefficients]):
-    """Coefficients at levels that all samples share: those of `levels` are computed and uploaded at once.
-
-    Each is [], but for the noise label, [rows]: as many as the network is usually called with.
-    """
+    """Coefficients, [] each but the label, [rows], at levels that all samples share; `levels` are uploaded at once."""
 
     def __init__(
         self, coefficients: Callable[[Tensor], Coefficients], like: Tensor, levels: Iterable[float] = (), rows: int = 1
@@ -73,7 +70,7 @@ class Shared(dict[float, Coefficients]):
         sigma = torch.tensor(new, dtype=self.like.dtype, pin_memory=self.like.is_cuda)
         at = self.coefficients(sigma.to(self.like.device, non_blocking=True))
         columns = (part.expand(len(new)).unbind() for part in (at.skip, at.out, at.input))
-        labels = at.noise.expand(len(new))[:, None].expand(-1, self.rows).contiguous().unbind()
+        labels = at.noise[:, None].expand(-1, self.rows).contiguous().unbind()
         self.update(zip(new, map(Coefficients, *columns, labels), strict=True))
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
 ERROR = 0.02  # the largest error of samples, relative to the data's deviation, at which `auto` takes bf16
 SAMPLES, LEVELS = 8, 4  # of a request's first samples, drawn in so many steps
-
-
-def has_network(stage: object) -> TypeGuard[Diffusion]:
-    """Whether a stage is a diffusion model, whose network can be executed in several ways."""
-    return hasattr(stage, "autocast")
 
 
 class Probe:
@@ -79,7 +74,7 @@ def compare(chain: Chain, request: Request, names: list[str]) -> dict[str, Probe
 
     Stages whose settings do not fit so few steps are left out.
     """
-    stages = {name: stage for name in request.plan.running if has_network(stage := chain.stage(request, name))}
+    stages = dict(chain.diffusions(request))
     probes = {name: Probe(stages[name]) for name in names if name in stages}
     short = {"solver": "euler", "steps": LEVELS, "eta": 0.0}
     settings: dict[str, Mapping[str, Any]] = {name: {"sampler": short} for name in stages}

@@ -15,7 +15,7 @@ from chaindiff.execution.costs import Costs, Weighed, measured
 from chaindiff.execution.graphs import Graphed
 from chaindiff.execution.machine import bf16, compiler, machine, settle
 from chaindiff.execution.packages import UntrustedError
-from chaindiff.execution.precision import DTYPES, ERROR, compare, has_network
+from chaindiff.execution.precision import DTYPES, ERROR, compare
 from chaindiff.execution.runner import Call, Flat, Tiled
 from chaindiff.io.digest import digest
 from chaindiff.io.processes import from_main, processes
@@ -66,9 +66,8 @@ class Preparation:
         self.chain, self.request, self.asked = chain, request, asked
         self.stages: dict[str, Diffusion] = {}
         self.weights: dict[str, str] = {}
-        for name in request.plan.running:
-            if has_network(stage := chain.stage(request, name)):
-                self.stages[name], self.weights[name] = stage, packages.weights_key(stage)
+        for name, stage in chain.diffusions(request):
+            self.stages[name], self.weights[name] = stage, packages.weights_key(stage)
         costs = {name: chain.cost(name, request.plan.running[name]) for name in self.stages}
         self.evaluations = {name: request.count * costs[name].nfe for name in self.stages}  # of one sample each
         self.flops = request.count * sum(costs[name].total_flops for name in self.stages)
