@@ -45,9 +45,7 @@ Judge = Annotated[list[str], _named("--judge", "NAME", "A feature extractor.")]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Number of samples.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sampling seed.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per batch.")]
-MaxMemory = Annotated[
-    str | None, typer.Option("--max-memory", metavar="4GB", help="Sample within this, a part of the batch at a time.")
-]
+MaxMemory = Annotated[str | None, typer.Option("--max-memory", metavar="4GB", help="For weights and activations.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Delete samples of other settings first.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")

@@ -124,3 +124,14 @@ def test_the_command_writes_the_same_files_within_less_memory(tmp_path: Path) ->
             assert (one.int() - other.int()).abs().max() <= 1
     assert done.lock["samples"] == sample(load_recipe(RECIPE, changes), paths[1], 6, batch=4).lock["samples"]
     assert sample(load_recipe(RECIPE, changes), paths[1], 6, batch=4).seconds == 0, "the same samples: nothing to do"
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_the_weights_of_one_stage() -> None:
+    chain = cd.load(RECIPE).to("cuda")
+    limit = sum(cost.weight_bytes for cost in chain.plan().costs.values())
+    for preview in chain.previews(2, steps=STEPS, max_memory="9MB"):
+        own = chain.plan().costs[preview.stage].weight_bytes
+        assert held(chain)[preview.stage] >= own
+        assert sum(size for name, size in held(chain).items()) < limit
+        assert all(p.is_cuda for p in chain.stages[preview.stage].parameters())

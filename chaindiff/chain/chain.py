@@ -274,8 +274,9 @@ class Chain:
                 whole = mine.get("sampler") or {}  # a whole sampler stands as it is
                 mine["sampler"] = {**own, **whole} if isinstance(whole, Mapping) else whole
         if (device, dtype) != (None, None) and ways.keys() - {"max_memory"}:
-            message = "execution and precision take neither `device` nor `dtype`"
-            raise UserError(message, hint="say chain.to(device) before, and precision='bf16'")
+            raise UserError(
+                "execution and precision take neither `device` nor `dtype`", hint="chain.to(device) moves it"
+            )
         found = Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype), ways)
         return found if memory is None else within(self, found, memory)
 
@@ -363,8 +364,8 @@ class Chain:
             return (yield)
         from chaindiff.execution.prepare import Preparation
 
-        asked = SampleSpec.model_validate({"execution": "eager", "precision": "float32", **request.ways})
-        ready = Preparation(self, request, asked.model_copy(update={"exact": request.exact}))
+        said = {"execution": "eager", "precision": "float32", "exact": request.exact, **request.ways}
+        ready = Preparation(self, request, SampleSpec.model_validate(said))
         with ExitStack() as after:
             for stage in ready.stages.values():
                 after.callback(vars(stage).update, run=stage.run, autocast=stage.autocast)

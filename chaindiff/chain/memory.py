@@ -46,8 +46,7 @@ def within(chain: Chain, request: Request, asked: str) -> Request:
             "sample.max_memory",
             f"at least {amount(kept + least * each)}B let this request run",
         )
-    fits = min((limit - kept) // each for kept, each, _ in needs)
-    batch = next(
-        n for n in range(min(fits, request.batch), 0, -1) if request.batch % n == 0
-    )  # a file holds whole parts
-    return replace(request, batch=batch, frugal=True)
+    fits = min(request.batch, *((limit - kept) // each for kept, each, _ in needs))
+    while request.batch % fits:  # files hold whole parts
+        fits -= 1
+    return replace(request, batch=fits, frugal=True)

@@ -218,16 +218,13 @@ class SampleSpec(Spec):
     )
     max_memory: Memory | None = Field(
         default=None,
-        description="for weights and activations, such as 4GB: where they take more, samples are made a "
-        "part of the batch at a time, with only the running stage's weights; none: no limit",
+        description="for weights and activations, such as 4GB: beyond it, samples are made a part of the batch at a "
+        "time, with only the running stage's weights; none: no limit",
     )
 
     def problems(self) -> Problems:
         if self.max_memory is not None and self.execution == "compile":
-            yield (
-                "max_memory",
-                "does not bound compiled networks, which keep weights of their own: set execution to eager",
-            )
+            yield "max_memory", "does not bound compiled networks, which keep their own weights: set execution to eager"
 
 
 class EvaluateSpec(Spec):
