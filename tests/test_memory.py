@@ -111,7 +111,7 @@ def test_the_command_writes_the_same_files_within_less_memory(tmp_path: Path) ->
     changes = [f"stages.*.sample.steps={STEPS}"]
     paths = [tmp_path / name for name in ("plain", "frugal")]
     for path, limit in zip(paths, (None, "9MB"), strict=True):
-        done = sample(load_recipe(RECIPE, changes), path, 6, batch=4, max_memory=limit)
+        done = sample(load_recipe(RECIPE, changes), path, count=6, batch=4, max_memory=limit)
     files = [
         sorted(str(file.relative_to(path)) for file in path.rglob("*.*") if file.suffix != ".yaml") for path in paths
     ]
@@ -122,8 +122,10 @@ def test_the_command_writes_the_same_files_within_less_memory(tmp_path: Path) ->
                 torch.frombuffer(bytearray(Image.open(path / name).tobytes()), dtype=torch.uint8) for path in paths
             )
             assert (one.int() - other.int()).abs().max() <= 1
-    assert done.lock["samples"] == sample(load_recipe(RECIPE, changes), paths[1], 6, batch=4).lock["samples"]
-    assert sample(load_recipe(RECIPE, changes), paths[1], 6, batch=4).seconds == 0, "the same samples: nothing to do"
+    assert done.lock["samples"] == sample(load_recipe(RECIPE, changes), paths[1], count=6, batch=4).lock["samples"]
+    assert sample(load_recipe(RECIPE, changes), paths[1], count=6, batch=4).seconds == 0, (
+        "the same samples: nothing to do"
+    )
 
 
 @pytest.mark.gpu
