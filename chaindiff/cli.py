@@ -13,7 +13,7 @@ import typer
 from chaindiff.commands import completion
 from chaindiff.io import memory
 from chaindiff.io.errors import UserError, quoted
-from chaindiff.io.files import folder_path
+from chaindiff.io.files import folder_path, user_path
 from chaindiff.io.processes import first_to_fail, processes
 
 app = typer.Typer(
@@ -32,7 +32,8 @@ def _named(option: str, metavar: str, says: str, offers: Any = None) -> Any:
     return typer.Option(option, metavar=metavar, help=says, autocompletion=offers)
 
 
-Set = Annotated[list[str], _named("--set", "FIELD=VALUE", "Override: stages.image.sample.steps=20.", completion.fields)]
+_OVERRIDE = "Override: stages.image.sample.steps=20; or @FILE, a YAML file of fields."
+Set = Annotated[list[str], _named("--set", "FIELD=VALUE", _OVERRIDE, completion.fields)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The run's directory (default: runs/NAME).", parser=folder_path)
 ]
@@ -240,6 +241,33 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    recipe: RecipeName,
+    path: Annotated[
+        bool, typer.Option("--path", help="The path on which a joint stage's noise levels go down together.")
+    ] = False,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Of this stage.", autocompletion=completion.stages)
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=2, help="As many (default: the present number).")] = None,
+    count: Annotated[int, typer.Option("--count", min=2, help="Rows of the data that errors are measured on.")] = 128,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file to write (default: RUN/STAGE.path.yaml).", parser=user_path)
+    ] = None,
+    changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fit sampling settings to a trained chain; writes a file for `--set @FILE`."""
+    if not path:
+        raise UserError("nothing to fit was named", hint="--path fits the path of a joint stage")
+    loaded = _load(recipe, changes, allow_code)
+    _facts(_work("commands.tune", quiet, as_json).tune(loaded, stage=stage, steps=steps, count=count, out=out), as_json)
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN RUN...", show_default=False, autocompletion=completion.runs)
@@ -309,9 +337,9 @@ def ema(
     debug: Debug = False,
 ) -> None:
     """Reconstruct an EMA of another length from the snapshots of `train: {ema: {kind: power}}`."""
-    done = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
+    said = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
     if not quiet:
-        print(done)
+        print(said)
 
 
 @app.command("import")
