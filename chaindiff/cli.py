@@ -46,6 +46,7 @@ Judge = Annotated[list[str], _named("--judge", "NAME", "A feature extractor.")]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Number of samples.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sampling seed.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per batch.")]
+MaxMemory = Annotated[str | None, typer.Option("--max-memory", metavar="4GB", help="For weights and activations.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Delete samples of other settings first.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")
@@ -146,6 +147,7 @@ def run(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
+    max_memory: MaxMemory = None,
     given: Given = [],  # noqa: B006 (Typer copies it)
     out: Out = None,
     replace: Replace = False,
@@ -158,7 +160,7 @@ def run(
 ) -> None:
     """Run whatever a recipe still needs: training, sampling, the report."""
     loaded = _load(recipe, changes, allow_code)
-    asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
+    asked = {"count": count, "seed": seed, "batch": batch, "max_memory": max_memory, "given": _values(given)}
     _facts(_work("commands.run", quiet, as_json).run(loaded, out=out, smoke=smoke, replace=replace, **asked), as_json)
 
 
@@ -191,6 +193,7 @@ def sample(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
+    max_memory: MaxMemory = None,
     want: Want = [],  # noqa: B006
     given: Given = [],  # noqa: B006
     out: Out = None,
@@ -203,7 +206,8 @@ def sample(
 ) -> None:
     """Sample from a chain."""
     loaded = _load(recipe, changes, allow_code)
-    asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
+    asked = {"count": count, "seed": seed, "batch": batch, "max_memory": max_memory}
+    asked |= {"want": want or None, "given": _values(given)}
     _facts(_work("commands.sample", quiet, as_json).sample(loaded, out=out, replace=replace, **asked), as_json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -70,10 +71,8 @@ class Prior(nn.Module):
         self.bias = RelativeBias(heads) if vcdm else None
         block = CosineBlock if vcdm else TransformerBlock
         self.blocks = nn.ModuleList(block(width, heads, dropout) for _ in range(depth))
-        self.norm, self.out = (
-            nn.LayerNorm(width, bias=not vcdm),
-            nn.Linear(width, width if vcdm else dim, bias=not vcdm),
-        )
+        self.norm = nn.LayerNorm(width, bias=not vcdm)
+        self.out = nn.Linear(width, width if vcdm else dim, bias=not vcdm)
         self.map_output = nn.Linear(width, dim) if vcdm and dim != width else None
         for parameter in () if vcdm else self.out.parameters():
             nn.init.zeros_(parameter)
@@ -85,18 +84,14 @@ class Prior(nn.Module):
         # The noise label ln(sigma)/4 spans about 3 units; a factor of 1000 spreads it over the sinusoids' range. Labels
         # that are times up to 1000 already have that range.
         level = self.map_noise(noise[name] * self.label_scale)
-        if self.map_noise_middle is not None:  # VCDM's sines come first
-            level = level.unflatten(1, (2, -1)).flip(1).flatten(1)
-        level = F.silu(self.map_noise_up(level))
-        if self.map_noise_middle is not None:
-            level = F.silu(self.map_noise_middle(level))
-        level = self.map_noise_down(level)
-        tokens = []
-        if self.map_context is not None and condition.context is not None:
-            tokens.append(self.map_context(condition.context))
-        for layer, label in ((self.map_augment, condition.augment), (self.map_label, condition.labels)):
-            if layer is not None:
-                tokens.append(layer(vector.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
+        if self.map_noise_middle is None:
+            level = self.map_noise_up(level)
+        else:  # VCDM's sines come first
+            level = self.map_noise_up(level.unflatten(1, (2, -1)).flip(1).flatten(1))
+            level = self.map_noise_middle(F.silu(level))
+        level = self.map_noise_down(F.silu(level))
+        given = condition if condition.prepared is not None else self.prepare(condition)
+        tokens = [token.expand(batch, -1, -1) for token in given.prepared]
         tokens += [level[:, None], self.map_input(vector)[:, None], self.query.expand(batch, 1, -1)]
         y = torch.cat(tokens, dim=1)
         bias = ()
@@ -109,3 +104,13 @@ class Prior(nn.Module):
         y = y[:, -1]
         y = self.out(self.norm(y / y.amax(dim=-1, keepdim=True) if bias else y))
         return {name: y if self.map_output is None else self.map_output(y)}
+
+    def prepare(self, condition: Condition) -> Condition:
+        """With the tokens of context, augmentation and labels."""
+        tokens = []
+        if self.map_context is not None and condition.context is not None:
+            tokens.append(self.map_context(condition.context))
+        for layer, label in ((self.map_augment, condition.augment), (self.map_label, condition.labels)):
+            if layer is not None:
+                tokens.append(layer(layer.weight.new_zeros(1, layer.in_features) if label is None else label)[:, None])
+        return replace(condition, prepared=tokens)
