@@ -46,20 +46,17 @@ APART = {
 BLOCK = re.compile(r"enc\.(\d+)x\1_block\d+\.conv(_res)?0\.weight")
 LAYERS = "causal_transformer.layers."
 # Our names in VCDM's auxiliary network and the published ones, in a layer and outside; the rest of a name follows.
-LAYER = (
-    {"norm_attention.weight": "0.norm.g", "q.": "0.to_q.", "kv.": "0.to_kv.", "null": "0.null_kv"}
-    | {"freqs": "0.rotary_emb.freqs", "proj.": "0.to_out.0.", "norm_out.weight": "0.to_out.1.g"}
-    | {"norm_forward.weight": "1.0.g", "up.": "1.1.", "down.": "1.5."}
-)
-PRIOR = (
-    {
-        f"map_noise_{part}.": f"to_time_embeds.0.1.net.{n}."
-        for part, n in (("up", "0.0"), ("middle", "1.0"), ("down", 2))
-    }
-    | {"map_label.": "to_cond_embeds.0.", "map_augment.": "to_augment_embeds.0.", "query": "learned_query"}
-    | {"norm.weight": "causal_transformer.norm.g", "out.": "causal_transformer.project_out."}
-    | {"bias.": "causal_transformer.rel_pos_bias.relative_attention_bias."}
-)
+LAYER = {
+    "norm_attention.weight": "0.norm.g", "q.": "0.to_q.", "kv.": "0.to_kv.", "null": "0.null_kv", "up.": "1.1.",
+    "freqs": "0.rotary_emb.freqs", "proj.": "0.to_out.0.", "norm_out.weight": "0.to_out.1.g", "down.": "1.5.",
+    "norm_forward.weight": "1.0.g",
+}  # fmt: skip
+PRIOR = {
+    "map_noise_up.": "to_time_embeds.0.1.net.0.0.", "map_noise_middle.": "to_time_embeds.0.1.net.1.0.",
+    "map_noise_down.": "to_time_embeds.0.1.net.2.", "map_label.": "to_cond_embeds.0.", "query": "learned_query",
+    "map_augment.": "to_augment_embeds.0.", "norm.weight": "causal_transformer.norm.g",
+    "out.": "causal_transformer.project_out.", "bias.": "causal_transformer.rel_pos_bias.relative_attention_bias.",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,12 +103,9 @@ def published(class_name: str, said: Mapping[str, Any], shapes: Shapes) -> Publi
 
     Raises UserError naming the class, setting or tensor that was never published.
     """
-    if class_name not in (*UNETS, *PRECONDITIONERS):
-        raise UserError(
-            f"the network class '{class_name:.80}' cannot be imported"
-            f"{did_you_mean(class_name, [*UNETS, *PRECONDITIONERS])}",
-            hint="known are the networks of EDM, EDM2 and VCDM",
-        )
+    if class_name not in (known := (*UNETS, *PRECONDITIONERS)):
+        problem = f"the network class '{class_name:.80}' cannot be imported{did_you_mean(class_name, known)}"
+        raise UserError(problem, hint="known are the networks of EDM, EDM2 and VCDM")
     kind, levels, fixed = PRECONDITIONERS.get(class_name, ("", {}, {}))
     for name, value in fixed.items():
         if _single(said.get(name)) not in (None, value):
@@ -191,14 +185,10 @@ def _unet(class_name: str, shapes: Shapes, said: Mapping[str, Any]) -> Found:
     channels = shapes["emb_noise.weight"][1] if edm2 else shapes["map_layer0.weight"][0] // 4
     attends = [s for s in sides if {f"enc.{s}x{s}_block0.{q}.weight" for q in ("qkv", "attn_qkv")} & shapes.keys()]
     spec = {
-        "kind": "unet",
-        "arch": "edm2" if edm2 else arch,
-        "channels": channels,
-        "mult": [widths[side][0] // channels for side in sides],
-        "blocks": len(widths[sides[0]]),
-        "attention": attends,
+        "kind": "unet", "arch": "edm2" if edm2 else arch, "channels": channels, "attention": attends,
+        "mult": [widths[side][0] // channels for side in sides], "blocks": len(widths[sides[0]]),
         "dropout": said.get("dropout", 0.0 if edm2 else 0.1),
-    }
+    }  # fmt: skip
     if len(sides) > 20 or sides[0] % 2 ** (len(sides) - 1):
         raise UserError(f"{class_name}: {len(sides)} resolutions do not fit {sides[0]} pixels")
     outputs = shapes["out_conv.weight" if "out_conv.weight" in shapes else f"dec.{top}_aux_conv.weight"][0]

@@ -50,8 +50,7 @@ def build(
             return UNet(shape[1], shape[0] + interface.image_channels, shape[0], **told, **settings)
         if width or interface.augment_dim:
             raise UserError("EDM2's unet takes no tokens and no augmentation label")
-        for ours in ("arch", "label_init"):
-            del settings[ours]
+        del settings["arch"], settings["label_init"]
         inputs = shape[0] + interface.image_channels
         return MPUNet(shape[1], inputs, shape[0], label_dim=interface.label_dim, **settings)
     if len(shape) != 1 or interface.image_channels:

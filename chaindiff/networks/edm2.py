@@ -55,8 +55,7 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
 
     def forward(self, x: Float[Tensor, " batch"]) -> Float[Tensor, "batch channels"]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return ((torch.outer(x.to(wide), self.freqs.to(wide)) + self.phases.to(wide)).cos() * math.sqrt(2)).to(x.dtype)
+        return (torch.outer(x, self.freqs.to(x.dtype)) + self.phases.to(x.dtype)).cos() * math.sqrt(2)
 
 
 class MPConv(nn.Module):
@@ -94,19 +93,16 @@ class MPBlock(nn.Module):
         super().__init__()
         self.encoder, self.resample, self.dropout = encoder, resample, dropout
         self.heads = outputs // HEAD if attend else 0
-        self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(outputs if encoder else inputs, outputs, 3, 3)
-        self.emb_linear = MPConv(embedding, outputs)
+        self.emb_linear, self.emb_gain = MPConv(embedding, outputs), nn.Parameter(torch.zeros([]))
         self.conv_res1 = MPConv(outputs, outputs, 3, 3)
         self.conv_skip = MPConv(inputs, outputs, 1, 1) if inputs != outputs else None
         if self.heads:
             self.attn_qkv, self.attn_proj = MPConv(outputs, 3 * outputs, 1, 1), MPConv(outputs, outputs, 1, 1)
 
     def forward(self, x: Float[Tensor, "batch c h w"], embedding: Float[Tensor, "batch emb"]) -> Tensor:
-        if self.resample == "down":
-            x = F.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.resample:
+            x = F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
         if self.encoder:
             x = normalised(x if self.conv_skip is None else self.conv_skip(x), 1)
         y = self.conv_res0(mp_silu(x)) * (self.emb_linear(embedding, self.emb_gain) + 1)[:, :, None, None]
@@ -142,7 +138,6 @@ class MPUNet(nn.Module):
     ):
         super().__init__()
         noise, embedding, self.label_dim = channels * mult[0], channels * max(mult), label_dim
-        self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier, self.emb_noise = MPFourier(noise), MPConv(noise, embedding)
         self.emb_label = MPConv(label_dim, embedding) if label_dim else None
 
@@ -170,10 +165,9 @@ class MPUNet(nn.Module):
             else:
                 self.dec[f"{side}x{side}_up"] = block(width, width, False, False, "up")
             for index in range(blocks + 1):
-                inputs = width + skips.pop()
-                self.dec[f"{side}x{side}_block{index}"] = block(inputs, wide, side in attention, False)
+                self.dec[f"{side}x{side}_block{index}"] = block(width + skips.pop(), wide, side in attention, False)
                 width = wide
-        self.out_conv = MPConv(width, out_channels, 3, 3)
+        self.out_conv, self.out_gain = MPConv(width, out_channels, 3, 3), nn.Parameter(torch.zeros([]))
 
     def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
         """The raw network F of the preconditioned denoiser, for one image; absent labels count as zeros."""
