@@ -56,7 +56,7 @@ def tune(
     """
     assembly = Assembly(loaded)
     name = _stage(assembly, stage)
-    made = assembly.stages[name].load(assembly.stages[name].weights())
+    made: Diffusion = assembly.stages[name].load(assembly.stages[name].weights())
     names, ruler = [*made.generates], Ruler()
     grid = np.linspace(0, 1, GRID[len(names)])
     levels = ruler.sigma(torch.from_numpy(grid)).clamp_min(ruler.low).tolist()
