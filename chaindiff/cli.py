@@ -333,9 +333,9 @@ def ema(
     debug: Debug = False,
 ) -> None:
     """Reconstruct an EMA of another length from the snapshots of `train: {ema: {kind: power}}`."""
-    done = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
+    said = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
     if not quiet:
-        print(done)
+        print(said)
 
 
 @app.command("import")
