@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -55,7 +56,7 @@ def tune(
     """
     assembly = Assembly(loaded)
     name = _stage(assembly, stage)
-    made = assembly.stages[name].load(assembly.stages[name].weights())
+    made: Diffusion = assembly.stages[name].load(assembly.stages[name].weights())
     names, ruler = [*made.generates], Ruler()
     grid = np.linspace(0, 1, GRID[len(names)])
     levels = ruler.sigma(torch.from_numpy(grid)).clamp_min(ruler.low).tolist()
@@ -71,7 +72,7 @@ def tune(
     chunks = [batches([*range(first, min(first + ROWS, count))]) for first in range(0, count, ROWS)]
     errors = Errors.of(measured(made, chunks, levels))
     present = made.path()
-    steps = present.steps if steps is None else steps
+    steps = steps or present.steps
     together = curves(SharedPath(kind="shared"), names).path(names, steps)
     points, least = fitted(errors, steps, ruler)
     found = {
@@ -117,7 +118,7 @@ def _progress(path: Levels, ruler: Ruler) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measured(stage: Diffusion, chunks: list[Values], levels: list[float]) -> Float64[np.ndarray, "..."]:
+def measured(stage: Diffusion, chunks: Sequence[Values], levels: Sequence[float]) -> Float64[np.ndarray, "..."]:
     """The denoiser's squared error at every combination of levels, from the highest, with one axis for each variable.
 
     It is the mean over the variables, of each relative to its own where all are pure noise. Every combination sees the
