@@ -128,6 +128,7 @@ def test_the_auxiliary_network_sees_every_input_and_trains() -> None:
     ("attributes", "message"),
     [
         ({"noise_mult": 2.0}, "EDMPrecond: noise_mult is not supported but for 1"),
+        ({"pred_x0": (1, 0)}, "EDMPrecond: pred_x0 is not supported but for 0 or 1"),
         ({"sigma_data": "much"}, "EDMPrecond: sigma_data should be a number"),
     ],
 )

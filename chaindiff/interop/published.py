@@ -28,14 +28,14 @@ Found = tuple[UNetSpec | PriorSpec, tuple[int, ...], int]  # network, what it ge
 
 UNETS = ("SongUNet", "DhariwalUNet")
 # Preconditioners: our kind, the levels with a counterpart here, and settings with the only values ever published.
-PRECONDITIONERS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "EDMPrecond": ("edm", {}, {"softmax_onehot": False, "noise_mult": 1}),  # VCDM's too
-    "VPPrecond": ("vp", {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "eps"}, {"M": 1000}),
+PRECONDITIONERS: dict[str, tuple[str, dict[str, str], dict[str, list]]] = {
+    "EDMPrecond": ("edm", {}, {"softmax_onehot": [False], "noise_mult": [1], "pred_x0": [0, 1]}),  # VCDM's too
+    "VPPrecond": ("vp", {"beta_d": "beta_d", "beta_min": "beta_min", "epsilon_t": "eps"}, {"M": [1000]}),
     "VEPrecond": ("ve", {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}, {}),
-    "iDDPMPrecond": ("iddpm", {"M": "levels"}, {"C_1": 0.001, "C_2": 0.008}),
+    "iDDPMPrecond": ("iddpm", {"M": "levels"}, {"C_1": [0.001], "C_2": [0.008]}),
     "Precond": ("edm", {}, {
-        "label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256,
-        "channels_per_head": 64, "resample_filter": [1, 1],
+        "label_balance": [0.5], "concat_balance": [0.5], "res_balance": [0.3], "attn_balance": [0.3],
+        "clip_act": [256], "channels_per_head": [64], "resample_filter": [[1, 1]],
     }),
 }  # fmt: skip
 # Tensors of preconditioners that sampling does without: noise levels, from C_1, C_2 and M; the weight of EDM2's loss.
@@ -107,9 +107,9 @@ def published(class_name: str, said: Mapping[str, Any], shapes: Shapes) -> Publi
         problem = f"the network class '{class_name:.80}' cannot be imported{did_you_mean(class_name, known)}"
         raise UserError(problem, hint="known are the networks of EDM, EDM2 and VCDM")
     kind, levels, fixed = PRECONDITIONERS.get(class_name, ("", {}, {}))
-    for name, value in fixed.items():
-        if _single(said.get(name)) not in (None, value):
-            raise UserError(f"{class_name}: {name} is not supported but for {value}")
+    for name, values in fixed.items():
+        if _single(said.get(name)) not in (None, *values):
+            raise UserError(f"{class_name}: {name} is not supported but for {' or '.join(map(str, values))}")
     precondition = None
     if kind:
         fields = {ours: said[theirs] for theirs, ours in levels.items() if theirs in said}
