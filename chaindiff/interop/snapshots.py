@@ -61,8 +61,7 @@ def _state(found: Any) -> dict[str, float]:
 
 def settings(record: Object) -> dict[str, Any]:
     """The arguments with which an object was created, as far as they are numbers, texts or lists of these."""
-    kwargs = record.state.get("_init_kwargs")
-    kinds = (type(None), bool, int, float, str)
+    kwargs, kinds = record.state.get("_init_kwargs"), (type(None), bool, int, float, str)
     return {
         str(name): value
         for name, value in (kwargs.items() if isinstance(kwargs, dict) else ())
