@@ -43,6 +43,7 @@ NOT_RUN = {
     "first-chain.md": 1,
     "mathematics.md": 1,
     "how-to/edm-weights.md": 2,
+    "how-to/joint.md": 1,
     "how-to/several-gpus.md": 3,
 }
 
