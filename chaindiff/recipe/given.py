@@ -140,12 +140,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _class(assembly: Assembly, variable: Variable, value: Any, where: str) -> int:
+    """The class of a number, whether or not the data is there, or of a name in the data."""
+    if str(value) in map(str, range(*variable.shape)):
+        return int(value)
     names = assembly.columns[variable.name].classes
     if str(value) in names:
         return names.index(str(value))
-    numbers = [str(number) for number in range(len(names))]
-    if str(value) in numbers:
-        return numbers.index(str(value))
     raise UserError(f"'{value}' is not a class of {variable.name}{did_you_mean(str(value), names)}", where)
 
 
