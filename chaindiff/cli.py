@@ -26,28 +26,22 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, autocompletion=completion.recipes)]
-Set = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="FIELD=VALUE",
-        help="Override: stages.image.sample.steps=20.",
-        autocompletion=completion.fields,
-    ),
-]
+
+
+def _named(option: str, metavar: str, says: str, offers: Any = None) -> Any:
+    return typer.Option(option, metavar=metavar, help=says, autocompletion=offers)
+
+
+Set = Annotated[list[str], _named("--set", "FIELD=VALUE", "Override: stages.image.sample.steps=20.", completion.fields)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The run's directory (default: runs/NAME).", parser=folder_path)
 ]
-Given = Annotated[
-    list[str],
-    typer.Option(
-        "--given", metavar="NAME=VALUE", help="Condition on this value.", autocompletion=completion.assignments
-    ),
-]
-Want = Annotated[
-    list[str],
-    typer.Option("--want", metavar="NAME", help="A variable to sample.", autocompletion=completion.variables),
-]
+Given = Annotated[list[str], _named("--given", "NAME=VALUE", "Condition on this value.", completion.assignments)]
+Want = Annotated[list[str], _named("--want", "NAME", "A variable to sample.", completion.variables)]
+Sweep = Annotated[list[str], _named("--sweep", "FIELD=A,B", "Measure at several values of a field.", completion.fields)]
+Baseline = Annotated[list[str], _named("--baseline", "RECIPE", "A recipe to compare with.")]
+Oracle = Annotated[list[str], _named("--oracle", "NAME", "Condition on its ground truth.")]
+Judge = Annotated[list[str], _named("--judge", "NAME", "A feature extractor.")]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Number of samples.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sampling seed.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per batch.")]
@@ -217,21 +211,13 @@ def evaluate(
     recipe: RecipeName,
     of: Annotated[str | None, typer.Option("--of", metavar="NAME", help="The image variable to measure.")] = None,
     links: Annotated[bool, typer.Option("--links", help="What each link costs, by ground-truth conditioning.")] = False,
-    sweep: Annotated[
-        list[str],
-        typer.Option(
-            "--sweep",
-            metavar="FIELD=A,B",
-            help="Measure at several values of a field.",
-            autocompletion=completion.fields,
-        ),
-    ] = [],  # noqa: B006
-    baseline: Annotated[list[str], typer.Option("--baseline", metavar="RECIPE", help="A recipe to compare with.")] = [],  # noqa: B006
-    oracle: Annotated[list[str], typer.Option("--oracle", metavar="NAME", help="Condition on its ground truth.")] = [],  # noqa: B006
+    sweep: Sweep = [],  # noqa: B006
+    baseline: Baseline = [],  # noqa: B006
+    oracle: Oracle = [],  # noqa: B006
     given: Given = [],  # noqa: B006
     count: Annotated[int | None, typer.Option("--count", min=2, help="Samples per row.")] = None,
     seed: Annotated[list[int], typer.Option("--seed", min=0, help="A sampling seed; repeat it for intervals.")] = [],  # noqa: B006
-    judge: Annotated[list[str], typer.Option("--judge", metavar="NAME", help="A feature extractor.")] = [],  # noqa: B006
+    judge: Judge = [],  # noqa: B006
     out: Out = None,
     replace: Replace = False,
     changes: Set = [],  # noqa: B006

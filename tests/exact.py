@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from chaindiff.edm.denoiser import Levels, Prediction, State
-from chaindiff.edm.random import generator
+from chaindiff.edm.random import Draws, Key, generator
 from chaindiff.networks.interface import Condition
+
+
+def normal_batch(shape: Iterable[int], samples: Iterable[int], *key: Key) -> Tensor:
+    """Noise for several samples in float64, [len(samples), *shape]; each row depends only on its own sample number."""
+    return Draws(samples, *key, dtype=torch.float64).normal(shape=shape)
+
+
+def normal(shape: Iterable[int], *key: Key) -> Tensor:
+    """Standard normal noise in float64."""
+    return normal_batch(shape, [0], *key)[0]
 
 
 class OneVariable(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from exact import normal_batch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,6 @@ from torch.utils._pytree import tree_iter
 
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.random import normal_batch
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.kernels import noise

@@ -28,7 +28,7 @@ import yaml
 import chaindiff as cd
 from chaindiff import cli
 from chaindiff.edm import solvers
-from chaindiff.specs import reference
+from tools import reference
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -128,7 +128,7 @@ def test_what_is_not_run_says_why_and_is_counted() -> None:
 
 
 def test_the_reference_is_what_the_program_prints() -> None:
-    """Regenerate it with: python -m chaindiff.specs.reference > docs/recipe-reference.md"""
+    """Regenerate it with: python -m tools.reference > docs/recipe-reference.md"""
     assert (DOCS / "recipe-reference.md").read_text() == reference.page()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact import normal
 from torch import Tensor, nn
 
 from chaindiff import cli
@@ -14,7 +15,6 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.ema import Average, PowerEma, coefficients, gamma_of, inner
-from chaindiff.edm.random import normal
 from chaindiff.io import files, tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.recipe.assembly import Assembly

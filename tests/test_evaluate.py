@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +17,16 @@ from chaindiff.chain.chain import Chain
 from chaindiff.data import open_data
 from chaindiff.edm.random import Draws
 from chaindiff.encoders.clip_emoji import open_clip_folder, open_clip_tokenizer
-from chaindiff.evaluation.blocks import BLOCK
 from chaindiff.evaluation.captions import captions
 from chaindiff.evaluation.evaluate import Group, Rows, Sweep, link_rows, measure_group
 from chaindiff.evaluation.features import extractor
-from chaindiff.evaluation.oracle import DataValues, oracle, split_of
-from chaindiff.evaluation.provenance import Figure
+from chaindiff.evaluation.oracle import DataValues, oracle
 from chaindiff.evaluation.report import provenance
 from chaindiff.evaluation.rows import BATCH, CHUNK, Row
 from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import (
-    Measured,
-    Results,
-    difference,
     figures_table,
-    link_costs,
-    markdown,
     number,
-    training,
 )
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
@@ -250,7 +239,7 @@ def test_sweeps_take_lists_and_single_values():
     assert Sweep.parse("a.b=1,2").values == (1, 2)
     assert Sweep.parse("a.b=[0.5, x]").values == (0.5, "x")
     assert Sweep.parse("a.b=3").values == (3,)
-    assert list(Sweep.parse("a.b=1,2").overrides()) == [(1, {"a": {"b": 1}}), (2, {"a": {"b": 2}})]
+    assert Sweep.parse("a.b=1,2") == Sweep("a.b", (1, 2))
 
 
 # ---------------------------------------------------------------- given values
@@ -374,104 +363,3 @@ def test_captions_are_the_recipe_s_texts_or_a_field_of_a_usual_name(recipe, run,
     assert captions(Assembly(declared, run), assembly.data) == assembly.data.field("group")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     assert captions(assembly, open_data(DataSpec(path=str(tmp_path)))) is None
-
-
-# ---------------------------------------------------------------- memory
-
-NOISE = """
-import json, resource, sys, torch
-from pathlib import Path
-from chaindiff.evaluation.evaluate import Group, measure_group
-from chaindiff.evaluation.report import Report
-from chaindiff.evaluation.rows import CHUNK, Row
-from chaindiff.evaluation.study import Study
-from chaindiff.specs.load import load_recipe
-
-changes, folder, count = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-row = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", folder, count)
-for rows in row.store.missing():  # in place of samples
-    first = rows.start
-    draw = torch.Generator().manual_seed(first)
-    image = torch.randint(0, 256, (CHUNK, 3, 16, 16), dtype=torch.uint8, generator=draw)
-    clip = 0.5 * torch.randn(CHUNK, 32, generator=draw)
-    row.store.write(first, {"image16": image, "clip": clip, "seconds": torch.ones(CHUNK)})
-study, report = Study(folder, ["pixels:16"]), Report(folder)
-report.add_group(measure_group(Group("noise", "main", [[row]]), study))
-report.add_memorisation(study, row)
-report.add_priors(study, row)
-report.write()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-@pytest.mark.slow
-def test_memory_of_an_evaluation_does_not_grow_with_the_samples(tmp_path):
-    """All that is measured, of 10,000 samples: their features as `pixels` alone would be 123 MB.
-
-    Both counts are more than a block of rows. What is freed goes back at once: left to itself, the allocator keeps tens
-    of megabytes of free blocks, more or fewer from run to run.
-    """
-    shipped = Row("shipped", load_recipe("vcdm_emoji16"), "image16", tmp_path).assembly
-    weights = {name: {"weights": str(shipped.stages[name].weights())} for name in ("clip", "image16")}
-    changes = {"data": {"where": {"style": "google"}}, "stages": weights}  # a quarter of the data
-    assembly = Row("noise", load_recipe("vcdm_emoji16").override(changes), "image16", tmp_path).assembly
-    for split in ("train", "test"):
-        DataValues(assembly, split_of(assembly, split), tmp_path / "data").of("clip", [0])
-    assert len(assembly.data) > 1000 > BLOCK
-    peaks, environment = {}, {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
-    for count in (1000, 10_000):
-        shutil.copytree(tmp_path / "data", tmp_path / str(count) / "data")
-        command = [sys.executable, "-c", NOISE, json.dumps(changes), str(tmp_path / str(count)), str(count)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        peaks[count] = int(done.stdout.split()[-1]) / 1024
-    assert peaks[10_000] - peaks[1000] < 40, peaks
-
-
-# ---------------------------------------------------------------- tables
-
-
-def row(label: str, *values: float, judge: str = "j", count: int = 100) -> Measured:
-    trained = {"training pflop": 12.3, "training images": {"clip": 300_000, "image": 600_000}}
-    about = [
-        {"count": count, "gflops": 1.0, "seconds per image": 0.5, "seed": s, **trained} for s in range(len(values))
-    ]
-    figures = [
-        [Figure(metric="kid", value=v, low=v - 0.00196, high=v + 0.00196, reference="d", count=count, encoder=judge,
-                seed=s)]
-        for s, v in enumerate(values)
-    ]  # fmt: skip
-    return Measured(label, about, figures)
-
-
-def test_links_costs_add_up_to_the_whole():
-    rows = [row("the whole chain", 0.03), row("clip from the data", 0.02), row("clip, small from the data", 0.005)]
-    table = link_costs(Results("links", "links", rows), ["clip", "small"])
-    values = [float(line[1].split(" ")[0]) for line in table[1:]]
-    assert values == [10.0, 15.0, 5.0, 30.0]
-    assert table[1][1] == "10.0 ± 2.77"  # 1000 x 1.96 x sqrt(2) x 0.001
-
-
-def test_errors_come_of_seeds_or_of_the_figures_own_intervals():
-    # Intervals of half-width 1.96 x 0.001 on each: 0.001 / sqrt(4). Scatter 0, then large.
-    assert row("a", 0.02, 0.02, 0.02, 0.02).error("kid", "j") == pytest.approx(0.001 / 2, rel=1e-3)
-    assert row("a", 0.01, 0.03).error("kid", "j") == pytest.approx(0.01)
-
-
-def test_unlike_figures_have_no_difference():
-    with pytest.raises(UserError, match="count is 100 in one and 200 in the other"):
-        difference(row("a", 0.02), row("b", 0.01, count=200), "kid", "j")
-
-
-def test_numbers_have_three_digits_and_tables_are_markdown():
-    assert [number(v) for v in (0.0123456, 1.5, 123.4, 98765.4, 0.0, -2.0)] == [
-        "0.0123", "1.50", "123", "98765", "0", "-2.00",
-    ]  # fmt: skip
-    text = markdown(figures_table(Results("t", "main", [row("a", 0.02, 0.03)])))
-    head = "| row | KID x1000 j | samples | GFLOP a sample | training PFLOP | training images | images/s |"
-    assert text.splitlines()[0] == head
-    assert "| a | 25.0 ± 9.80 | 2 x 100 | 1.00 | 12.3 | 300,000 + 600,000 | 2.00 |" in text
-
-
-def test_training_that_is_not_known_is_not_guessed():
-    images = {"clip": None, "image": 5}
-    assert training({"training pflop": None, "training images": images}) == ("-", "- + 5")

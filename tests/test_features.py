@@ -21,7 +21,7 @@ from chaindiff.data import open_data
 from chaindiff.encoders.moments import Moments
 from chaindiff.evaluation.extractor import resize
 from chaindiff.evaluation.features import JUDGES, encoder_family, extractor, weights_folder
-from chaindiff.evaluation.judge_networks import TRUNKS, Judge
+from chaindiff.evaluation.judge_networks import TRUNKS
 from chaindiff.evaluation.kernels import kid
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
@@ -229,7 +229,7 @@ def test_shipped_judges_know_unseen_emoji(kind, emoji):
     """As good as their file says, on concepts that training never showed; the most frequent class: 0.36, 0.15, 0.26."""
     path = JUDGES / f"judge_{kind}.safetensors"
     tensors, about = tensorfile.load(path)
-    network = Judge(kind, json.loads(about["heads"]))
+    network = judge.Judge(kind, json.loads(about["heads"]))
     tensorfile.fill(network, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, str(path))
     labels = judge.Labels(emoji["test"], json.loads(about["tags"]))
     for side, figures in json.loads(about["test"]).items():

@@ -62,7 +62,11 @@ def test_a_chain_and_its_plans_know_no_network() -> None:
     """They speak to stages by the protocol alone."""
     for name in ("chain", "plan", "graph", "stage"):
         found = imports(PACKAGE / "chain" / f"{name}.py")
-        strange = {module for module in found if "networks" in module or module.startswith(("chaindiff.specs.stage", "chaindiff.specs.network"))}
+        strange = {
+            module
+            for module in found
+            if "networks" in module or module.startswith(("chaindiff.specs.stage", "chaindiff.specs.network"))
+        }
         assert not strange, f"{name}: {strange}"
 
 

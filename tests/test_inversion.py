@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import Gaussians, JointGaussian, Mixture, OneVariable, distance, last, two_modes
+from exact import Gaussians, JointGaussian, Mixture, OneVariable, distance, last, normal_batch, two_modes
 from torch import Tensor, nn
 
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.levels import karras_sigmas, staggered, together
-from chaindiff.edm.random import Draws, generator, normal_batch
+from chaindiff.edm.random import Draws, generator
 from chaindiff.edm.schedules import schedule
 from chaindiff.edm.solvers import SOLVERS, Churn, evaluations, invert, solve, updates
 from chaindiff.io.errors import UserError

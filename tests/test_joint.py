@@ -86,7 +86,7 @@ def test_the_first_leads_by_the_offset_and_what_is_given_rests_at_zero() -> None
     times = stage.path().times
     assert stage.path().steps == 6 and times["a"][-3:].tolist() == [0, 0, 0]
     assert times["b"][:3].tolist() == [80, 80, 80] and times["b"][2:].tolist() == times["a"][:5].tolist()
-    assert [evaluations(stage.table(stage.path(moving))) for moving in (None, ["b"])] == [11, 7]
+    assert [evaluations(stage.sampling().table(stage.path(moving))) for moving in (None, ["b"])] == [11, 7]
     network = stage.network
     assert isinstance(network, ExactGaussian)
     model.sample(1, given={"a": torch.zeros(1, 1)}, want=["b"])
@@ -346,7 +346,7 @@ def test_each_variable_has_its_own_formulation_noise_weight_and_steps() -> None:
     sampler = {"steps": 60, "variables": {"a": {"steps": 40}}, "path": {"kind": "offset", "offset": 1.0}}
     stage = Diffusion([(wide, own), B], network=Mixed(), sampler=sampler, name="both")
     assert stage.path().steps == 100
-    assert [evaluations(stage.table(stage.path([name]))) for name in "ab"] == [79, 119]
+    assert [evaluations(stage.sampling().table(stage.path([name]))) for name in "ab"] == [79, 119]
     out = cd.Chain([stage]).sample(6000, batch=6000)
     found = torch.cat([out["a"], out["b"]], dim=1).double()
     diagonal = COVARIANCE.diagonal()

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exact import OneVariable
+from exact import OneVariable, normal
 from torch import Tensor, nn
 
 from chaindiff.chain.chain import Chain
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.random import Draws, normal
+from chaindiff.edm.random import Draws
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.specs.link import LinkSpec

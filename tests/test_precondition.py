@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact import Mixture, OneVariable, distance, last
+from exact import Mixture, OneVariable, distance, last, normal_batch
 from fixture_files import fixture
 from recipe_text import changed, message, write
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import preconditioning, training_noise
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.denoiser import Levels, Prediction, State
-from chaindiff.edm.random import Draws, normal_batch
+from chaindiff.edm.random import Draws
 from chaindiff.edm.schedules import VP, iddpm_levels
 from chaindiff.edm.solvers import solve
 from chaindiff.guidance.algebra import Wrapper

@@ -8,13 +8,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from exact import Gaussians, JointGaussian, Mixture, distance, last, noise_of, two_modes
+from exact import Gaussians, JointGaussian, Mixture, distance, last, noise_of, normal_batch, two_modes
 from fixture_files import fixture
 from torch import Tensor
 
 from chaindiff.edm.ema import Ema
 from chaindiff.edm.levels import Path, even_sigmas, geometric_sigmas, karras_sigmas, staggered, together
-from chaindiff.edm.random import generator, normal_batch
+from chaindiff.edm.random import generator
 from chaindiff.edm.schedules import VE, VP, Linear, schedule
 from chaindiff.edm.solvers import SOLVERS, Churn, Row, Update, evaluations, integrate, solve, updates
 

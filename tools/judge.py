@@ -14,13 +14,14 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from chaindiff.data import ImageData, augment, open_data
 from chaindiff.edm.random import generator
@@ -28,7 +29,7 @@ from chaindiff.edm.random import seed as key_seed
 from chaindiff.encoders.resize import resize
 from chaindiff.evaluation.extractor import resize as resize_as_pil
 from chaindiff.evaluation.features import JUDGES
-from chaindiff.evaluation.judge_networks import SIZE, TRUNKS, Judge
+from chaindiff.evaluation.judge_networks import SIZE, TRUNKS
 from chaindiff.io import tensorfile
 from chaindiff.io.files import cache_folder
 from chaindiff.specs.training import AugmentSpec
@@ -42,6 +43,19 @@ LR = {"conv": 4e-3, "vit": 1.5e-3}
 IMAGES = {"conv": 100_000, "vit": 100_000}  # seen in training
 BATCH, SAVED = 64, 200  # images per step; steps between checkpoints
 AUGMENT = AugmentSpec(probability=0.3, flip=True, colour=0.3)
+
+
+class Judge(nn.Module):
+    """A trunk, and a linear head for each attribute to predict: {name: classes}."""
+
+    def __init__(self, kind: str, heads: Mapping[str, int]):
+        super().__init__()
+        self.trunk = TRUNKS[kind]()
+        self.heads = nn.ModuleDict({name: nn.Linear(self.trunk.width, classes) for name, classes in heads.items()})
+
+    def forward(self, x: Float[Tensor, "n 3 32 32"]) -> dict[str, Tensor]:
+        features = self.trunk(x)
+        return {name: head(features) for name, head in self.heads.items()}
 
 
 class Labels:

@@ -17,7 +17,6 @@ from chaindiff.io.files import write_whole
 from chaindiff.specs.load import Loaded, load_recipe
 from chaindiff.specs.lock import resolved
 
-OF, JOINT = "image16", "joint_emoji16"
 BUDGET = 20  # evaluations of every network
 SOLVER = {"solver": "dpmpp_2m", "steps": BUDGET}
 LEARNED = "learned"
@@ -27,26 +26,23 @@ def table(curves: Mapping[str, Curve]) -> dict[str, Any]:
     return {"kind": "table", "points": {name: [[*point] for point in curve] for name, curve in curves.items()}}
 
 
-def staggered(offset: float, *names: str) -> dict[str, Any]:
-    """The first variable leads by `offset` of a pass."""
-    return table(staggered_curves(names, offset))
+OFFSETS = {"together": 0.0, "offset 0.1": 0.1, "offset 0.3": 0.3, "offset 0.5": 0.5, "embedding first": 1.0}
+EVERY = (*OFFSETS, "image first", LEARNED)
 
 
-PATHS = {
-    "together": staggered(0.0, "clip", OF),
-    "offset 0.1": staggered(0.1, "clip", OF),
-    "offset 0.3": staggered(0.3, "clip", OF),
-    "offset 0.5": staggered(0.5, "clip", OF),
-    "embedding first": staggered(1.0, "clip", OF),
-    "image first": staggered(1.0, OF, "clip"),
-}
+def along(path: str, image: str) -> dict[str, Any]:
+    """A path by its name; the embedding leads, but for "image first"."""
+    names = ("clip", image) if path in OFFSETS else (image, "clip")
+    return table(staggered_curves(names, OFFSETS.get(path, 1.0)))
+
+
 # Levels as each path draws them, with a share in which the embedding is known, as `independent` has it.
 TRAINED = {
     "together": {"kind": "shared", "exact": 0.2},
     **{f"offset {by}": {"kind": "offset", "offset": by, "exact": 0.2} for by in (0.1, 0.3, 0.5)},
     "embedding first": {"kind": "cascaded"},
 }
-# As many operations as the U-Net and its prior.
+# As many operations as the U-Net and its prior at 16x16.
 TRANSFORMER = {"kind": "transformer", "width": 192, "depth": 6, "heads": 6, "patch": 2, "streams": "shared"}
 
 
@@ -59,37 +55,49 @@ class Arm:
     """A recipe trained once: `changes` are for training, `paths` those that it is sampled along ("": its only one)."""
 
     name: str
-    recipe: str
+    kind: str  # of the recipes KIND_emojiSIDE
     seed: int = 0
     changes: Mapping[str, Any] = field(default_factory=dict)
     paths: Sequence[str] = ("",)
+    side: int = 16
+    images: int | None = None  # a training budget for every network
+
+    @property
+    def recipe(self) -> str:
+        return f"{self.kind}_emoji{self.side}"
+
+    @property
+    def image(self) -> str:
+        return f"image{self.side}"
 
     def __str__(self) -> str:
         return f"{self.name}, training seed {self.seed}" if self.seed else self.name
 
-    def base(self) -> Loaded:
-        stages = load_recipe(self.recipe).recipe.stages
-        seed = {"stages": {name: {"train": {"seed": self.seed}} for name in stages}}
-        return load_recipe(self.recipe).override(self.changes).override(seed)
+    def base(self, *changes: str) -> Loaded:
+        """The recipe as it is trained."""
+        train = {"seed": self.seed} | ({"images": self.images} if self.images else {})
+        loaded = load_recipe(self.recipe, changes).override(self.changes)
+        return loaded.override({"stages": {"*": {"train": train}}})
 
     def sampled(self, path: str, out: Path) -> Loaded:
         """The recipe as it is sampled along a path; a table's levels go from 80 to 0 by themselves."""
-        how: dict[str, Any] = SOLVER | ({"path": PATHS[path]} if path in PATHS else {})
-        stages = {name: {"sample": how if path else how | {"sigma_min": 0.01}} for name in self.base().recipe.stages}
-        found = self.base().override({"stages": stages, "sample": {"precision": "float32"}})
         if path == LEARNED:
-            found = found.override(load_recipe(self.recipe, [f"@{out / 'learned.yaml'}"]).tree)
-        return found
+            how, loaded = SOLVER, self.base(f"@{out / 'learned.yaml'}")
+        else:
+            own = {"path": along(path, self.image)} if path else {"sigma_min": 0.01}
+            how, loaded = SOLVER | own, self.base()
+        return loaded.override({"stages": {"*": {"sample": how}}, "sample": {"precision": "float32"}})
 
     def folder(self, out: Path) -> Path | None:
         """The run that it is trained in; None: the shipped weights."""
-        return out / "trained" / str(self) if self.seed or self.changes else None
+        own = self.seed or self.changes or self.side != 16 or self.images
+        return out / "trained" / str(self) if own else None
 
     def rows(self, path: str, out: Path, count: int, seeds: Sequence[int]) -> list[Row]:
         """Samples along a path, by sampling seeds. Raises UserError where there are no weights."""
         label = f"{self}: {path}" if path else str(self)
         loaded = self.sampled(path, out)
-        found = [Row(label, loaded, OF, out, count, seed, out=self.folder(out)) for seed in seeds]
+        found = [Row(label, loaded, self.image, out, count, seed, out=self.folder(out)) for seed in seeds]
         found[0].key  # noqa: B018  # looks for the weights
         return found
 
@@ -107,23 +115,22 @@ class Arm:
             return False
 
 
-EVERY = (*PATHS, LEARNED)
 ARMS = (
-    Arm("EDM", "edm_emoji16"),
-    Arm("VCDM", "vcdm_emoji16"),
-    Arm("joint", JOINT, paths=EVERY),
-    Arm("joint transformer", JOINT, changes=both(network=TRANSFORMER), paths=("together", "offset 0.3")),
-    Arm("EDM", "edm_emoji16", 1),
-    Arm("VCDM", "vcdm_emoji16", 1),
-    Arm("joint", JOINT, 1, paths=EVERY),
-    *(Arm(f"joint, trained {by}", JOINT, changes=both(path=levels), paths=(by,)) for by, levels in TRAINED.items()),
-)  # fmt: skip
+    Arm("EDM", "edm"),
+    Arm("VCDM", "vcdm"),
+    Arm("joint", "joint", paths=EVERY),
+    Arm("joint transformer", "joint", changes=both(network=TRANSFORMER), paths=("together", "offset 0.3")),
+    Arm("EDM", "edm", 1),
+    Arm("VCDM", "vcdm", 1),
+    Arm("joint", "joint", 1, paths=EVERY),
+    *(Arm(f"joint, trained {by}", "joint", changes=both(path=levels), paths=(by,)) for by, levels in TRAINED.items()),
+)
 
 
-def comparison(out: Path, count: int, seeds: Sequence[int]) -> tuple[Group, list[str]]:
+def comparison(found: Sequence[Arm], out: Path, count: int, seeds: Sequence[int]) -> tuple[Group, list[str]]:
     """The rows of all arms that have weights, and the names of those that have none."""
     group, missing = Group("Joint model or chain", "main"), []
-    for arm in ARMS:
+    for arm in found:
         for path in arm.paths:
             try:
                 group.rows.append(arm.rows(path, out, count, seeds))

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-import chaindiff as cd
-from benchmarks.joint_or_chain.plan import BUDGET, JOINT, OF, PATHS
+from benchmarks.joint_or_chain.plan import BUDGET
 from benchmarks.quality.write import processor
 from chaindiff.evaluation.evaluate import Group, measure_group
 from chaindiff.evaluation.oracle import DataValues, split_of
@@ -21,9 +20,7 @@ from chaindiff.evaluation.study import Study
 from chaindiff.evaluation.tables import Measured, Results, cell, figures_table, judges_of, markdown, number
 from chaindiff.evaluation.vectors import vector_report
 from chaindiff.io.files import write_whole
-from chaindiff.recipe.assembly import Assembly
 from chaindiff.show.images import grid, png_bytes
-from chaindiff.specs.load import load_recipe
 
 JUDGES = ("efficientnet_lite2", "judge_conv", "judge_vit")
 SHOWN = 8  # pictures of a row
@@ -48,9 +45,9 @@ def head(rows: Sequence[Measured]) -> str:
     return f"""# Joint model or chain
 
 Two ways to use an embedding: a chain samples it first and the image given it (VCDM); a joint model denoises both in one
-network, each with a noise level of its own. Both have the same parts here, a U-Net for the 16x16 image and a prior for
-the embedding, and {one["training images"][OF]:,} training images for the image network. One joint model, trained on
-independent levels, can be sampled along any path: together, the embedding ahead, the embedding first (the chain's
+network, each with a noise level of its own. Both have the same parts here, a U-Net for the image and a prior for the
+embedding, and the image's network saw {one["training images"][one["of"]]:,} training images. One joint model, trained
+on independent levels, can be sampled along any path: together, the embedding ahead, the embedding first (the chain's
 order), or the image first. Everything on this page is written by
 
 ```
@@ -110,9 +107,9 @@ def ranking(results: Results) -> list[list[str]]:
 def conditionals(group: Group, study: Study, pictures: Path) -> str:
     """Either variable given the other, and the embedding alone, each beside a floor or the chain's."""
     first = {rows[0].label: rows[0] for rows in group.rows}
-    vcdm, joint = first["VCDM"], first[f"joint: {[*PATHS][2]}"]
+    vcdm, joint = first["VCDM"], first["joint: offset 0.3"]
     told = [
-        Row(f"{row.label.partition(':')[0]}, given the data's embeddings", row.loaded, OF, row.folder, row.count,
+        Row(f"{row.label.partition(':')[0]}, given the data's embeddings", row.loaded, row.of, row.folder, row.count,
             row.seed, ("clip",), out=row.out)
         for row in (vcdm, joint)
     ]  # fmt: skip
@@ -127,18 +124,17 @@ def conditionals(group: Group, study: Study, pictures: Path) -> str:
             sets = [data.values.of("clip", range(data.count)) for data in (held, study.data(row, None))]
             found = vector_report(row.samples("clip"), *sets)
             said += [f"The embedding alone, by {row.label}:", markdown(vector_table(found))]
-    return "\n\n".join([*said, read_off(study.folder, pictures), drawn(joint, pictures)])
+    return "\n\n".join([*said, read_off(joint, pictures), drawn(joint, pictures)])
 
 
-def read_off(folder: Path, pictures: Path) -> str:
+def read_off(row: Row, pictures: Path) -> str:
     """The embedding given a held-out image, beside ridge regression from pixels, by cosine and retrieval."""
-    assembly = Assembly(load_recipe(JOINT))
-    values = {s: DataValues(assembly, split_of(assembly, s), folder / "data") for s in ("train", "test")}
+    assembly = row.assembly
+    values = {s: DataValues(assembly, split_of(assembly, s), row.folder / "data") for s in ("train", "test")}
     count = {s: len(split_of(assembly, s)) for s in values}
-    x = {s: v.of(OF, range(count[s])) for s, v in values.items()}
+    x = {s: v.of(row.of, range(count[s])) for s, v in values.items()}
     z = {s: v.of("clip", range(count[s])) for s, v in values.items()}
-    model = cd.load(JOINT)
-    read = model.sample(count["test"], given={OF: x["test"]}, want=["clip"], seed=0, steps=BUDGET, solver="heun")
+    read = assembly.chain(["both"]).sample(count["test"], given={row.of: x["test"]}, want=["clip"], seed=0)
     ridge = RidgeCV([1.0, 10.0, 100.0, 1000.0, 10000.0]).fit(x["train"].flatten(1).numpy(), z["train"].numpy())
     guesses = {
         "the joint model, one sample": read["clip"].float(),
@@ -155,7 +151,7 @@ def read_off(folder: Path, pictures: Path) -> str:
         (F.normalize(guesses["the joint model, one sample"], dim=1) @ F.normalize(z["train"], dim=1).T).topk(3).indices
     )
     rows = range(0, count["test"], count["test"] // SHOWN)[:SHOWN]
-    shown = torch.stack([torch.cat([x["test"][row : row + 1], x["train"][near[row]]]) for row in rows], 1)
+    shown = torch.stack([torch.cat([x["test"][at : at + 1], x["train"][near[at]]]) for at in rows], 1)
     keep(pictures / "read.png", shown.flatten(0, 1), SHOWN)
     return "\n\n".join([
         "The embedding read off a picture without CLIP: the joint model's sample given a held-out image. Retrieval is "
@@ -168,13 +164,13 @@ def read_off(folder: Path, pictures: Path) -> str:
 
 def drawn(row: Row, pictures: Path) -> str:
     """Grids: both, and images given the embeddings of held-out images."""
-    model, data = cd.load(JOINT), split_of(row.assembly, "test")
+    model, data = row.assembly.chain(["both"]), split_of(row.assembly, "test")
     values = DataValues(row.assembly, data, row.folder / "data")
     rows = [*range(3, len(data), len(data) // SHOWN)][:SHOWN]
-    keep(pictures / "both.png", model.sample(4 * SHOWN, want=[OF], seed=1)[OF], 2 * SHOWN)
+    keep(pictures / "both.png", model.sample(4 * SHOWN, want=[row.of], seed=1)[row.of], 2 * SHOWN)
     given = {"clip": values.of("clip", rows).repeat(2, 1)}
-    told = model.sample(2 * SHOWN, want=[OF], seed=1, given=given, steps=BUDGET, solver="dpmpp_2m")[OF]
-    keep(pictures / "given-clip.png", torch.cat([values.of(OF, rows), told]), SHOWN)
+    told = model.sample(2 * SHOWN, want=[row.of], seed=1, given=given)[row.of]
+    keep(pictures / "given-clip.png", torch.cat([values.of(row.of, rows), told]), SHOWN)
     return "\n\n".join([
         "![samples of the joint model](pictures/joint/both.png)",
         "Samples of the joint model, both variables generated.",

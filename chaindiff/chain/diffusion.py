@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -14,18 +13,17 @@ from torch import Tensor, nn
 from chaindiff import networks
 from chaindiff.chain.bound import Bound
 from chaindiff.chain.conditioning import Conditioner, Given, Link, training_level
-from chaindiff.chain.formulation import curves, family, preconditioning, training_noise
+from chaindiff.chain.formulation import family, preconditioning, training_noise
+from chaindiff.chain.sampling import Sampling
 from chaindiff.chain.stage import Cost, Values, evaluating
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State
-from chaindiff.edm.levels import Path, grid, staggered
+from chaindiff.edm.denoiser import Denoiser, Prediction, State
+from chaindiff.edm.levels import Path
 from chaindiff.edm.noise import TrainingNoise, one_of
 from chaindiff.edm.precondition import Coefficients, Preconditioning, Shared
 from chaindiff.edm.random import Draws
-from chaindiff.edm.schedules import schedule
-from chaindiff.edm.solvers import Churn, Step, Update, evaluations, integrate, updates
-from chaindiff.guidance.algebra import Weight, guided
-from chaindiff.guidance.classifier_free import guidance_terms
+from chaindiff.edm.solvers import Step, Update, integrate
+from chaindiff.guidance.algebra import guided
 from chaindiff.io.errors import UserError
 from chaindiff.kernels.sums import weighted_error, weighted_sum
 from chaindiff.networks.interface import Condition, Interface
@@ -33,7 +31,7 @@ from chaindiff.networks.interface import Network as NetworkLike
 from chaindiff.specs.link import LinkSpec, largest_grid
 from chaindiff.specs.network import Network
 from chaindiff.specs.noise import NoiseLevels, Precondition, published_noise
-from chaindiff.specs.path import OffsetPath, TablePath, TrainPath, hidden, hideable, sampled
+from chaindiff.specs.path import TrainPath, hidden
 from chaindiff.specs.sampling import SamplerSpec
 from chaindiff.specs.stage import Generated
 from chaindiff.specs.validate import config
@@ -86,7 +84,7 @@ class Diffusion(nn.Module):
         pairs = [item if isinstance(item, tuple) else (item, {}) for item in given]
         links = [Link(variable, self._link(variable, said), self.target) for variable, said in pairs]
         self.conditioner = Conditioner(links)
-        self.sampler = self.tuned(config(SamplerSpec, sampler or {}, f"{self.name}.sampler"))
+        self.sampler: SamplerSpec = config(SamplerSpec, sampler or {}, f"{self.name}.sampler")
         precondition = {"kind": precondition} if isinstance(precondition, str) else precondition
         self.precondition_spec = config(Precondition, precondition, f"{self.name}.precondition")
         self.precondition: Preconditioning = self.precondition_spec
@@ -97,8 +95,9 @@ class Diffusion(nn.Module):
         custom = callable(self.noise_spec)
         self.noise: TrainingNoise = cast(Any, self.noise_spec) if custom else training_noise(self.noise_spec)
         self.network_spec, self.network = self._network(network)
+        sampling = self.sampling()
         for made in self.generates:
-            self._levels(self.sampler.of(made), made)
+            sampling.levels(made)
         self.autocast: torch.dtype | None = None
         self.run: NetworkLike | None = None  # stands in for the network where no gradients are asked for
         # Weights may be channels-last in memory; files hold them contiguous.
@@ -263,60 +262,10 @@ class Diffusion(nn.Module):
 
     forward = loss  # wrappers for distributed training call the module
 
-    # ------------------------------------------------------------ levels
+    # ------------------------------------------------------------ sampling
 
-    def _levels(self, sampler: SamplerSpec, name: str) -> tuple[float, float]:
-        """(sigma_min, sigma_max) of a sampler for a variable: as set or published, in its preconditioning's range.
-
-        Raises UserError if a level that was set lies outside.
-        """
-        known = self.preconditioning(name)
-        for bound in ("sigma_min", "sigma_max"):
-            said = getattr(sampler, bound)
-            if said is not None and not known.sigma_min <= said <= known.sigma_max:
-                raise UserError(
-                    f"{said:g} is outside the noise levels of preconditioning '{known.kind}', "
-                    f"from {known.sigma_min:g} to {known.sigma_max:g}",
-                    f"stages.{self.name}.sample.{bound}",
-                    "leave it out: the default lies within that range",
-                )
-        low, high = sampler.levels
-        return max(low, known.sigma_min), min(high, known.sigma_max)
-
-    def path(self, moving: Iterable[str] | None = None, sampler: SamplerSpec | Config | None = None) -> Path:
-        """The noise levels of a sampler, from sigma_max down to 0, rounded to the preconditioning's levels.
-
-        `moving` are the variables that are sampled, by default all that the stage generates.
-        """
-        s, names = self.tuned(sampler), [v for v in self.generates if moving is None or v in set(moving)]
-        grids, chosen = {}, {}
-        for name in names:
-            own = s.of(name)
-            low, high = self._levels(own, name)
-            chosen[name] = schedule(own.schedule, low, high)
-            try:
-                levels = grid(own.discretisation, own.steps, low / own.shift, high / own.shift, own.rho, chosen[name])
-            except ValueError as error:
-                raise UserError(str(error), f"stages.{self.name}.sample.steps") from error
-            grids[name] = [self.preconditioning(name).round(level * own.shift) for level in levels]
-        path = s.path or sampled(self.trained_path)
-        if isinstance(path, TablePath):
-            return curves(path, names).path(names, s.steps, chosen)
-        return staggered(grids, path.offset if isinstance(path, OffsetPath) else 0.0, chosen)
-
-    def _undrawn(self, path: Path) -> str:
-        """What to say of a path of several variables with levels that training never drew together."""
-        for step in range(path.steps if len(self.generates) > 1 else 0):
-            levels = {**dict.fromkeys(self.generates, 0.0), **path.sigma(step)}
-            if not self.family.drew(levels):
-                said = ", ".join(f"{name} {level:.3g}" for name, level in levels.items())
-                return f"the path goes through levels ({said}) that training, with levels of kind " + (
-                    f"'{self.trained_path.kind}', never drew together"
-                )
-        return ""
-
-    def tuned(self, sampler: SamplerSpec | Config | None) -> SamplerSpec:
-        """The given sampler, or the stage's own; a mapping overrides fields of the stage's own.
+    def sampling(self, sampler: SamplerSpec | Config | None = None) -> Sampling:
+        """How a sampler samples: the given one or the stage's own; a mapping overrides fields of the stage's own.
 
         Raises UserError for settings that the stage was not trained for.
         """
@@ -324,66 +273,15 @@ class Diffusion(nn.Module):
         if isinstance(found, Mapping):
             own = self.sampler.model_dump(exclude_unset=True)
             found = cast(SamplerSpec, config(SamplerSpec, {**own, **found}, f"{self.name}.sampler"))
-        links = {link.variable.name: link.spec for link in self.conditioner}
-        for place, problem in found.untrained(links, hideable(self.trained_path, [*self.generates])):
-            raise UserError(problem, f"stages.{self.name}.sample.{place}")
-        return found
+        return Sampling(self, found)
 
-    def table(self, path: Path, sampler: SamplerSpec | Config | None = None) -> list[Update]:
-        """The solver's table on a path. Raises UserError for settings that contradict each other."""
-        s = self.tuned(sampler)
-        churn = Churn(s.churn.amount, s.churn.min, math.inf if s.churn.max is None else s.churn.max, s.churn.noise)
-        try:
-            return updates(path, s.solver, churn=churn, eta=s.eta, round=self.precondition.round)
-        except ValueError as error:
-            raise UserError(str(error), f"stages.{self.name}.sample") from error
-
-    def droppable(self, sampler: SamplerSpec) -> list[str]:
-        """The given variables that sampling uses and training sometimes dropped."""
-        links = {link.variable.name: link.spec for link in self.conditioner}
-        return [name for name, spec in links.items() if spec.can_be_absent and sampler.link(name).sampled]
-
-    def terms(self, moving: Iterable[str], sampler: SamplerSpec) -> list[tuple[frozenset[str], Mapping[str, Weight]]]:
-        """The guidance of the variables that move: which others a prediction is made without, and its weights.
-
-        A variable's prediction is guided by the given variables that can be absent, and by those of the generated ones
-        that `guidance` names (ReDi's representation guidance, arXiv 2504.16064; UniDiffuser).
-        """
-        found: dict[frozenset[str], dict[str, Weight]] = {}
-        for name in moving:
-            s, told, within = sampler.of(name), self.droppable(sampler), None
-            scale = s.guidance
-            if isinstance(scale, Mapping):
-                scale = {v: by for v, by in scale.items() if v != name}
-                told += [v for v in self.generates if v in scale]
-            if name in sampler.variables and sampler.variables[name].guidance_interval:
-                within = name
-            for gone, weight in guidance_terms(scale, told, s.guidance_interval, within):
-                found.setdefault(gone, {})[name] = weight
-        return [*found.items()]
+    def path(self, moving: Iterable[str] | None = None, sampler: SamplerSpec | Config | None = None) -> Path:
+        """A sampler's noise levels of the variables that move (`Sampling.path`)."""
+        return self.sampling(sampler).path(moving)
 
     def cost(self, moving: Collection[str], sampler: SamplerSpec | Config | None = None) -> Cost:
-        """What one sample of these variables costs; NFE counts every term of the guidance."""
-        from chaindiff.chain.cost import count, weighed
-
-        s = self.tuned(sampler)
-        path = self.path(moving, s)
-        table = self.table(path, s)
-        nfe = evaluations(table, guided([(_Counted(), weights) for _, weights in self.terms(moving, s)]))
-        noisy = {n: f"noise {s.link(n).noise:g}" for n in (k.variable.name for k in self.conditioner if k.tells_level)}
-        counts, (parameters, weight_bytes) = count(self.network, self.interface), weighed(self.conditioner)
-        return Cost(
-            parameters=counts.parameters + parameters,
-            flops=counts.flops,
-            nfe=nfe,
-            weight_bytes=counts.weight_bytes + weight_bytes,
-            activation_bytes=counts.activation_bytes,
-            how=f"{s.solver}, {s.steps} steps",
-            notes=noisy,
-            warning=self._undrawn(path),
-        )
-
-    # ------------------------------------------------------------ sampling
+        """What one sample of these variables costs (`Sampling.cost`)."""
+        return self.sampling(sampler).cost(moving)
 
     def bind(
         self,
@@ -400,7 +298,7 @@ class Diffusion(nn.Module):
         `draws` supply the noise of links that sampling adds noise to; `shared` are known coefficients.
         Raises UserError for a variable that is not given.
         """
-        s, like = self.tuned(sampler), self.like
+        s, like = self.sampling(sampler).settings, self.like
         batch = len(next(iter(given.values()))) if given else 1
         values = {}
         for link in self.conditioner:
@@ -447,11 +345,10 @@ class Diffusion(nn.Module):
         table: Sequence[Update] = (),
     ) -> Denoiser:
         """The bound denoiser with the sampler's guidance, prepared for the levels of a table."""
-        s, shared = self.tuned(sampler), self.shared(table)
-        moving = [name for name in self.generates if name not in given]
+        sampling, shared = self.sampling(sampler), self.shared(table)
         terms = [
-            (self.bind(given, draws, absent=gone, sampler=s, shared=shared), weights)
-            for gone, weights in self.terms(moving, s)
+            (self.bind(given, draws, absent=gone, sampler=sampling.settings, shared=shared), weights)
+            for gone, weights in sampling.terms(name for name in self.generates if name not in given)
         ]
         return terms[0][0] if len(terms) == 1 else guided(terms)
 
@@ -473,10 +370,10 @@ class Diffusion(nn.Module):
         """
         if self.like.is_meta:
             raise UserError(f"stage '{self.name}' has no weights: it was built for planning only")
-        s, like = self.tuned(sampler), self.like
+        sampling, like = self.sampling(sampler), self.like
         draws, state = draws.on(like.device), torch.promote_types(like.dtype, torch.float32)  # float64: no nearer
         shapes = {name: v.shape for name, v in self.generates.items() if name not in given}
-        path = self.path(shapes, s) if path is None else path
+        path = sampling.path(shapes) if path is None else path
 
         def noise(name: str, role: str, number: int) -> Tensor:
             return draws.of(name).normal(role, number, shape=shapes[name]).to(state)
@@ -484,8 +381,8 @@ class Diffusion(nn.Module):
         unit = start or {name: noise(name, "start", 0) for name in shapes}
         x = {name: self._laid_out(unit[name].to(like.device, state)) * level for name, level in path.sigma(0).items()}
         with evaluating(self):
-            table = self.table(path, s)
-            denoiser = wrap(self.denoiser(given, draws, s, table))
+            table = sampling.table(path)
+            denoiser = wrap(self.denoiser(given, draws, sampling.settings, table))
             yield from integrate(denoiser, x, table, lambda name, number: noise(name, "churn", number))
 
     def invert(
@@ -503,29 +400,19 @@ class Diffusion(nn.Module):
         The last is the `start` from which `sample`, with a deterministic sampler, returns the values. A variable still
         at level 0 is yielded unchanged. Raises UserError if the stage's sampler adds noise.
         """
-        s = self.tuned(sampler)
-        if s.churn.amount or s.eta:
+        sampling = self.sampling(sampler)
+        if (s := sampling.settings).churn.amount or s.eta:
             raise UserError(
                 "a stochastic sampler cannot be inverted",
                 f"stages.{self.name}.sample.{'eta' if s.eta else 'churn.amount'}",
                 "set it to 0 to invert this stage",
             )
-        path = (self.path(values, s) if path is None else path).reversed()
-        table = self.table(path, s)
+        path = (sampling.path(values) if path is None else path).reversed()
+        table = sampling.table(path)
         with evaluating(self):
             x = {name: self._laid_out(value) for name, value in values.items()}
             for step in integrate(wrap(self.denoiser(given, draws, s, table)), x, table):
                 yield {name: value / (step.sigma[name] or 1.0) for name, value in step.items()}
-
-
-class _Counted:
-    """One evaluation of a network, for counting."""
-
-    def __call__(self, x: State, sigma: Levels) -> Prediction:
-        raise NotImplementedError
-
-    def evaluations(self, sigma: Levels) -> int:
-        return 1
 
 
 def _contiguous(module: nn.Module, tensors: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -7,29 +7,10 @@ encoder of a variable that is generated otherwise is an *observation*: it comput
 place of its generator; it is never applied to what was sampled. A decoder is a deterministic generator: it runs on
 what was sampled too, and its arrow belongs to the generative graph as a stage's do.
 
-**When is a plan correct?** Call E what is given with all that encoders and decoders compute from it. A plan samples
-S_1, S_2, ... in topological order, each from p(S_i | inputs_i, those outputs of the same stage that are in E). The
-product is p(S_1, S_2, ... | E) if every S_i is independent of the rest of E given what its stage sees. Given its
-parents, S_i is independent of its non-descendants (local Markov property); a descendant in E is d-connected to it,
-since no parent lies on the way down. So d-separation comes to this: *no variable of E descends from S_i*; and if
-outputs of the same stage are in E, the stage must have been trained for that conditional. Other requests are refused,
-naming what would be ignored.
-
-**Why decoders do not change this.** A decoded variable is a node of the graph whose conditional is a point mass, so the
-local Markov property, and with it every acceptance, holds as it stands: given clip, where clip is encoded from the
-image that is decoded from the latent, the latent's stage is refused, since clip descends from it. But a function
-implies independences that the graph does not show: d = f(a) carries no information once a is known. A refusal would be
-wrong if it rested on such a d alone, and none does: whatever d descends from, a descends from or is, so that a in E is
-refused itself, or not sampled; and E holds f(a) whenever it holds a, so that encoders see it (given a latent, clip is
-encoded from its image). For the same reason `d` stands for the variable that it is decoded from wherever the question
-is whether the stages model a relation (`_observations`): two variables decoded from one latent are never "sampled
-separately", and a latent sampled beside an encoding of its image is, though the image itself may not be wanted.
-
-In short: if every stage samples its true conditional, the product of the stages is the distribution of the data, and
-encoders agree with it without error, then every accepted request samples p(want | given), and every refused one would
-not (but for numerical coincidences). In practice a generated image agrees with its embedding approximately, and
-decoding what was encoded gives back an image approximately: conditionals are those of the product of the stages, and an
-encoder's output, where an encoder runs, is taken as observed.
+A request is accepted if no variable that is known descends from one that would be sampled, and every stage some of
+whose outputs are known was trained for that conditional; others are refused, naming what would be ignored. Why then
+every accepted request samples p(want | given), decoders included, is shown in docs/mathematics.md, "When a request is
+exact".
 
 A recipe whose stages leave out a dependence that an encoder reveals (image and clip sampled separately, though clip is
 an encoding of image) is not such a product; requests that would expose it are refused too. A variable with two encoders

@@ -10,6 +10,7 @@ from chaindiff.chain.graph import Plan
 from chaindiff.chain.stage import Cost
 from chaindiff.io.errors import in_lines
 from chaindiff.show.drawing import Arrow, Box, chain_svg
+from chaindiff.show.page import amount
 
 if TYPE_CHECKING:
     from chaindiff.chain.chain import Chain
@@ -152,11 +153,3 @@ class ChainPlan:
 
     def svg(self) -> str:
         return chain_svg(*self.drawing())
-
-
-def amount(value: float) -> str:
-    """A number with a unit prefix: 83.7 G."""
-    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:.3g} {prefix}"
-    return f"{value:.3g} "

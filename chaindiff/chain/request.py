@@ -113,7 +113,7 @@ def tuned(running: Sequence[Stage], said: Mapping[str, Any]) -> dict[str, dict[s
     Raises UserError for settings that no stage takes.
     """
     stages = {stage.name: stage for stage in running if isinstance(stage, Diffusion)}
-    droppable = {name: stage.droppable(stage.sampler) for name, stage in stages.items()}
+    droppable = {name: stage.sampling().droppable for name, stage in stages.items()}
     guidance, rest = said.get("guidance"), {key: value for key, value in said.items() if key != "guidance"}
     if rest and not stages:
         raise UserError(f"{', '.join(rest)}: no diffusion stage runs here")

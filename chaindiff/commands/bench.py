@@ -13,9 +13,9 @@ from statistics import median
 from chaindiff.bench.regressions import Comparison, compare
 from chaindiff.bench.suite import CASES, Case, CaseResult, Results, SideResult, chosen, read
 from chaindiff.bench.timing import Side, machine, measure
-from chaindiff.chain.plan import amount
 from chaindiff.evaluation.tables import Table, plain
 from chaindiff.io.progress import say, silenced
+from chaindiff.show.page import amount
 
 PACKAGES = ("chain-diffusion-models", "torch", "numpy", "diffusers", "denoising-diffusion-pytorch", "k-diffusion")
 HEAD = ["", "a second", "time", "spread", "FLOP/s", "parameters", "FLOP", "memory", "of the first's time"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,9 @@ from chaindiff.training.begin import AUGMENT, Begun, begin
 FORMAT = "chaindiff-network/1"
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What an import wrote."""
-
-    path: Path
-    snapshot: Snapshot
-
-
 def import_snapshot(
     path: Path, out: Path | None = None, loaded: Loaded | None = None, stage: str | None = None
-) -> Imported:
+) -> None:
     """Write a snapshot of EDM or VCDM as safetensors, and say what it holds and how to use it.
 
     With a recipe, the file is the weights of its stage, to sample with; else a network, to begin a stage from.
@@ -54,7 +45,6 @@ def import_snapshot(
             say("the augmentation label is left out: the stage has none, and sampling sets it to zero")
         say(f"wrote {out}, weights of stage '{name}'")
         say(f"to sample: chaindiff sample {loaded.spoken} --set stages.{name}.weights={out}")
-    return Imported(out, snapshot)
 
 
 def metadata(snapshot: Snapshot, path: Path) -> dict[str, Any]:

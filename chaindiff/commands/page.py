@@ -66,16 +66,6 @@ def write_run_report(path: Path, assembly: Assembly, sampled: Sampled, banner: s
         "Execution": {name: " ".join(map(str, how.values())) for name, how in lock["execution"].items()},
         "Versions": lock["versions"],
     }
-    page = Page(
-        recipe.name,
-        recipe.description,
-        banner,
-        found.svg(),
-        pictures,
-        rows,
-        sections(assembly.out),
-        provenance,
-        read_within(assembly.out, assembly.out / LOCK).decode(),
-        shows(assembly, banner),
-    )
-    write_report(path, page)
+    parts, locked = sections(assembly.out), read_within(assembly.out, assembly.out / LOCK).decode()
+    shown = (found.svg(), pictures, rows, parts, provenance, locked, shows(assembly, banner))
+    write_report(path, Page(recipe.name, recipe.description, banner, *shown))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,9 @@ class Sampled:
         }
 
 
-def sample(
-    loaded: Loaded,
-    out: Path | None = None,
-    count: int | None = None,
-    seed: int | None = None,
-    batch: int | None = None,
-    want: Sequence[str] | None = None,
-    given: Mapping[str, Any] | None = None,
-    replace: bool = False,
-) -> Sampled:
-    """Sample with existing weights."""
-    assembly = Assembly(asking(loaded, count=count, seed=seed, batch=batch, want=want, given=given), out)
+def sample(loaded: Loaded, out: Path | None = None, replace: bool = False, **asked: Any) -> Sampled:
+    """Sample with existing weights; `asked`: fields of the recipe's `sample`, where they are not None."""
+    assembly = Assembly(asking(loaded, **asked), out)
     with sole_writer(assembly.out):
         sampled = sample_chain(assembly, replace)
     say(f"{sampled.samples.count} samples in {sampled.samples.folder}")

@@ -11,6 +11,7 @@ from chaindiff.specs.recipe import DataSpec, FileSpec, OpenClipSpec, PcaSpec
 
 CLIP_WIDTH, MAP_WIDTH = 128, 320  # of the embedded image-text model and its last features
 CLASSES = 7  # groups of the embedded images
+TRAIN = {"images": 24, "batch": 8, "accumulate": 1, "precision": "float32", "execution": "eager", "log_every": 1}
 
 
 def smoke_version(loaded: Loaded) -> Loaded:
@@ -37,14 +38,7 @@ def smoke_version(loaded: Loaded) -> Loaded:
         stages[name] = {
             "network": stage.network and _network(stage.network),
             "augment": {"variants": min(stage.augment.variants, 1)},
-            "train": {
-                "images": 24,
-                "batch": 8,
-                "accumulate": 1,
-                "precision": "float32",
-                "execution": "eager",
-                "log_every": 1,
-            },
+            "train": dict(TRAIN),
             "sample": {} if is_code(stage.kind) else {"steps": 3},
             "weights": None,
             "init": None,

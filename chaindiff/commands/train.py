@@ -21,23 +21,19 @@ def train(
     """
     assembly = Assembly(loaded, out)
     with sole_writer(assembly.out):
-        train_assembly(assembly, stage, more, fresh)
-
-
-def train_assembly(assembly: Assembly, stage: str | None, more: int, fresh: bool) -> None:
-    """`train` in a directory that nobody else writes to."""
-    names = [stage] if stage else list(assembly.recipe.stages)
-    for name in names:
-        assembly.stages[name].check_begin(fresh)
-    for name in names:
-        unfinished = assembly.stages[name].unfinished
-        processes().wait_for_everyone()  # all of them have looked before one changes anything
-        if fresh and not unfinished:
-            states.discard(assembly.stages[name].folder)
-        weights = None if fresh else assembly.stages[name].find_weights()
-        if weights is not None and weights.exists() and not more and not unfinished:
-            say(f"stage {name} has weights: {weights} (--more IMAGES continues from them, --fresh trains from scratch)")
-        else:
+        stages = {name: assembly.stages[name] for name in ([stage] if stage else assembly.recipe.stages)}
+        for part in stages.values():
+            part.check_begin(fresh)
+        for name, part in stages.items():
+            unfinished = part.unfinished
+            processes().wait_for_everyone()  # all of them have looked before one changes anything
+            if fresh and not unfinished:
+                states.discard(part.folder)
+            weights = None if fresh else part.find_weights()
+            if weights is not None and weights.exists() and not more and not unfinished:
+                tail = "--more IMAGES continues from them, --fresh trains from scratch"
+                say(f"stage {name} has weights: {weights} ({tail})")
+                continue
             if more and weights is not None and not unfinished:
                 say(f"stage {name}: continues from the weights {weights}")
             say(f"stage {name}: weights {train_stage(assembly, name, start=weights, more=more)}")

@@ -132,16 +132,12 @@ def _warp(images: Float[Tensor, "n 3 h w"], matrix: Float[Tensor, "n 3 3"], poin
     pixels = torch.tensor([width / 2, height / 2], dtype=torch.float64, device=images.device)
     linear = inverse[:, :2, :2] * pixels[None, None, :] / pixels[None, :, None]
     a, c = linear.float(), (2 * inverse[:, :2, 2]).float()
-    x, y = (_centres(points * side, images.device) for side in (width, height))
+    # The centres of a side's pixels, where the side reaches from -1 to 1.
+    x, y = ((torch.arange(n, device=images.device) * 2 + 1 - n) / n for n in (points * width, points * height))
     grid = a[:, None, None, :, 0] * x[:, None] + (a[:, None, None, :, 1] * y[:, None, None] + c[:, None, None])
     mode = "bicubic" if points == 1 else "bilinear"
     out = F.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
     return F.avg_pool2d(out, points) if points > 1 else out
-
-
-def _centres(side: int, device: torch.device) -> Float[Tensor, " side"]:
-    """The centres of a side's pixels, where the side reaches from -1 to 1."""
-    return (torch.arange(side, device=device) * 2 + 1 - side) / side
 
 
 def _matrices(*entries: np.ndarray | int) -> Float64[np.ndarray, "n 3 3"]:

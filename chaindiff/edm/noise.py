@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from chaindiff.edm.random import Draws
-from chaindiff.edm.schedules import VP, Cosine, Flow, iddpm_levels
+from chaindiff.edm.schedules import VP, Cosine, Flow, iddpm_table
 
 LARGEST_LOG_SNR = 20.0  # Salimans & Ho 2022 clip log-SNR to [-20, 20]
 
@@ -65,7 +64,7 @@ class DiscreteLevels:
 
     def __call__(self, draws: Draws) -> Float[Tensor, " batch"]:
         chosen = draws.integers("sigma", below=self.levels)
-        return _iddpm_table(self.levels, chosen.device)[chosen]
+        return iddpm_table(self.levels, chosen.device)[chosen]
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,6 @@ class FlowTime:
 
     def __call__(self, draws: Draws) -> Float[Tensor, " batch"]:
         return Flow().sigma(self.min + draws.uniform("sigma") * (self.max - self.min))
-
-
-@cache
-def _iddpm_table(levels: int, device: torch.device) -> Float[Tensor, " levels"]:
-    return torch.tensor(iddpm_levels(levels), dtype=torch.float32, device=device)
 
 
 def one_of(values: Sequence[int], index: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:

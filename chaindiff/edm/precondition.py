@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from chaindiff.edm.schedules import VP as VPSchedule
-from chaindiff.edm.schedules import Cosine, Flow, iddpm_levels
+from chaindiff.edm.schedules import Cosine, Flow, iddpm_levels, iddpm_table
 
 # c_noise = ln(sigma) / 4 grows without bound as sigma -> 0; lower levels are clamped to this one.
 SMALLEST_SIGMA = 1e-5
@@ -249,12 +248,6 @@ class VE:
         return 1 / sigma**2
 
 
-@lru_cache
-def _levels_on(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """iDDPM's levels on a device, copied once for comparisons."""
-    return torch.tensor(iddpm_levels(count), device="cpu").to(device, dtype)
-
-
 @dataclass(frozen=True)
 class IDDPM(PredictsNoise):
     """The network predicts the noise of a discrete process, given the index of the nearest level (EDM, table 1).
@@ -278,6 +271,6 @@ class IDDPM(PredictsNoise):
         return float(known[np.abs(known - sigma).argmin()])
 
     def told(self, sigma: Tensor) -> Tensor:
-        known = _levels_on(self.levels, sigma.device, sigma.dtype)[: self.levels]
+        known = iddpm_table(self.levels, sigma.device, sigma.dtype)[: self.levels]
         nearest = (sigma[..., None] - known).abs().argmin(-1)
         return (self.levels - 1 - nearest).to(sigma.dtype)

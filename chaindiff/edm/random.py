@@ -36,16 +36,6 @@ def seed(*key: Key) -> int:
     return int.from_bytes(digest(*key)[:8], "little") >> 1
 
 
-def normal(shape: Iterable[int], *key: Key) -> Tensor:
-    """Standard normal noise in float64, on the host."""
-    return normal_batch(shape, [0], *key)[0]
-
-
-def normal_batch(shape: Iterable[int], samples: Iterable[int], *key: Key) -> Tensor:
-    """Noise for several samples in float64, [len(samples), *shape]; each row depends only on its own sample number."""
-    return Draws(samples, *key, dtype=torch.float64).normal(shape=shape)
-
-
 class Draws:
     """Randomness for a batch of samples, each a pure function of (seed, key, role, sample number).
 

@@ -91,11 +91,8 @@ class VP(VariancePreserving):
         beta_d = 2 * (high - low / eps) / (1 - eps)
         return cls(beta_d, high - beta_d / 2)
 
-    def _exponent(self, t: Number) -> Number:
-        return self.beta_d / 2 * t**2 + self.beta_min * t
-
     def sigma(self, t: Number) -> Number:
-        return _math(t).expm1(self._exponent(t)) ** 0.5
+        return _math(t).expm1(self.beta_d / 2 * t**2 + self.beta_min * t) ** 0.5
 
     def dsigma(self, t: float) -> float:
         sigma = self.sigma(t)
@@ -218,3 +215,9 @@ def iddpm_levels(count: int = 1000) -> Float64[np.ndarray, " count1"]:
         levels[j - 1] = np.sqrt((levels[j] ** 2 + 1) / max(fraction[j - 1] / fraction[j], IDDPM_CLIP) - 1)
     levels.setflags(write=False)
     return levels
+
+
+@lru_cache
+def iddpm_table(count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`iddpm_levels` on a device, copied once."""
+    return torch.tensor(iddpm_levels(count), device="cpu").to(device, dtype)

@@ -17,16 +17,9 @@ from chaindiff.specs.code import CodeEncoderSpec
 from chaindiff.specs.recipe import FileSpec, ResizeSpec, VariableSpec
 
 __all__ = [
-    "Embedding",
-    "Encoder",
-    "FileVectors",
-    "OpenClipImage",
-    "OpenClipText",
-    "Resize",
-    "Statistics",
-    "build_decoder",
+    "Embedding", "Encoder", "FileVectors", "OpenClipImage", "OpenClipText", "Resize", "Statistics", "build_decoder",
     "build_encoder",
-]
+]  # fmt: skip
 
 
 def build_encoder(name: str, specs: Mapping[str, VariableSpec], fitted: Path | None = None) -> Encoder:

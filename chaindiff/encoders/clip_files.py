@@ -158,13 +158,7 @@ def _named(spec: OpenClipSpec, where: str) -> Files:
 
     # OpenAI's models were trained with a faster approximation of GELU: the tag implies it, the model's name may not.
     quick = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
-    return Files(
-        {**config, "quick_gelu": quick},
-        _preprocessing(tag),
-        file,
-        create,
-        tokenizer,
-    )
+    return Files({**config, "quick_gelu": quick}, _preprocessing(tag), file, create, tokenizer)
 
 
 @contextmanager

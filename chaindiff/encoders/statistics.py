@@ -56,7 +56,8 @@ class Statistics:
                 f"{k} principal components cannot be fitted to {rows} embeddings of {covariance.shape[-1]} numbers",
                 hint="choose a smaller k, or none: reduce: null",
             )
-        variance, vectors = _principal(covariance)
+        _, variance, vectors = torch.linalg.svd(covariance)  # in descending order, directions as rows
+        vectors = vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
         share = (variance[:k].sum() / variance.sum()).item() if variance.sum() > 0 else 1.0
         return cls(mean.float(), _nonzero(variance[:k].sqrt()), vectors[:k].float().contiguous()), share
 
@@ -118,10 +119,3 @@ class Statistics:
 
 def _nonzero(std: Float64[Tensor, " k"]) -> Float[Tensor, " k"]:
     return torch.where(std > 1e-7 * std.max(), std, torch.ones_like(std)).float()
-
-
-def _principal(covariance: Float64[Tensor, "d d"]) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
-    """Variances in descending order and their directions, as rows."""
-    _, variance, vectors = torch.linalg.svd(covariance)
-    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return variance, vectors * largest.sign()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from chaindiff.evaluation.report import Report
 from chaindiff.evaluation.rows import BATCH, Row
 from chaindiff.evaluation.study import Study
-from chaindiff.evaluation.tables import Measured, Results
+from chaindiff.evaluation.tables import Group, Measured, Results
 from chaindiff.io.errors import UserError
 from chaindiff.io.memory import noted
 from chaindiff.io.processes import processes, share
@@ -42,20 +43,6 @@ class Sweep:
             values = [values]
         return cls(".".join(path), tuple(values))
 
-    def overrides(self) -> Iterable[tuple[Any, dict[str, Any]]]:
-        for value in self.values:
-            yield value, nest(self.field.split("."), wrap(value, None)).plain()
-
-
-@dataclass
-class Group:
-    """Rows that belong in one table; `x` are the settings of a sweep."""
-
-    title: str
-    kind: str  # "main", "links", "sweep"
-    rows: list[list[Row]] = field(default_factory=list)  # a list of seeds for each row
-    x: list[Any] = field(default_factory=list)
-
 
 class Rows:
     """Makes the rows of one recipe that share a folder and a variable."""
@@ -71,17 +58,13 @@ class Rows:
         loaded: Loaded | None = None,
         out: Path | None = None,
         seeds: Sequence[int] | None = None,
-        count: int | None = None,
-        split: str | None = None,
     ) -> list[Row]:
         """One row for each seed; its label names what the recipe gives."""
         recipe = (loaded or self.loaded).override(changes) if changes else loaded or self.loaded
         told = [f"{name} {'...' if isinstance(v, Tensor) else v}" for name, v in recipe.recipe.sample.given.items()]
         label += f", given {', '.join(told)}" * bool(told)
-        return [
-            Row(label, recipe, self.of, self.folder, count or self.count, seed, tuple(oracle), split, out or self.out)
-            for seed in (seeds or self.seeds)
-        ]
+        row = partial(Row, label, recipe, self.of, self.folder, self.count, oracle=tuple(oracle), out=out or self.out)
+        return [row(seed=seed) for seed in (seeds or self.seeds)]
 
 
 def measured_variable(assembly: Assembly, of: str | None) -> str:
@@ -97,14 +80,14 @@ def measured_variable(assembly: Assembly, of: str | None) -> str:
     return of or wanted[-1]
 
 
-def link_rows(make: Rows, assembly: Assembly) -> Group:
+def link_rows(make: Rows, assembly: Assembly) -> Group[list[Row]]:
     """Every subset of the stages upstream of the measured one, replaced by ground truth.
 
     Subsets that run the same stages on the same values are one row.
     """
     first = make(assembly.recipe.name)[0]
     upstream = [name for name in first.made if name != make.of]
-    group, seen = Group("What each link costs", "links"), set()
+    group, seen = Group[list[Row]]("What each link costs", "links"), set()
     for size in range(len(upstream) + 1):
         for oracle in itertools.combinations(upstream, size):
             label = f"{', '.join(oracle)} from the data" if oracle else "the whole chain"
@@ -120,11 +103,12 @@ def link_rows(make: Rows, assembly: Assembly) -> Group:
     return group
 
 
-def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group:
+def sweep_rows(make: Rows, sweep: Sweep, oracle: Sequence[str] = ()) -> Group[list[Row]]:
     """One row for each value of a setting. Raises UserError for values that the recipe refuses."""
     tail = f", {', '.join(oracle)} from the data" if oracle else ""
-    group = Group(f"{sweep.field}{tail}", "sweep")
-    for value, changes in sweep.overrides():
+    group = Group[list[Row]](f"{sweep.field}{tail}", "sweep")
+    for value in sweep.values:
+        changes = nest(sweep.field.split("."), wrap(value, None)).plain()
         group.rows.append(make(f"{sweep.field.split('.')[-1]} {value}{tail}", oracle, changes, seeds=make.seeds[:1]))
         group.x.append(value)
     return group
@@ -219,7 +203,8 @@ def draw_all(rows: Sequence[Row]) -> None:
             shown(f"sample {row.label}, seed {row.seed}", row.draw())
 
 
-def measure_group(group: Group, study: Study) -> Results:
+def measure_group(group: Group[list[Row]], study: Study) -> Results:
+    """The rows with their figures, one row for a list of its seeds."""
     measured = [
         Measured(rows[0].label, [row.about() for row in rows], [study.figures(row) for row in rows])
         for rows in group.rows

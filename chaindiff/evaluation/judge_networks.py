@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -63,16 +61,3 @@ class VitTrunk(nn.Module):
 
 
 TRUNKS = {"conv": ConvTrunk, "vit": VitTrunk}
-
-
-class Judge(nn.Module):
-    """A trunk, and a linear head for each attribute to predict: {name: classes}."""
-
-    def __init__(self, kind: str, heads: Mapping[str, int]):
-        super().__init__()
-        self.trunk = TRUNKS[kind]()
-        self.heads = nn.ModuleDict({name: nn.Linear(self.trunk.width, classes) for name, classes in heads.items()})
-
-    def forward(self, x: Float[Tensor, "n 3 32 32"]) -> dict[str, Tensor]:
-        features = self.trunk(x)
-        return {name: head(features) for name, head in self.heads.items()}

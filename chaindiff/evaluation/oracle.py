@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,15 @@ from torch import Tensor
 from chaindiff.data import open_data
 from chaindiff.data.items import Data
 from chaindiff.edm.random import generator
-from chaindiff.encoders import FileVectors
+from chaindiff.encoders import Encoder, FileVectors
 from chaindiff.io.digest import digest
 from chaindiff.io.errors import UserError
 from chaindiff.io.progress import shown
 from chaindiff.io.shards import Shards
 from chaindiff.recipe.assembly import Assembly
-from chaindiff.specs.recipe import DataSpec, FileSpec
-from chaindiff.training.batches import Features
+from chaindiff.specs.recipe import DataSpec
+from chaindiff.specs.training import AugmentSpec
+from chaindiff.training.batches import Batches, Features
 
 BATCH = 128
 
@@ -44,43 +44,35 @@ class DataValues:
 
     def __init__(self, assembly: Assembly, data: Data, folder: Path):
         self.assembly, self.data, self.folder = assembly, data, folder
-        self._encoder = cache(lambda name: assembly.encoders[name].build())
-        self._vectors = cache(self._read_vectors)
+        self._batches = cache(self._read)
 
     def of(self, name: str, rows: Sequence[int]) -> Tensor:
         """A variable's values for some rows; encoders' outputs are cached, except images."""
-        variable = self.assembly.variables[name]
-        if variable.kind == "text":
-            raise UserError(f"a text cannot be sampled from; ask for an encoding of '{name}'")
+        variable, batches = self.assembly.variables[name], self._batches(name)
         if variable.kind == "image" or name not in self.assembly.encoders:
-            return self._compute(name, rows)
+            return batches.values([name], rows)[name]
         encoder = self.assembly.encoders[name]
         key = digest([variable.identity, encoder.digest, encoder.files, self.data.content, len(self.data)])
         store = Shards(self.folder / f"{name}-{key}", key, len(self.data))
-        shown(f"encode {name}", store.fill(lambda some: {"values": self._compute(name, some)}, BATCH))
+        shown(f"encode {name}", store.fill(lambda some: {"values": batches.values([name], some)[name]}, BATCH))
         return store["values"][rows]
 
-    def _compute(self, name: str, rows: Sequence[int]) -> Any:
-        """A tensor, or for a text the list of it."""
-        assembly, spec = self.assembly, self.assembly.recipe.variables[name]
-        if name == assembly.root.name:
-            return self.data.pixels(list(rows), assembly.root.shape[-1])
-        if isinstance(spec.encoder, FileSpec):
-            return self._encoder(name).scale(self._vectors(name)[rows])
-        if spec.reads is not None:
-            with torch.no_grad():
-                return self._encoder(name)(self._compute(spec.reads, rows))
-        if spec.kind == "label":
-            return torch.tensor(self.data.categories(assembly.columns[name].field)[1])[list(rows)]
-        if spec.kind != "text":
-            return self.data.column(assembly.columns[name].field)[list(rows)]
-        return [self.data.field(assembly.columns[name].field)[row] for row in rows]
-
-    def _read_vectors(self, name: str) -> Features:
-        encoder = self._encoder(name)
-        assert isinstance(encoder, FileVectors)
-        with self.assembly.located():
-            return encoder.rows_of(self.data.names)
+    def _read(self, name: str) -> Batches:
+        """What reads a variable from the data, through its encoders."""
+        assembly, encoders, caches, at = self.assembly, dict[str, Encoder](), dict[str, Features](), name
+        if assembly.variables[name].kind == "text":
+            raise UserError(f"a text cannot be sampled from; ask for an encoding of '{name}'")
+        while at is not None and at in assembly.encoders:
+            encoders[at] = encoder = assembly.encoders[at].build()
+            if isinstance(encoder, FileVectors):
+                with assembly.located():
+                    caches[at] = encoder.rows_of(self.data.names)
+            at = assembly.recipe.variables[at].reads
+        read = [] if at is None else [assembly.variables[at]]
+        root = next((variable for variable in read if variable.kind == "image"), None)  # no encoder makes it
+        fields = {name: column.field for name, column in assembly.columns.items()}
+        wanted, plainly = [assembly.variables[name]], AugmentSpec(flip=False)
+        return Batches(self.data, root, wanted, encoders, caches, fields, plainly, 0, read)
 
 
 def oracle(values: DataValues, names: Iterable[str], count: int, seed: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chaindiff.chain.plan import ChainPlan
 from chaindiff.chain.request import Value, rows_of
-from chaindiff.evaluation.oracle import DataValues, oracle, split_of
+from chaindiff.evaluation.oracle import DataValues, oracle
 from chaindiff.execution.prepare import Preparation
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import digest
@@ -49,7 +49,6 @@ class Row:
     count: int = 1000
     seed: int = 0
     oracle: Sequence[str] = ()
-    split: str | None = None  # of the oracle's values
     out: Path | None = None  # the run whose weights are used
 
     @cached_property
@@ -99,7 +98,7 @@ class Row:
             depends["sample"].pop(irrelevant)
         depends["sample"]["precision"] = self.assembly.recipe.sample.precision
         data = self.assembly.data.content if self.from_data else None
-        return digest([depends, self.made, self.from_data, self.split, data, CHUNK])
+        return digest([depends, self.made, self.from_data, None, data, CHUNK])
 
     @cached_property
     def store(self) -> Shards:
@@ -116,7 +115,7 @@ class Row:
             n: v if len(v) == 1 else rows_of(v, [row % len(v) for row in range(whole)]) for n, v in self.values.items()
         }
         if self.from_data:
-            values = DataValues(assembly, split_of(assembly, self.split), self.folder / "data")
+            values = DataValues(assembly, assembly.data, self.folder / "data")
             given |= oracle(values, self.from_data, whole, self.seed)
         settings = {"seed": self.seed, "batch": BATCH, "want": self.made, "given": given}
         asked = assembly.recipe.sample
@@ -132,20 +131,6 @@ class Row:
     def images(self, rows: Sequence[int]) -> Tensor:
         """Samples of what is measured, uint8 [n, 3, h, w]."""
         return self.samples(self.of)[rows]
-
-    @property
-    def seconds_per_image(self) -> float:
-        """Median over samples, so that a compilation does not count."""
-        return self.samples("seconds")[:].median().item()
-
-    @property
-    def gflops(self) -> float:
-        """Sampling cost of one image."""
-        return sum(self.plan.costs[name].total_flops for name in self.plan.running) / 1e9
-
-    @property
-    def nfe(self) -> dict[str, int]:
-        return {name: self.plan.costs[name].nfe for name in self.plan.running}
 
     @cached_property
     def training_images(self) -> dict[str, int | None]:
@@ -166,7 +151,8 @@ class Row:
         return total / 1e15
 
     def about(self) -> dict[str, Any]:
-        """The details reported beside this row's figures."""
+        """The details reported beside this row's figures; sampling costs are of one image."""
+        costs = {name: self.plan.costs[name] for name in self.plan.running}
         return {
             "row": self.label,
             "recipe": self.assembly.recipe.name,
@@ -175,11 +161,11 @@ class Row:
             "given": {n: f"{list(v.shape)} numbers" if isinstance(v, Tensor) else v for n, v in self.given.items()},
             "count": self.count,
             "seed": self.seed,
-            "nfe": self.nfe,
-            "gflops": self.gflops,
+            "nfe": {name: cost.nfe for name, cost in costs.items()},
+            "gflops": sum(cost.total_flops for cost in costs.values()) / 1e9,
             "training images": self.training_images,
             "training pflop": self.training_pflop,
-            "seconds per image": self.seconds_per_image,
+            "seconds per image": self.samples("seconds")[:].median().item(),  # without what a compilation took
         }
 
 

@@ -146,25 +146,25 @@ class Study:
             try:
                 measured = kept.validate_json(read_whole(path))
             except (OSError, ValidationError):
-                measured = self._patches(row, against) if judge == PATCHES else self._measure(row, against, judge)
+                values = self._patches(row, against) if judge == PATCHES else self._distances(row, against, judge)
+                measured = self._told(values, row, against, judge)
                 measured += self._alignment(row, judge, texts) if texts else []
                 write_whole(path, kept.dump_json(measured))
             found += measured
         return found
 
-    def _measure(self, row: Row, against: DataImages, judge: str) -> list[Figure]:
-        real, fake = self.features(against, judge, "data"), self.features(row, judge, row.label)
-        return self._told(distances(real, fake, judge, row.seed), row, against, judge)
+    def _distances(self, row: Row, against: DataImages, judge: str) -> Mapping[str, Any]:
+        return distances(self.features(against, judge, "data"), self.features(row, judge, row.label), judge, row.seed)
 
     def _captions(self, row: Row, judge: str) -> list[str] | None:
         """Of the images that samples are made for: where values come from the data, and the judge reads texts."""
         if not judge.startswith("open_clip") or not row.from_data:
             return None
-        return captions(row.assembly, self.data(row, row.split).data)
+        return captions(row.assembly, self.data(row, None).data)
 
     def _alignment(self, row: Row, judge: str, texts: list[str]) -> list[Figure]:
         """Mean cosine of each sample and the caption of the image that it was made for, and that of those images."""
-        source = self.data(row, row.split)
+        source = self.data(row, None)
         images = oracle_rows(source.count, row.count, row.seed)
         told = torch.tensor([bool(text) for text in texts])[images].nonzero()[:, 0]  # samples with a caption
         if not len(told):
@@ -177,12 +177,11 @@ class Study:
         }
         return self._told(values, row, source, judge)
 
-    def _patches(self, row: Row, against: DataImages) -> list[Figure]:
+    def _patches(self, row: Row, against: DataImages) -> Mapping[str, Any]:
         """Sliced Wasserstein distance of patches, mean over the levels of the pyramid; it needs no network."""
         count = min(row.count, against.count, MOST)
         real, fake = (x.images(_chosen(x.count, count, row.seed)) for x in (against, row))
-        levels = sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH)
-        return self._told({"swd": fmean(levels.values())}, row, against, PATCHES)
+        return {"swd": fmean(sliced_wasserstein_laplacian(real, fake, seed=row.seed, **EACH).values())}
 
     def _told(self, values: Mapping[str, Any], row: Row, against: DataImages, judge: str) -> list[Figure]:
         """Values with their provenance."""

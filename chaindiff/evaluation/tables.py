@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from chaindiff.evaluation.provenance import Figure, check_alike
 from chaindiff.io.errors import in_lines
 
 Table = list[list[str]]
+R = TypeVar("R")
 SCALE = {"kid": 1000.0}  # KID is shown in thousandths
 SHOWN = ("fd", "kid", "cmmd", "swd", "precision", "recall", "alignment", "alignment_data")  # of all that is measured
 NAMES = {
-    "fd": "FD",
-    "kid": "KID x1000",
-    "swd": "SWD",
-    "precision": "precision",
-    "recall": "recall",
-    "coverage": "coverage",
-    "alignment": "alignment with captions",
+    "fd": "FD", "kid": "KID x1000", "swd": "SWD", "alignment": "alignment with captions",
     "alignment_data": "alignment of the data itself",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,14 +46,17 @@ class Measured:
         return max(within, between)
 
 
-@dataclass(frozen=True)
-class Results:
-    """A table's rows; `x` are the settings of a sweep."""
+@dataclass
+class Group(Generic[R]):
+    """Rows that belong in one table, to be measured or measured; `x` are the settings of a sweep."""
 
     title: str
-    kind: str
-    rows: Sequence[Measured]
-    x: Sequence[Any] = ()
+    kind: str  # "main", "links", "sweep"
+    rows: list[R] = field(default_factory=list)
+    x: list[Any] = field(default_factory=list)
+
+
+Results = Group[Measured]
 
 
 def judges_of(rows: Iterable[Measured]) -> dict[str, bool]:

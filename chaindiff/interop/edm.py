@@ -14,42 +14,28 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from chaindiff.io.errors import UserError, did_you_mean
+from chaindiff.io import tensorfile
+from chaindiff.io.errors import UserError, did_you_mean, some
 from chaindiff.networks.arch import ARCHS
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.base import Spec
 from chaindiff.specs.network import UNetSpec
 from chaindiff.specs.noise import IddpmSpec, Precondition, PreconditionSpec, VeSpec, VpSpec
 
-# Constructors of the published classes: their arguments in order, with defaults; ... is required.
+# Constructors of the published classes: their arguments, with defaults; ... is required.
 COMMON = {"img_resolution": ..., "in_channels": ..., "out_channels": ..., "label_dim": 0, "augment_dim": 0}
+INNER = {"channel_mult_emb": 4, "dropout": 0.1, "label_dropout": 0}
 UNETS: dict[str, dict[str, Any]] = {
     "SongUNet": {
-        **COMMON,
-        "model_channels": 128,
-        "channel_mult": [1, 2, 2, 2],
-        "channel_mult_emb": 4,
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-        "dropout": 0.1,
-        "label_dropout": 0,
-        "embedding_type": "positional",
-        "channel_mult_noise": 1,
-        "encoder_type": "standard",
-        "decoder_type": "standard",
-        "resample_filter": [1, 1],
+        **COMMON, **INNER, "model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4,
+        "attn_resolutions": [16], "embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
+        "decoder_type": "standard", "resample_filter": [1, 1],
     },
     "DhariwalUNet": {
-        **COMMON,
-        "model_channels": 192,
-        "channel_mult": [1, 2, 3, 4],
-        "channel_mult_emb": 4,
-        "num_blocks": 3,
+        **COMMON, **INNER, "model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3,
         "attn_resolutions": [32, 16, 8],
-        "dropout": 0.1,
-        "label_dropout": 0,
     },
-}
+}  # fmt: skip
 WRAPPER = {"img_resolution": ..., "img_channels": ..., "label_dim": 0, "use_fp16": False, "model_type": "SongUNet"}
 ADM = {**WRAPPER, "model_type": "DhariwalUNet"}
 # Preconditioners: our spec, then the constructor's own arguments; further ones go on to the U-Net.
@@ -77,12 +63,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "DhariwalUNet": {"adm": {"channel_mult_emb": 4}},
 }
 SETTINGS = {  # published -> ours
-    "model_channels": "channels",
-    "channel_mult": "mult",
-    "num_blocks": "blocks",
-    "attn_resolutions": "attention",
+    "model_channels": "channels", "channel_mult": "mult", "num_blocks": "blocks", "attn_resolutions": "attention",
     "dropout": "dropout",
-}
+}  # fmt: skip
 COMPUTED = {("iDDPMPrecond", "u")}  # tables that are not weights: noise levels, from C_1, C_2 and M
 LARGEST = 65_536  # of any size that a snapshot states; the largest published is 1,024
 
@@ -233,10 +216,6 @@ def _refuse_shape(class_name: str, network: UNetSpec, resolution: int) -> None:
         raise UserError(f"{class_name}: model_channels={network.channels} is not divisible into heads of 64 channels")
 
 
-def _listing(problems: list[str]) -> str:
-    return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-
-
 def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UNet:
     """A published network with its weights, in float32.
 
@@ -251,15 +230,8 @@ def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Map
     if len(described.network.mult) * described.network.blocks > len(tensors):  # before so many blocks are built
         raise UserError(f"{class_name}: {len(tensors)} tensors are too few for num_blocks={described.network.blocks}")
     network = described.build()
-    own = network.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unexpected {name}" for name in kept if not name.startswith(prefix)]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
+    problems = [f"unexpected {name}" for name in kept if not name.startswith(prefix)]
+    problems += tensorfile.misfits(network, tensors)
     problems += [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]
     taps = torch.tensor(ARCHS[described.network.arch].taps, dtype=torch.float32)
     kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
@@ -269,6 +241,6 @@ def load_edm_network(class_name: str, kwargs: Mapping[str, Any], state_dict: Map
         if name.endswith(".resample_filter") and (value.shape != kernel.shape or not torch.equal(value.float(), kernel))
     ]
     if problems:
-        raise UserError(f"{class_name}: its tensors do not fit its arguments: {_listing(problems)}")
+        raise UserError(f"{class_name}: its tensors do not fit its arguments: {some(problems, 4)}")
     network.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return network.eval()

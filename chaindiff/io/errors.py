@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 LONGEST = 2000  # characters of one line of a message: a file's whole text may stand where a name was expected
@@ -47,6 +47,11 @@ class UserError(Exception):
         text = f"{self.where}: {self.message}" if self.where else self.message
         said = (f"{text}\n  {self.hint}" if self.hint else text).split("\n")
         return "\n".join(x if len(x) <= LONGEST else f"{x[: LONGEST * 3 // 4]} ... {x[-LONGEST // 4 :]}" for x in said)
+
+
+def some(problems: Sequence[str], most: int) -> str:
+    """The first of several problems, and how many more there are."""
+    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

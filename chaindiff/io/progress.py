@@ -37,16 +37,9 @@ class Bar:
         self.title, self.total = title, total
         self.console = get_console()
         self._next, self._text = time.monotonic() + EVERY, ""
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = *columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+        self._progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._progress.add_task(title, total=total, completed=done, text="")
 
     def __enter__(self) -> Bar:

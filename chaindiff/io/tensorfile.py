@@ -19,22 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from chaindiff.io.errors import UserError
+from chaindiff.io.errors import UserError, some
 from chaindiff.io.files import regular, regular_path, whole
 from chaindiff.io.metadata import DAMAGED
 
 DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 CHECKSUM = "crc32"
 SUM = re.compile(rb'"crc32":"([^"]*)"')  # nowhere else in a header: within a text its quotes are escaped
 NONE = "00000000"  # stands in for the checksum while it is computed
@@ -129,18 +121,16 @@ def metadata(path: Path) -> dict[str, str]:
 
 def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load a module's tensors by name. Raises UserError naming what is missing, left over or of another shape."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [
-        f"{k} is {list(tensors[k].shape)}, expected {list(v.shape)}"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    problems = [f"missing {k}" for k in missing] + [f"unexpected {k}" for k in extra] + shapes
-    if problems:
-        raise UserError(
-            f"{where} does not fit this stage: {'; '.join(problems[:3])}"
-            + (f"; and {len(problems) - 3} more" if len(problems) > 3 else ""),
-            hint="the file belongs to another network, or to other given variables",
-        )
+    if problems := misfits(module, tensors):
+        hint = "the file belongs to another network, or to other given variables"
+        raise UserError(f"{where} does not fit this stage: {some(problems, 3)}", hint=hint)
     module.load_state_dict(dict(tensors))
+
+
+def misfits(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, left over or of another shape, if these tensors should be a module's."""
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
+    shapes = {name: (list(tensors[name].shape), list(own[name].shape)) for name in own if name in tensors}
+    return wrong + [f"{name} is {given}, expected {ours}" for name, (given, ours) in shapes.items() if given != ours]

@@ -27,9 +27,11 @@ def weighted_sum(*terms: tuple[float | Tensor, Tensor], dtype: torch.dtype | Non
     The sum has the first value's type, or `dtype`.
     """
     (weight, first), *more = terms
-    if fused(first) and _fits([value for _, value in terms]):
-        return _fused_sum(terms, dtype or first.dtype)
-    dtype = dtype or first.dtype
+    dtype, values = dtype or first.dtype, [value for _, value in terms]
+    if fused(*values) and len(terms) <= MOST and len(first) <= LARGEST and first.numel():
+        weights = {place: weight for place, (weight, _) in enumerate(terms) if isinstance(weight, Tensor)}
+        numbers = [1.0 if isinstance(weight, Tensor) else float(weight) for weight, _ in terms]
+        return torch.ops.chaindiff.weighted_sum(values, [*weights.values()], [*weights], numbers, dtype)
     total = _typed(first, dtype)
     own = not more or isinstance(weight, Tensor) or weight != 1  # and not a value itself
     if own:
@@ -47,17 +49,6 @@ def weighted_sum(*terms: tuple[float | Tensor, Tensor], dtype: torch.dtype | Non
 
 def _typed(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.dtype == dtype else value.to(dtype)  # to() takes longer to find out
-
-
-def _fits(values: Sequence[Tensor]) -> bool:
-    return fused(*values) and len(values) <= MOST and len(values[0]) <= LARGEST and values[0].numel() > 0
-
-
-def _fused_sum(terms: Sequence[tuple[float | Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    values = [value for _, value in terms]
-    weights = {place: weight for place, (weight, _) in enumerate(terms) if isinstance(weight, Tensor)}
-    numbers = [1.0 if isinstance(weight, Tensor) else float(weight) for weight, _ in terms]
-    return torch.ops.chaindiff.weighted_sum(values, [*weights.values()], [*weights], numbers, dtype)
 
 
 def weighted_error(

@@ -47,34 +47,11 @@ def _block(first, pixels, stride, valid, PIXELS: tl.constexpr):
 
 @triton.jit
 def forward(
-    x,
-    out,
-    means,
-    rstds,
-    weight,
-    bias,
-    scale,
-    shift,
-    added,
-    groups,
-    width,  # channels of a group
-    pixels,
-    eps,
-    x_n,
-    x_c,
-    x_p,
-    out_n,
-    out_c,
-    out_p,
-    scale_n,
-    shift_n,
-    added_n,
-    SCALED: tl.constexpr,
-    ADDED: tl.constexpr,
-    PIXELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    x, out, means, rstds, weight, bias, scale, shift, added,
+    groups, width, pixels, eps,  # width: channels of a group
+    x_n, x_c, x_p, out_n, out_c, out_p, scale_n, shift_n, added_n,  # strides
+    SCALED: tl.constexpr, ADDED: tl.constexpr, PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     c, valid = _channels(groups, width, GROUPS, CHANNELS)
     slope, offset = _linear(weight, bias, scale + n * scale_n, shift + n * shift_n, c, valid, SCALED)
@@ -111,40 +88,13 @@ def forward(
 
 @triton.jit
 def backward(
-    grad,
-    x,
-    out,  # the gradient with respect to x
-    slopes,  # gradients with respect to slope and offset and to what was added, [batch, channels]
-    offsets,
-    adds,
-    means,
-    rstds,
-    weight,
-    bias,
-    scale,
-    shift,
-    added,
-    groups,
-    width,
-    pixels,
-    grad_n,
-    grad_c,
-    grad_p,
-    x_n,
-    x_c,
-    x_p,
-    out_n,
-    out_c,
-    out_p,
-    scale_n,
-    shift_n,
-    added_n,
-    SCALED: tl.constexpr,
-    ADDED: tl.constexpr,
-    PIXELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    grad, x, out,  # out: the gradient with respect to x
+    slopes, offsets, adds,  # gradients with respect to slope and offset and to what was added, [batch, channels]
+    means, rstds, weight, bias, scale, shift, added,
+    groups, width, pixels,
+    grad_n, grad_c, grad_p, x_n, x_c, x_p, out_n, out_c, out_p, scale_n, shift_n, added_n,  # strides
+    SCALED: tl.constexpr, ADDED: tl.constexpr, PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     c, valid = _channels(groups, width, GROUPS, CHANNELS)
     slope, offset = _linear(weight, bias, scale + n * scale_n, shift + n * shift_n, c, valid, SCALED)

@@ -18,32 +18,12 @@ def _term(value, weight, stride, scalar, n, at, mask, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def weighted_sum(
-    out,
-    v0,
-    v1,
-    v2,
-    v3,
-    v4,
-    w0,  # weights of samples, read with these strides; 0: one for all
-    w1,
-    w2,
-    w3,
-    w4,
-    n0,
-    n1,
-    n2,
-    n3,
-    n4,
-    s0,  # weights of terms
-    s1,
-    s2,
-    s3,
-    s4,
+    out, v0, v1, v2, v3, v4,
+    w0, w1, w2, w3, w4, n0, n1, n2, n3, n4,  # weights of samples, read with these strides; 0: one for all
+    s0, s1, s2, s3, s4,  # weights of terms
     size,
-    TERMS: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # a bit for each term
-    BLOCK: tl.constexpr,
-):
+    TERMS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,  # WEIGHTED: a bit for each term
+):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask, at = i < size, n * size + i

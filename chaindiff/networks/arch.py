@@ -40,12 +40,7 @@ class Arch:
 
 
 XAVIER, KAIMING = ("xavier", 1.0), ("kaiming", math.sqrt(1 / 3))
-DDPMPP = Arch(
-    init=XAVIER,
-    init_zero=("xavier", 1e-5),
-    init_attention=("xavier", math.sqrt(0.2)),
-    init_augment=XAVIER,
-)
+DDPMPP = Arch(init=XAVIER, init_zero=("xavier", 1e-5), init_attention=("xavier", math.sqrt(0.2)), init_augment=XAVIER)
 ARCHS = {
     "ddpmpp": DDPMPP,
     "ncsnpp": replace(DDPMPP, taps=(1, 3, 3, 1), fourier=True, noise_width=2, residual_input=True),

@@ -42,10 +42,6 @@ class Assembly:
         self.encoders = {name: RecipeEncoder(self, name) for name, spec in specs.items() if spec.encoder is not None}
         self.columns = {name: Column(self, name) for name in specs}
 
-    def altered(self, changes: Mapping[str, Any]) -> Assembly:
-        """The same run with other settings."""
-        return Assembly(self.loaded.override(changes), self.out)
-
     @cached_property
     def coders(self) -> dict[str, VariableSpec]:
         """The variables to build encoders of: a model of the hub at the revision that the run's lock names."""

@@ -34,13 +34,13 @@ def depends_on(
         "weights": {name: file_digest(path) for name, path in weights.items()},
         "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.stages[n].links] for n in found.running},
-        "given": {n: value_digest(v) for n, v in values.items()},
+        "given": {n: hashlib.sha256(_bytes(v)).hexdigest() for n, v in values.items()},
         "sample": recipe.sample.model_dump(exclude={"execution", "precision", "given", "count"}),
     }
 
 
-def value_digest(value: Value) -> str:
-    return hashlib.sha256(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()).hexdigest()
+def _bytes(value: Value) -> bytes:
+    return value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
 
 
 def sampler_settings(stage: StageSpec) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def _checked(assembly: Assembly, variable: Variable, value: Any) -> Tensor | Pat
         return value
     classes = value if isinstance(value, list) else [value]
     if variable.kind == "label" and (
-        assembly.recipe.variables[variable.name].encoder is None or all(map(_is_number, classes))
+        assembly.recipe.variables[variable.name].encoder is None
+        or all(str(one).removeprefix("-").isdecimal() for one in classes)
     ):
         return torch.tensor([_class(assembly, variable, one, where) for one in classes])
     path = user_path(str(value), where)
@@ -133,10 +134,6 @@ def _check_said(assembly: Assembly, variable: Variable, path: Path, said: str | 
     if not same and not (isinstance(spec, FileSpec) and said == spec.called):
         hint = "another encoder made it, or another fit; give what this recipe makes, or numbers without an `identity`"
         raise UserError(f"{path} is of another '{variable.name}': its metadata says `identity: {said}`", where, hint)
-
-
-def _is_number(value: Any) -> bool:
-    return str(value).removeprefix("-").isdecimal()
 
 
 def _class(assembly: Assembly, variable: Variable, value: Any, where: str) -> int:

@@ -53,7 +53,7 @@ class FromRecipe:
 
         if settings:  # the chain's weights will be of these
             changes = {"stages": {name: {"train": dict(settings)} for name in names}}
-            self.assembly = self.assembly.altered(changes)
+            self.assembly = Assembly(self.assembly.loaded.override(changes), self.assembly.out)
         for name in names:
             with sole_writer(self.assembly.out):
                 chain.weights[name] = train_stage(self.assembly, name)

@@ -41,7 +41,9 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
 
     An unfinished run resumes where it stopped. Raises UserError for data, weights or settings that do not fit.
     """
-    keep_recipe(assembly)
+    held = assembly.held()
+    if processes().is_main_process and (held is None or held.recipe != assembly.recipe):  # it can be named from now on
+        write_lock(assembly.out, assembly.recipe, held.lock if held else {})
     part = assembly.stages[name]
     spec, folder, stage = part.spec, part.folder, part.build()
     images, total, content = 0, spec.train.images, {**part.content, **content_of(assembly.data)}
@@ -81,20 +83,10 @@ def train_stage(assembly: Assembly, name: str, start: Path | None = None, more: 
     )
     with noted(*less), Bar(f"train {name}", total, images) as bar:
         for progress in steps:
-            loss = (
-                "" if progress.loss is None else f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s"
-            )
-            bar.update(min(progress.images, total), loss or None)
+            bar.update(min(progress.images, total), str(progress) or None)
             if progress.preview is not None and accelerator.is_main_process:
                 preview(progress.preview, batches, folder / "previews" / f"{progress.images:09d}.png")
     return folder / "weights.safetensors"
-
-
-def keep_recipe(assembly: Assembly) -> None:
-    """Make the directory a run of this recipe, so that it can be named from now on."""
-    held = assembly.held()
-    if processes().is_main_process and (held is None or held.recipe != assembly.recipe):
-        write_lock(assembly.out, assembly.recipe, held.lock if held else {})
 
 
 def preview(stage: nn.Module, batches: Batches, path: Path) -> None:

@@ -85,19 +85,18 @@ def _stage_table(stages: Sequence[StageRow]) -> Sequence[Sequence[str]]:
     lines = [("stage", "generates", "network", "parameters", "NFE", "GFLOPs per sample", "share", "seconds")]
     for s in (*stages, total):
         share = f"{s.gflops / total.gflops:.0%}" if total.gflops and s.gflops is not None else "–"
-        cells = (s.name, s.what, s.network, count(s.parameters), _digits(s.nfe), _digits(s.gflops), share)
+        size = "–" if s.parameters is None else amount(s.parameters).strip()
+        cells = (s.name, s.what, s.network, size, _digits(s.nfe), _digits(s.gflops), share)
         lines.append((*cells, _digits(s.seconds)))
     return lines
 
 
-def count(number: int | None) -> str:
-    """A count for people: 1.83 M."""
-    if number is None:
-        return "–"
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+def amount(value: float) -> str:
+    """A number with a unit prefix: 83.7 G."""
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * power:
+            return f"{value / power:.3g} {prefix}"
+    return f"{value:.3g} "
 
 
 def _digits(number: float | None) -> str:

@@ -34,15 +34,11 @@ def is_file(pretrained: str) -> bool:
     return "/" in pretrained or "." in pretrained
 
 
-def open_clip_models() -> list[str]:
-    """Names of open_clip's model configurations, including those that a program has registered."""
+def known_models() -> list[str]:
+    """All models that a recipe can name: embedded ones, then open_clip's, with those that a program has registered."""
+    embedded = sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG}"))
     if (loaded := sys.modules.get("open_clip")) is not None:
-        return loaded.list_models()
+        return embedded + loaded.list_models()
     found = find_spec("open_clip")
     assert found is not None and found.origin is not None  # chaindiff depends on it
-    return sorted(path.stem for path in (Path(found.origin).parent / "model_configs").glob("*.json"))
-
-
-def known_models() -> list[str]:
-    """All models that a recipe can name, embedded ones first."""
-    return [*sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG}")), *open_clip_models()]
+    return embedded + sorted(path.stem for path in (Path(found.origin).parent / "model_configs").glob("*.json"))

@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeInt,
-)
+from pydantic import BeforeValidator, Field, NonNegativeInt
 
-from chaindiff.specs.base import (
-    Name,
-    NonNegative,
-    Probability,
-    Problems,
-    Spec,
-)
+from chaindiff.specs.base import Name, NonNegative, Probability, Problems, Spec
 
 
 def largest_grid(shapes: Mapping[str, Sequence[int]]) -> str | None:

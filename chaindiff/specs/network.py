@@ -6,19 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    PositiveInt,
-)
+from pydantic import Field, PositiveInt
 
 from chaindiff.io.errors import did_you_mean
-from chaindiff.specs.base import (
-    Name,
-    Probability,
-    Problems,
-    Spec,
-    UpToThousand,
-)
+from chaindiff.specs.base import Name, Probability, Problems, Spec, UpToThousand
 from chaindiff.specs.code import OURS_OR_CODE, CodeSpec, Ours, Theirs
 
 
@@ -135,14 +126,7 @@ Network = Annotated[
 
 
 # For Python, where the class implies the kind.
-# For Python, where the class implies the kind.
 UNet = partial(UNetSpec, kind="unet")
-
-
 Prior = partial(PriorSpec, kind="prior")
-
-
 Transformer = partial(TransformerSpec, kind="transformer")
-
-
 JointNetwork = partial(JointNetworkSpec, kind="joint")

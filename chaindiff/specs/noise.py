@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
-from chaindiff.specs.base import (
-    Positive,
-    Problems,
-    Spec,
-    by_default,
-)
+from chaindiff.specs.base import Positive, Problems, Spec, by_default
 
 
 class VpSpec(Spec):
@@ -63,11 +56,7 @@ class PreconditionSpec(Spec):
             yield "loss", f"'{self.loss}' is for networks that predict x0, not {self.kind}"
 
 
-Precondition = Annotated[
-    PreconditionSpec | VpSpec | VeSpec | IddpmSpec,
-    Field(discriminator="kind"),
-    by_default("edm"),
-]
+Precondition = Annotated[PreconditionSpec | VpSpec | VeSpec | IddpmSpec, Field(discriminator="kind"), by_default("edm")]
 
 
 class _Shiftable(Spec):

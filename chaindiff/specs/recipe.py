@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-)
+from pydantic import Field, NonNegativeInt
 
 from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion, UpToTenMillion
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
@@ -134,21 +131,10 @@ Decoder = Annotated[Annotated[EnlargeSpec, Ours] | Annotated[CodeEncoderSpec, Th
 # ---------------------------------------------------------------- variables
 
 SHAPES = {
-    "image": "[channels, height, width]",
-    "map": "[channels, height, width]",
-    "vector": "[elements]",
-    "tokens": "[length, width]",
-    "label": "[number of classes]",
-    "text": "[]",
-}
-A = {
-    "image": "an image",
-    "map": "a map",
-    "vector": "a vector",
-    "tokens": "tokens",
-    "label": "a label",
-    "text": "a text",
-}
+    "image": "[channels, height, width]", "map": "[channels, height, width]", "vector": "[elements]",
+    "tokens": "[length, width]", "label": "[number of classes]", "text": "[]",
+}  # fmt: skip
+A = {name: f"a {name}" for name in SHAPES} | {"image": "an image", "tokens": "tokens"}
 
 
 class VariableSpec(Spec):
@@ -244,8 +230,7 @@ class EvaluateSpec(Spec):
     )
     reference: str | None = Field(default=None, description="the split to compare with; none: the recipe's own data")
     held_out: str | None = Field(
-        default="test",
-        description="the held-out split, for floors and memorisation; none: not available",
+        default="test", description="the held-out split, for floors and memorisation; none: not available"
     )
 
 

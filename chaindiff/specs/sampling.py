@@ -6,24 +6,12 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-)
+from pydantic import Field, NonNegativeInt
 
 from chaindiff.io.errors import did_you_mean
-from chaindiff.specs.base import (
-    Name,
-    NonNegative,
-    Positive,
-    Probability,
-    Problems,
-    Spec,
-)
+from chaindiff.specs.base import Name, NonNegative, Positive, Probability, Problems, Spec
 from chaindiff.specs.link import LinkSpec
-from chaindiff.specs.path import (
-    SamplePath,
-)
+from chaindiff.specs.path import SamplePath
 
 
 class ChurnSpec(Spec):

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from chaindiff.io.errors import did_you_mean
-from chaindiff.specs.base import (
-    PROBLEM,
-    Name,
-    Problems,
-    Spec,
-)
+from chaindiff.specs.base import PROBLEM, Name, Problems, Spec
 from chaindiff.specs.code import CODE, is_code
 from chaindiff.specs.link import Link
-from chaindiff.specs.network import (
-    JointNetworkSpec,
-    Network,
-    UNetSpec,
-)
-from chaindiff.specs.noise import (
-    NoiseLevels,
-    NoiseSpec,
-    Precondition,
-    PreconditionSpec,
-    published_noise,
-)
+from chaindiff.specs.network import JointNetworkSpec, Network, UNetSpec
+from chaindiff.specs.noise import NoiseLevels, NoiseSpec, Precondition, PreconditionSpec, published_noise
 from chaindiff.specs.path import (
     CascadedLevels,
     IndependentLevels,
@@ -44,10 +23,7 @@ from chaindiff.specs.path import (
     hideable,
 )
 from chaindiff.specs.sampling import SamplerSpec
-from chaindiff.specs.training import (
-    AugmentSpec,
-    TrainSpec,
-)
+from chaindiff.specs.training import AugmentSpec, TrainSpec
 
 
 class Generated(Spec):

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from chaindiff.specs.base import (
-    NonNegative,
-    Positive,
-    Probability,
-    Problems,
-    Spec,
-    UpToMillion,
-    by_default,
-)
+from chaindiff.specs.base import NonNegative, Positive, Probability, Problems, Spec, UpToMillion, by_default
 
 
 class AugmentSpec(Spec):
@@ -79,11 +67,7 @@ class PowerEmaSpec(Spec):
             yield "tracks", f"the same EMA is tracked twice: {self.tracks}"
 
 
-Ema = Annotated[
-    EmaSpec | PowerEmaSpec,
-    Field(discriminator="kind"),
-    by_default("exponential"),
-]
+Ema = Annotated[EmaSpec | PowerEmaSpec, Field(discriminator="kind"), by_default("exponential")]
 
 
 class TrainSpec(Spec):

@@ -21,15 +21,9 @@ MOST = 10  # mistakes that one message lists
 Model = TypeVar("Model", bound=BaseModel)
 
 _EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "list": "a list",
-    "tuple": "a list",
-    "dict": "fields (a mapping)",
-    "model": "fields (a mapping)",
-}
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "tuple": "a list", "dict": "fields (a mapping)", "model": "fields (a mapping)",
+}  # fmt: skip
 _LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +65,8 @@ class Batches:
             if v.name not in {*encoders, *self.columns, root and root.name}:
                 field = fields.get(v.name, v.name)
                 self.columns[v.name] = data.field(field) if v.name in texts else _column(data, v, field)
-        self._order = lru_cache(2)(self._shuffled)  # safe between threads
+        order = lru_cache(2)  # safe between threads
+        self._order = order(lambda epoch: generator(seed, "order", epoch).permutation(len(data)))
 
     def keep(self, names: Iterable[str]) -> None:
         """Compute these encoders' outputs for every row and hold them in memory: augmentation must not change them."""
@@ -75,7 +75,7 @@ class Batches:
                 parts: list[Tensor] = []
                 for first in range(0, len(self.data), ENCODED_AT_ONCE):
                     rows = range(first, min(first + ENCODED_AT_ONCE, len(self.data)))
-                    parts.append(self._values([name], rows, [0] * len(rows), None)[name].cpu())
+                    parts.append(self.values([name], rows)[name].cpu())
                     bar.update(rows.stop)
             self.kept[name] = torch.cat(parts)
 
@@ -87,9 +87,6 @@ class Batches:
             rows.append(int(self._order(epoch)[place]))
         return rows
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return generator(self.seed, "order", epoch).permutation(len(self.data))
-
     def __call__(self, samples: list[int]) -> dict[str, Tensor]:
         rows = self.rows(samples)
         if self.spec.variants:
@@ -98,15 +95,18 @@ class Batches:
         else:
             variants, keys = [0] * len(rows), [(self.seed, "augment", sample) for sample in samples]
         drawn = augment.draw(self.spec, keys)
-        batch = self._values([v.name for v in self.wanted], rows, variants, drawn)
+        batch = self.values([v.name for v in self.wanted], rows, variants, drawn)
         if drawn.label.shape[1]:
             batch["augment_labels"] = drawn.label
         return batch
 
     @torch.no_grad()
-    def _values(
-        self, names: Iterable[str], rows: Sequence[int], variants: Sequence[int], drawn: augment.Draw | None
+    def values(
+        self, names: Iterable[str], rows: Sequence[int], variants: Sequence[int] = (), drawn: augment.Draw | None = None
     ) -> dict[str, Tensor]:
+        """Variables for rows of the data, in these variants of the rows, with their images augmented if they are."""
+        variants = variants or [0] * len(rows)
+
         @cache
         def value(name: str) -> Any:
             if (column := self.columns.get(name)) is not None:

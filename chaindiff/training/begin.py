@@ -20,7 +20,7 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import preconditioning
 from chaindiff.edm.precondition import IDDPM
 from chaindiff.io import tensorfile
-from chaindiff.io.errors import UserError
+from chaindiff.io.errors import UserError, some
 from chaindiff.io.metadata import About, about
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.link import LinkSpec
@@ -101,9 +101,8 @@ def begin(stage: Diffusion, tensors: Mapping[str, Tensor], kept: Mapping[str, st
             problems.append(f"{name} has shape {list(given.shape)}, expected {list(value.shape)}")
     problems += [f"{name} is unexpected" for name in known if name not in own and name not in left]
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError(
-            f"{where} cannot initialise this stage: {'; '.join(problems[:SHOWN])}{more}",
+            f"{where} cannot initialise this stage: {some(problems, SHOWN)}",
             hint="the stage needs the network's settings, preconditioning and label; it may be conditioned on more",
         )
     stage.load_state_dict(own)

@@ -49,6 +49,9 @@ class Progress:
     loss: float | None = None
     preview: nn.Module | None = None  # the averaged stage, when a preview is due
 
+    def __str__(self) -> str:
+        return "" if self.loss is None else f"loss {self.loss:.4f}, {self.images_per_second:.0f} images/s"
+
 
 def learning_rate(spec: OptimizerSpec, images: int, total: int) -> float:
     """Of the step after so many `images`: linear warm-up, then constant, then a cosine over the last `decay` images.

@@ -100,8 +100,7 @@ def _train_stage(
     with tempfile.TemporaryDirectory() as scratch, Bar(f"train {name}", spec.images) as bar:
         place = folder or Path(scratch)
         for step in steps_of(stage, batches, spec, place, total=spec.images, metadata=about):
-            said = "" if step.loss is None else f"loss {step.loss:.4f}, {step.images_per_second:.0f} images/s"
-            bar.update(min(step.images, step.total), said or None)
+            bar.update(min(step.images, step.total), str(step) or None)
             if progress is not None:
                 progress(step)
         tensorfile.fill(stage, tensorfile.load(place / "weights.safetensors")[0], str(place))
@@ -121,10 +120,11 @@ def batches_of(what: Stage | Chain, stage: Stage, data: Any, augment: AugmentSpe
     variables |= {v.name: v for v in saving.trained_variables(stage)}
     known = what.encoders if isinstance(what, Chain) else {}
     wanted, encoders = saving.trained_variables(stage), dict[str, Encoder]()
+    held = {*items.fields, *([items.image] if isinstance(items, Items) else [])}
     queue = [variable.name for variable in wanted]
     while queue:  # an encoder computes what the data does not hold
         name = queue.pop()
-        if name not in _held(items) and name in known and name not in encoders:
+        if name not in held and name in known and name not in encoders:
             encoders[name] = known[name]
             queue.append(known[name].of)
     read = [variables.get(encoder.of, Variable(encoder.of, "text", ())) for encoder in encoders.values()]
@@ -140,7 +140,3 @@ def _image_of(data: Any, stage: Stage, what: Stage | Chain) -> tuple[str, ...]:
     entries = data if isinstance(data, Mapping) else data[0] if len(data) else {}
     variables = [*stage.generates.values(), *(what.variables.values() if isinstance(what, Chain) else ())]
     return tuple(v.name for v in variables if pictures(v) and v.name in entries)[:1]
-
-
-def _held(data: Data) -> set[str]:
-    return {*data.fields, *([data.image] if isinstance(data, Items) else [])}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_bad_files import finished, recipe, status  # noqa: F401  (fixtures)
+from tiny import Command
 
 
 @pytest.fixture
@@ -27,3 +28,9 @@ def explained(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return error
 
     return call
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`chaindiff ARGUMENTS...`: its status, stdout and stderr."""
+    return lambda *words: (status(*words), *capsys.readouterr())

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import normal
 from safetensors import safe_open
 from torch import Tensor
 
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.random import normal
 from chaindiff.evaluation.report import sections
 from chaindiff.io import files, tensorfile
 from chaindiff.io.errors import UserError

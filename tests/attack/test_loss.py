@@ -9,20 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import HEAD, Command, prepared, state
 
 from chaindiff import cli
-from chaindiff.io.digest import file_digest
 from chaindiff.io.errors import UserError
 from chaindiff.recipe import samples as samples_module
 from chaindiff.show import page as page_module
 from chaindiff.specs.load import load_recipe
 
-RECIPE = """
-name: tiny
-data: {path: data}
-variables:
-  photo: {kind: image, shape: [3, 16, 16]}
-  image: {kind: image, shape: [3, 8, 8], encoder: {kind: resize, of: photo}}
+RECIPE = (
+    HEAD
+    + """\
   small: {kind: image, shape: [3, 4, 4], encoder: {kind: resize, of: image}}
   group: {kind: label, shape: [2], source: uniform}
 stages:
@@ -39,7 +36,7 @@ stages:
 sample: {want: [image], count: 5, batch: 2, execution: eager}
 evaluate: {count: 30, judges: ["pixels:2"], held_out: null}
 """
-Command = Callable[..., tuple[int, str, str]]
+)
 
 
 def run(*words: str) -> int:
@@ -50,14 +47,9 @@ def run(*words: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("finished"), np.random.default_rng(0)
-    (folder / "data").mkdir()
-    rows = []
-    for index in range(8):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"data/{index}.png")
-        rows.append(f'{{"file_name": "{index}.png", "group": "{"ab"[index % 2]}"}}')
+    folder = prepared(tmp_path_factory.mktemp("finished"), RECIPE, 8)
+    rows = [f'{{"file_name": "{index}.png", "group": "{"ab"[index % 2]}"}}' for index in range(8)]
     (folder / "data/metadata.jsonl").write_text("\n".join(rows))
-    (folder / "tiny.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run("run", "tiny.yaml") == 0
@@ -69,16 +61,6 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     copied = Path(shutil.copytree(finished, tmp_path / "here"))
     monkeypatch.chdir(copied)
     return copied / "runs/tiny"
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return lambda *words: (run(*words), *capsys.readouterr())
-
-
-def state(folder: Path) -> dict[str, tuple[int, str]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, file_digest(path)) for path in paths}
 
 
 def own_files(folder: Path) -> dict[Path, str]:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from tiny import HEAD, Command, prepared, state
 
 import chaindiff as cd
 from chaindiff import cli
 from chaindiff.io import tensorfile
 from chaindiff.io.digest import file_digest
 
-RECIPE = """
-name: tiny
-data: {path: data}
-variables:
-  photo: {kind: image, shape: [3, 16, 16]}
-  image: {kind: image, shape: [3, 8, 8], encoder: {kind: resize, of: photo}}
+RECIPE = (
+    HEAD
+    + """\
 stages:
   image:
     network: {kind: unet, channels: 16, mult: [1], blocks: 1, attention: [], dropout: 0.0}
@@ -32,23 +27,14 @@ stages:
 sample: {want: [image], count: 3, batch: 2, execution: eager}
 evaluate: {count: 60, judges: ["pixels:2"], held_out: null}
 """
+)
 WEIGHTS = "stages/image/weights.safetensors"
-Command = Callable[..., tuple[int, str, str]]
-
-
-def prepared(folder: Path) -> Path:
-    data, rng = folder / "data", np.random.default_rng(0)
-    data.mkdir(parents=True)
-    for index in range(16):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(data / f"{index}.png")
-    (folder / "tiny.yaml").write_text(RECIPE)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs of one recipe: its usual directory, and two others, of which `b` trained on."""
-    folder = prepared(tmp_path_factory.mktemp("trained"))
+    folder = prepared(tmp_path_factory.mktemp("trained"), RECIPE, 16)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in (["train", "tiny.yaml"], ["train", "tiny.yaml", "--more", "8"]):
@@ -70,21 +56,6 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     copied = Path(shutil.copytree(trained, tmp_path / "here"))
     monkeypatch.chdir(copied)
     return copied
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(list(words))
-        return (ended.value.code, *capsys.readouterr())
-
-    return call
-
-
-def state(folder: str) -> dict[str, tuple[int, str]]:
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path): (path.stat().st_mtime_ns, file_digest(path)) for path in paths}
 
 
 def test_training_goes_on_in_the_directory_that_was_named(here: Path) -> None:

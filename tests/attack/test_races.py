@@ -7,25 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from tiny import HEAD, Command, prepared
 
 import chaindiff as cd
-from chaindiff import cli
 from chaindiff.io import processes
 from chaindiff.io.errors import UserError
 from chaindiff.io.processes import sole_writer
 
-RECIPE = """
-name: tiny
-data: {path: data}
-variables:
-  photo: {kind: image, shape: [3, 16, 16]}
-  image: {kind: image, shape: [3, 8, 8], encoder: {kind: resize, of: photo}}
+RECIPE = (
+    HEAD
+    + """\
 stages:
   image:
     network: {kind: unet, channels: 16, mult: [1], blocks: 1, attention: [], dropout: 0.0}
@@ -34,6 +29,7 @@ stages:
 sample: {want: [image], count: 2, batch: 2, execution: eager}
 evaluate: {count: 30, judges: ["pixels:2"], held_out: null}
 """
+)
 HOLD = """
 import sys
 from pathlib import Path
@@ -42,29 +38,13 @@ with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    rng = np.random.default_rng(0)
-    (tmp_path / "data").mkdir()
-    for index in range(8):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"data/{index}.png")
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(prepared(tmp_path, RECIPE, 8))
     monkeypatch.setattr(processes, "MOMENT", 0.1)
     return tmp_path / "runs/tiny"
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(list(words))
-        return (ended.value.code, *capsys.readouterr())
-
-    return call
 
 
 def test_a_second_writer_is_told_who_has_the_directory(here: Path, command: Command) -> None:

@@ -1,4 +1,4 @@
-"""The recipe reference, generated from the JSON Schema: `python -m chaindiff.specs.reference` prints it."""
+"""The recipe reference, generated from the JSON Schema: `python -m tools.reference` prints it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ names work on the command line, `--set stages.image.sample.steps=20`, and in Pyt
 given value, `*` means all of them: `--set "stages.*.sample.steps=20"`. The fields that map names to plain values
 (`sample.given`, `data.where`) are cleared with `{}`; `null` removes one entry: `--set sample.given.group=null`.
 
-*This page is generated: `python -m chaindiff.specs.reference > docs/recipe-reference.md`.*
+*This page is generated: `python -m tools.reference > docs/recipe-reference.md`.*
 """
 _PLAIN = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
