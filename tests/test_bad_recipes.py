@@ -207,6 +207,7 @@ def test_requests_of_unknown_things_name_the_option(here, refused, command, opti
 
 MISTAKES = [
     (changed("model: clip_emoji", "model: clip_emogi"), "r.yaml:8: variables.clip.encoder.model: there is no open_clip model 'clip_emogi'; did you mean 'clip_emoji'?"),
+    (changed("model: clip_emoji", "model: hf-hub:ViT-L-14"), "r.yaml:8: variables.clip.encoder.model: expected hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION, not 'hf-hub:ViT-L-14'"),
     (changed("model: clip_emoji", "model: ViT-L14"), "r.yaml:8: variables.clip.encoder.model: there is no open_clip model 'ViT-L14'; did you mean 'ViT-L-14'?"),
     # fields and their types
     (changed("name: small\n", ""), "r.yaml:1: missing field 'name'"),

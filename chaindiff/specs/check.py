@@ -8,7 +8,7 @@ from typing import Any
 
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.base import Problems
-from chaindiff.specs.clip_models import HUB, known_models, model_folder
+from chaindiff.specs.clip_models import HUB, REPOSITORY, known_models, model_folder
 from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.link import largest_grid, no_channels
 from chaindiff.specs.network import JointNetworkSpec, PriorSpec, TransformerSpec, UNetSpec
@@ -95,7 +95,10 @@ def _variables(recipe: Recipe) -> Problems:
 def _model(model: str) -> str | None:
     """What is wrong with the name or folder of an open_clip model."""
     try:
-        if not model.startswith(HUB) and model_folder(model) is None and model not in (known := known_models()):
+        if model.startswith(HUB):
+            wrong = f"expected hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION, not '{model}'"
+            return None if REPOSITORY.fullmatch(model) else wrong
+        if model_folder(model) is None and model not in (known := known_models()):
             return f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
     except UserError as error:
         return error.message

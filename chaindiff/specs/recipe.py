@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeInt
 
 from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion, UpToTenMillion
+from chaindiff.specs.clip_models import plain
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
@@ -65,9 +66,10 @@ class OpenClipSpec(Spec):
 
     kind: Literal["open_clip"]
     of: Name
-    model: str = Field(
-        description="an open_clip model name, `clip_emoji` (embedded), a folder with open_clip_config.json, or such a "
-        "repository of the hub: `hf-hub:ORG/NAME`, or `hf-hub:ORG/NAME@REVISION` to pin a branch, tag or commit"
+    model: Annotated[str, AfterValidator(plain)] = Field(
+        description="an open_clip model name, `clip_emoji` (embedded), a folder with open_clip_config.json, also as "
+        "`local-dir:FOLDER`, or such a repository of the hub: `hf-hub:ORG/NAME`, or `hf-hub:ORG/NAME@REVISION` to pin "
+        "a branch, tag or commit"
     )
     pretrained: str | None = Field(
         default=None, description="an open_clip tag, or a weights file; none for a folder and for `hf-hub:`"
