@@ -255,7 +255,7 @@ MISTAKES = [
     (changed("of: image}\n  image16", "of: image, reduce: {kind: pca, k: 64}}\n  image16"), "variables.clip.encoder.reduce.k: 64 components do not fit a vector of shape [128]"),
     (changed(", encoder: {kind: resize, of: image}}", "}"), "r.yaml:9: variables.image16: images without an encoder are read from the data, and 'image' already is\n  give one"),
     (changed("    encoder: {kind: open_clip, model: clip_emoji, of: image}\n", ""), "r.yaml:5: variables.clip: stage 'clip' trains with 'clip', which needs an encoder: data has no vector"),
-    (changed("[3, 32, 32]}", "[3, 32, 32], of: x}"), "r.yaml:4: variables.image.of: only a label or a text is read from a field"),
+    (changed("[3, 32, 32]}", "[3, 32, 32], of: x}"), "r.yaml:4: variables.image.of: only a label, a text or a vector is read from a field"),
     (changed("    shape: [128]", "    shape: [128]\n    source: uniform"), "r.yaml:8: variables.clip.source: only a label can be drawn uniformly"),
     # stages
     (changed("  image:\n    given", "  imgae:\n    given"), "r.yaml:16: stages.imgae: there is no variable 'imgae'; did you mean 'image'?\n  by default a stage generates the variable"),

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
+from chaindiff.data.metadata import Row, fields, keep, of_folders, read_metadata, values
 from chaindiff.data.sources import IMAGES, METADATA, Source, open_source
 from chaindiff.io.code import create
 from chaindiff.io.digest import fingerprint
@@ -49,13 +49,16 @@ def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> Imag
 
         return Items(found, image or "image")
     source = open_source(spec.path)
-    rows = read_metadata(source, source.names())
+    names = source.names()
+    rows = read_metadata(source, names)
     if not rows:
         raise UserError("there are no images", str(source.path), "expected .png, .jpg, .webp, ... at any depth")
+    if told := len(names) == len(rows):  # there is no metadata
+        rows = of_folders(rows)
     rows = keep(rows, spec.where, str(source.path))
     kept = keep(rows, {} if spec.split is None else {"split": spec.split}, str(source.path))
     name = "/".join(filter(None, [posixpath.splitext(source.path.name)[0], spec.split]))
-    return ImageData(source, kept, list(rows.values()), name)
+    return ImageData(source, kept, list(rows.values()), name, told)
 
 
 class ImageData:
@@ -65,8 +68,10 @@ class ImageData:
     otherwise, as PIL does it); transparency is composited on white.
     """
 
-    def __init__(self, source: Source, rows: dict[str, Row], siblings: Sequence[Row], name: str):
-        self.names = list(rows)
+    def __init__(
+        self, source: Source, rows: dict[str, Row], siblings: Sequence[Row], name: str, by_folder: bool = False
+    ):
+        self.names, self._by_folder = list(rows), by_folder
         self._source, self._rows, self._siblings, self._name = source, list(rows.values()), siblings, name
         self._memory: dict[int, tuple[torch.Tensor, np.ndarray]] = {}  # size -> (images, which are decoded)
 
@@ -94,8 +99,8 @@ class ImageData:
 
     @cached_property
     def content(self) -> str:
-        """sha256 over the images and their fields."""
-        return fingerprint([self.digest, self._rows])
+        """sha256 over the images and their fields; what folders say is in the images' names."""
+        return fingerprint([self.digest, [{}] * len(self) if self._by_folder else self._rows])
 
     # -- fields
 
@@ -109,18 +114,20 @@ class ImageData:
         self._check(name)
         return [", ".join(values(row, name)) for row in self._rows]
 
-    def categories(self, name: str) -> tuple[list[str], list[int]]:
+    def categories(self, name: str, size: int = 0) -> tuple[list[str], list[int]]:
         """The sorted values of a field (as numbers if they all are), and the position of each image's value.
 
-        The values are those of every split, so that positions mean the same in all of them.
+        The values are those of every split, so that positions mean the same in all of them. Numbers below `size` that
+        are fewer are themselves the positions: a subset of so many classes.
         Raises UserError if an image lacks the field.
         """
         self._check(name)
         known = {value for row in self._siblings for value in values(row, name)}
-        ordered = (
-            sorted(known, key=int) if all(value.isdecimal() and len(value) < 20 for value in known) else sorted(known)
-        )
+        numbers = all(value.isdecimal() and len(value) < 20 for value in known)
+        ordered = sorted(known, key=int) if numbers else sorted(known)
         position = {value: index for index, value in enumerate(ordered)}
+        if numbers and len(ordered) < size and int(ordered[-1]) < size:
+            ordered, position = [str(number) for number in range(size)], {value: int(value) for value in known}
         for file, row in zip(self.names, self._rows, strict=True):
             if len(values(row, name)) != 1:
                 message = f"needs one value of '{name}' to be a label; it has {len(values(row, name))}"
@@ -128,9 +135,20 @@ class ImageData:
         return ordered, [position[values(row, name)[0]] for row in self._rows]
 
     def column(self, name: str) -> torch.Tensor:
-        """Numbers of every image: image files have none."""
-        hint = "an encoder computes them from images or texts, or {kind: file} reads them from a file"
-        raise UserError(f"image files carry no numbers, so the data has no '{name}'", str(self._source.path), hint)
+        """A field that is a list of numbers for every image, [n, numbers]. Raises UserError if it is not."""
+        import torch
+
+        try:
+            numbers = torch.tensor([row[name] for row in self._rows], dtype=torch.float32).reshape(len(self), -1)
+            if bool(numbers.isfinite().all()):
+                return numbers
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            pass
+        raise UserError(
+            f"the data has no '{name}' that is a list of as many numbers for every image",
+            str(self._source.path),
+            "an encoder computes it from images or texts, {kind: file} reads it from a file, or dataset.json holds it",
+        )
 
     def _check(self, name: str) -> None:
         if name not in self.fields:

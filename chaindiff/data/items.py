@@ -96,8 +96,11 @@ class Items:
         """One entry of every item as text; a missing value is empty."""
         return ["" if value is None else str(_plain(value)) for value in self._all(name)]
 
-    def categories(self, name: str) -> tuple[list[str], list[int]]:
-        """Class names and the class of every item: integers are used unchanged, texts are numbered in sorted order."""
+    def categories(self, name: str, size: int = 0) -> tuple[list[str], list[int]]:
+        """Class names and the class of every item: integers are used unchanged, texts are numbered in sorted order.
+
+        Integers below `size` are of so many classes.
+        """
         values = [_plain(value) for value in self._all(name)]
         for row, value in enumerate(values):
             if not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
@@ -105,7 +108,7 @@ class Items:
                 message = f"{self._at(row)}: '{name}' is not a label: {got}"
                 raise UserError(message, hint="expected a text, or a whole number from 0")
         if all(isinstance(value, int) for value in values):
-            return [str(number) for number in range(max(values) + 1)], [int(value) for value in values]
+            return [str(number) for number in range(max(max(values) + 1, size))], [int(value) for value in values]
         ordered = sorted({str(value) for value in values})
         place = {value: index for index, value in enumerate(ordered)}
         return ordered, [place[str(value)] for value in values]

@@ -153,7 +153,13 @@ def _stages(recipe: Recipe) -> Problems:
             yield f"{path}.{field}", problem
         for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
             variable = recipe.variables.get(used)
-            made = variable is None or variable.encoder or stage.weights or isinstance(recipe.data, CodeSpec)
+            made = (
+                variable is None
+                or variable.encoder
+                or variable.of
+                or stage.weights
+                or isinstance(recipe.data, CodeSpec)
+            )
             if variable and variable.kind in ("vector", "tokens", "map") and not made:
                 problem = f"stage '{name}' trains with '{used}', which needs an encoder: data has no {variable.kind}"
                 yield f"variables.{used}", problem

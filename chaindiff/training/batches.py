@@ -134,7 +134,7 @@ def pictures(variable: Variable) -> bool:
 def _column(data: Data, variable: Variable, field: str) -> Tensor:
     """A variable's value in every row of the data."""
     if variable.kind == "label":
-        values = torch.tensor(data.categories(field)[1])
+        values = torch.tensor(data.categories(field, variable.shape[0])[1])
         if (most := int(values.max())) >= variable.shape[0]:
             message = f"label '{variable.name}' has {variable.shape[0]} classes, but the data has labels up to {most}"
             raise UserError(message, hint=f"set its shape to [{most + 1}] or more: classes count from 0")
