@@ -340,7 +340,7 @@ MORE = [
     (changed("want: [image]", "count: 99999999999999999999999"), "r.yaml:25: is too large: whole numbers"),
     (changed("want: [image]", "batch: 1_000_000_000_000"), "r.yaml:25: sample.batch: should be at most 1000000, not 1000000000000"),
     # variables
-    (changed("[3, 32, 32]", "[1, 32, 32]").replace("[3, 16, 16]", "[1, 16, 16]"), "r.yaml:4: variables.image.shape: images in the data have 3 channels (RGB), not 1"),
+    (changed("[3, 32, 32]", "[2, 32, 32]").replace("[3, 16, 16]", "[2, 16, 16]"), "r.yaml:4: variables.image.shape: images of the data have 3 channels (RGB) or 1 (grey), not 2"),
     (changed("[3, 32, 32]}", "[3, 32, 32], source: empirical}"), "r.yaml:4: variables.image.source: only a label can be drawn from the data, not an image"),
     (changed("shape: [9]}", "shape: [9], source: no}"), "r.yaml:10: variables.category.source: 'no' is not one of empirical, uniform, given"),
     (changed("encoder: {kind: resize, of: image}}", "encoder: {kind: resize, of: b}}\n  b: {kind: image, shape: [3, 16, 16], encoder: {kind: resize, of: image16}}"), "encoders form a cycle: image16 -> b -> image16"),

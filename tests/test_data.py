@@ -11,6 +11,7 @@ from image_files import lines, noise, png, refusal, write, zipped
 from PIL import Image
 
 from chaindiff.data import open_data
+from chaindiff.data.items import Items
 from chaindiff.specs.recipe import DataSpec
 
 
@@ -177,6 +178,19 @@ def test_label_needs_one_value(tmp_path, files):
 
 
 # -- pixels
+
+
+def test_grey_stays_grey(tmp_path):
+    """One channel holds the pixels of a grey image, and Rec. 601's luma of another; three hold them thrice."""
+    grey, colour = noise(8, 8)[..., 0], noise(8, 8, 1)
+    data = open_data(str(write(tmp_path, {"a.png": png(grey), "b.png": png(colour)})))
+    one, three = data.images([0, 1], 8, 1), data.images([0, 1], 8)
+    np.testing.assert_array_equal(one[0, 0], grey)
+    np.testing.assert_array_equal(three[0], np.stack([grey] * 3))
+    np.testing.assert_allclose(one[1, 0].numpy(), colour @ [0.299, 0.587, 0.114], atol=1)
+    items = Items({"image": [Image.fromarray(grey), Image.fromarray(colour)]})
+    np.testing.assert_allclose(items.images([0, 1], 8, 1).numpy().astype(int), one.numpy().astype(int), atol=1)
+    assert data.images([], 8, 1).shape == items.images([], 8, 1).shape == (0, 1, 8, 8)
 
 
 @pytest.mark.parametrize("side, size, kernel", [(32, 8, "BOX"), (30, 8, "BICUBIC"), (8, 12, "BICUBIC")])

@@ -73,7 +73,9 @@ class ImageData:
     ):
         self.names, self._by_folder = list(rows), by_folder
         self._source, self._rows, self._siblings, self._name = source, list(rows.values()), siblings, name
-        self._memory: dict[int, tuple[torch.Tensor, np.ndarray]] = {}  # size -> (images, which are decoded)
+        self._memory: dict[
+            tuple[int, int], tuple[torch.Tensor, np.ndarray]
+        ] = {}  # of a size: images, which are decoded
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_memory": {}}
@@ -158,29 +160,29 @@ class ImageData:
 
     # -- pixels
 
-    def images(self, indices: Sequence[int] | np.ndarray, size: int) -> torch.Tensor:
-        """Images as uint8 [n, 3, size, size]; smaller ones are enlarged.
+    def images(self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3) -> torch.Tensor:
+        """Images as uint8 [n, channels, size, size], in RGB or grey (1); smaller ones are enlarged.
 
         Raises UserError for an image that cannot be read.
         """
         import torch
 
         rows = np.asarray(indices, dtype=np.int64)
-        if len(self) * 3 * size * size > MEMORY_BYTES:
-            decoded = [torch.from_numpy(self._decode(index, size)) for index in rows.tolist()]
-            return torch.stack(decoded) if decoded else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        if size not in self._memory:
-            empty = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
-            self._memory[size] = empty, np.zeros(len(self), dtype=bool)
-        memory, known = self._memory[size]
+        if len(self) * channels * size * size > MEMORY_BYTES:
+            decoded = [torch.from_numpy(self._decode(index, size, channels)) for index in rows.tolist()]
+            return torch.stack(decoded) if decoded else torch.empty(0, channels, size, size, dtype=torch.uint8)
+        if (size, channels) not in self._memory:
+            empty = torch.empty(len(self), channels, size, size, dtype=torch.uint8)
+            self._memory[size, channels] = empty, np.zeros(len(self), dtype=bool)
+        memory, known = self._memory[size, channels]
         for index in rows[~known[rows]].tolist():
-            memory[index] = torch.from_numpy(self._decode(index, size))
+            memory[index] = torch.from_numpy(self._decode(index, size, channels))
             known[index] = True
         return memory[torch.from_numpy(rows)]
 
-    def pixels(self, indices: Sequence[int] | np.ndarray, size: int) -> torch.Tensor:
-        """Images in [-1, 1], [n, 3, size, size]."""
-        return self.images(indices, size).float() / 127.5 - 1
+    def pixels(self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3) -> torch.Tensor:
+        """Images in [-1, 1], [n, channels, size, size]."""
+        return self.images(indices, size, channels).float() / 127.5 - 1
 
     def _open(self, index: int) -> Image.Image:
         """The image, its pixels not yet decoded."""
@@ -201,10 +203,11 @@ class ImageData:
             )
         return image
 
-    def _decode(self, index: int, size: int) -> UInt8[np.ndarray, "3 size size"]:
+    def _decode(self, index: int, size: int, channels: int) -> UInt8[np.ndarray, "channels size size"]:
         image = self._open(index)
         try:
-            return np.asarray(square(image, size)).transpose(2, 0, 1).copy()
+            pixels = np.asarray(square(image, size, "L" if channels == 1 else "RGB"))
+            return pixels.reshape(size, size, channels).transpose(2, 0, 1).copy()
         except Exception as error:
             raise self._unreadable(self.names[index], error) from error
 
@@ -221,8 +224,8 @@ def open_image(file: io.BytesIO | Path) -> Image.Image:
     return Image.open(regular_path(file) if isinstance(file, Path) else file, formats=sorted({*IMAGES.values()}))
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Any image as RGB of size x size: upright, on white, cropped at the centre, resized with antialiasing.
+def square(image: Image.Image, size: int, mode: str = "RGB") -> Image.Image:
+    """Any image in this mode, of size x size: upright, on white, cropped at the centre, resized with antialiasing.
 
     Of several frames the first is used. Raises ValueError for pixels without a known range: other than 8 or 16 bits.
     """
@@ -238,7 +241,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = image.convert(mode)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size != (side, side):

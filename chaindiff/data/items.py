@@ -19,6 +19,7 @@ from chaindiff.encoders.resize import resize
 from chaindiff.io.errors import UserError, did_you_mean
 
 LOOKED_AT = 16  # items inspected for the fingerprint and the resolution, spread over the set
+GREY = (0.299, 0.587, 0.114)  # of red, green and blue
 ROUNDING = 1e-3  # how far a float image may leave [-1, 1]
 
 
@@ -133,14 +134,22 @@ class Items:
 
     # -- pixels
 
-    def images(self, indices: Sequence[int] | np.ndarray, size: int) -> UInt8[Tensor, "n 3 size size"]:
+    def images(
+        self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3
+    ) -> UInt8[Tensor, "n channels size size"]:
         """Images as uint8; smaller ones are enlarged."""
-        return ((self.pixels(indices, size) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return ((self.pixels(indices, size, channels) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def pixels(self, indices: Sequence[int] | np.ndarray, size: int) -> Float[Tensor, "n 3 size size"]:
-        """Images in [-1, 1]: floats of this size are left unchanged, others are resized with antialiasing."""
+    def pixels(
+        self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3
+    ) -> Float[Tensor, "n channels size size"]:
+        """Images in [-1, 1]: floats of this size are left unchanged, others are resized with antialiasing.
+
+        Of one channel for grey items, else Rec. 601's grey of RGB, as PIL's.
+        """
         pictures = [self._picture(int(row), size) for row in indices]
-        return torch.stack(pictures) if pictures else torch.empty(0, 3, size, size)
+        found = torch.stack(pictures) if pictures else torch.empty(0, 3, size, size)
+        return found if channels != 1 else (found * torch.tensor(GREY)[:, None, None]).sum(1, keepdim=True)
 
     def _picture(self, row: int, size: int | None) -> Float[Tensor, "3 side side"]:
         """One image, cropped at the centre to a square; of its own size if `size` is None."""

@@ -163,7 +163,7 @@ def _images(path: Path, variable: Variable) -> Tensor:
         data = ImageData(Folder(path.parent), {path.name: {}}, [], path.stem)
     else:
         data = open_data(DataSpec(path=str(path)))
-    return data.images(range(len(data)), variable.shape[-1]).float() / 127.5 - 1
+    return data.images(range(len(data)), variable.shape[-1], variable.shape[0]).float() / 127.5 - 1
 
 
 def _numbers(path: Path, variable: Variable, where: str) -> Tensor:

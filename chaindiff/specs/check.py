@@ -70,8 +70,8 @@ def _variables(recipe: Recipe) -> Problems:
         yield f"variables.{name}", f"{problem}\n  give one of them an encoder, such as {{kind: resize, of: {roots[0]}}}"
     for name, variable in recipe.variables.items():
         path, encoder = f"variables.{name}", variable.encoder
-        if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
-            yield f"{path}.shape", f"images in the data have 3 channels (RGB), not {variable.shape[0]}"
+        if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] not in (1, 3):
+            yield f"{path}.shape", f"images of the data have 3 channels (RGB) or 1 (grey), not {variable.shape[0]}"
         model = encoder.model if isinstance(encoder, OpenClipSpec) else None
         if model is not None and (problem := _model(model)):
             yield f"{path}.encoder.model", problem

@@ -112,7 +112,7 @@ class Batches:
             if (column := self.columns.get(name)) is not None:
                 return column[list(rows)] if isinstance(column, Tensor) else [column[row] for row in rows]
             if self.root is not None and name == self.root.name:
-                images = self.data.pixels(rows, self.root.shape[-1])
+                images = self.data.pixels(rows, self.root.shape[-1], self.root.shape[0])
                 return images if drawn is None else augment.apply(images, drawn)
             if name in self.kept:
                 return self.kept[name][list(rows)]
