@@ -1,16 +1,16 @@
 """What sampling spends outside its networks: `python -m benchmarks.overhead [RECIPE]`.
 
-A step's overhead is the same for every step: it is measured without the first, which prepares the others. Use one
-thread and its own clock where other programs compete for the machine (`--alone`).
+Of every step but the first, which prepares the others, the seconds inside and outside the network are taken, and of
+both the medians over all steps: what interrupts some steps changes neither. On a CPU torch has one thread meanwhile,
+and the clock is that of the process, so that other programs hardly count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,62 +24,53 @@ def overhead(
     given: dict[str, torch.Tensor] | None = None,
     *,
     batch: int = 64,
-    steps: int = 18,
-    repeats: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
+    least: int = 20,
+    **sampler: Any,
 ) -> dict[str, float]:
-    """Seconds of a sampling's steps but the first: `total`, `network` (inside it), and their `share` outside it.
-
-    The medians of some repeats, after one that does not count.
-    """
+    """Of at least so many steps: the median seconds inside the `network` and `outside`, and their `share`."""
     given = {v.name: torch.randn(batch, *v.shape) for v in stage.given} if given is None else given
-    network, inside = stage.network, [0.0]
-    forward = network.forward
+    network, threads, marks = stage.network, torch.get_num_threads(), [0.0]
+    forward, clock = network.forward, _on_gpu if stage.like.is_cuda else time.process_time
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        _finished(stage)
-        began = clock()
+        marks.append(clock())
         found = forward(*arguments, **named)
-        _finished(stage)
-        inside[0] += clock() - began
+        marks.append(clock())
         return found
 
     network.forward = timed
+    torch.set_num_threads(threads if stage.like.is_cuda else 1)
+    inside, outside = [], []
     try:
-        runs = []
-        for _ in range(repeats + 1):
-            states = stage.sample(given, cd.Draws(range(batch), 0, 0, stage.name), sampler={"steps": steps})
+        while len(inside) < least:
+            states = stage.sample(given, cd.Draws(range(batch), 0, 0, stage.name), sampler=sampler)
             next(states)
-            inside[0], began = 0.0, clock()
+            marks[:] = [clock()]
             for _ in states:
-                pass
-            _finished(stage)
-            runs.append((clock() - began, inside[0]))
+                began, *pairs = marks
+                marks[:] = [clock()]
+                inside.append(sum(pairs[1::2]) - sum(pairs[0::2]))
+                outside.append(marks[0] - began - inside[-1])
     finally:
         network.forward = forward
-    total, own = (statistics.median(column) for column in zip(*runs[1:], strict=True))
-    return {"total": total, "network": own, "share": total / own - 1}
+        torch.set_num_threads(threads)
+    return {"network": median(inside), "outside": median(outside), "share": median(outside) / median(inside)}
 
 
-def _finished(stage: Diffusion) -> None:
-    if stage.like.is_cuda:
-        torch.cuda.synchronize()
+def _on_gpu() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", default="vcdm_emoji")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="one thread, timed by its own clock")
+    parser.add_argument("--steps", type=int, default=20, help="at least so many of every stage are measured")
     said = parser.parse_args()
-    if said.alone:
-        torch.set_num_threads(1)
-    chain = cd.load(said.recipe)
-    clock = time.thread_time if said.alone else time.perf_counter
-    for name, stage in chain.stages.items():
+    for name, stage in cd.load(said.recipe).stages.items():
         if isinstance(stage, Diffusion):
-            found = overhead(stage, batch=said.batch, steps=said.steps, clock=clock)
+            found = overhead(stage, batch=said.batch, least=said.steps)
             print(json.dumps({"stage": name, "batch": said.batch, **found}), flush=True)
 
 

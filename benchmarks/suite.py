@@ -8,8 +8,10 @@ from chaindiff.bench.suite import Case
 WORKS, PROCESSES = "benchmarks.works", "benchmarks.processes"
 CASES = suite.CASES | {
     "sample-32": Case("sampling", "16 images of 32x32 by a DDPM++, 11 evaluations", "images", WORKS),
-    "overhead-image": Case("overhead", "sampling 64 images of 16x16, and its network alone", "evaluations", WORKS),
-    "overhead-prior": Case("overhead", "sampling 64 embeddings, and its network alone", "evaluations", WORKS),
+    "overhead-image": Case(
+        "overhead", "a step of sampling 64 images, in its network and outside", "evaluations", WORKS
+    ),
+    "overhead-prior": Case("overhead", "likewise of 64 embeddings", "evaluations", WORKS),
     "norm-silu": Case("kernels", "GroupNorm, then SiLU, of [64, 64, 32, 32] channels-last", "calls", WORKS),
     "affine-update": Case("kernels", "one row of a solver's table on [64, 3, 32, 32] in float64", "calls", WORKS),
     "precondition": Case("kernels", "the denoiser of 64 images around a network that costs nothing", "images", WORKS),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.overhead import overhead
 from chaindiff.bench.timing import Side
 from chaindiff.bench.works import AUGMENT, BATCH, SMALL, WAYS, denoised, executed, quietly, stage
 from chaindiff.chain.diffusion import Diffusion
@@ -21,7 +22,7 @@ from chaindiff.data import augment, open_data
 from chaindiff.data.items import Items
 from chaindiff.edm.random import Draws
 from chaindiff.edm.solvers import Row
-from chaindiff.networks.blocks import GroupNorm
+from chaindiff.networks.blocks import GroupNormSilu
 from chaindiff.networks.interface import Condition
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.recipe.load import load
@@ -35,11 +36,11 @@ HEUN, FEW = 6, 16  # steps (11 evaluations), images
 
 def norm_silu() -> dict[str, Side]:
     x = torch.randn(BATCH, 64, 32, 32)
-    last, norm = x.contiguous(memory_format=torch.channels_last), GroupNorm(64, 1e-6)
+    last, norm = x.contiguous(memory_format=torch.channels_last), GroupNormSilu(64, 1e-6)
     plain = nn.GroupNorm(norm.groups, 64, 1e-6)
     fused = torch.compile(lambda value: F.silu(plain(value)))
     return {
-        "chaindiff": Side(quietly(lambda: F.silu(norm(last)))),
+        "chaindiff": Side(quietly(partial(norm, last))),
         "torch, channels-last": Side(quietly(lambda: F.silu(plain(last)))),
         "torch, contiguous": Side(quietly(lambda: F.silu(plain(x)))),
         "torch.compile, channels-last": Side(quietly(lambda: fused(last))),
@@ -103,17 +104,13 @@ def overhead_prior() -> dict[str, Side]:
     return _overhead("clip", {})
 
 
-def _overhead(name: str, given: dict[str, Tensor], steps: int = 10) -> dict[str, Side]:
+def _overhead(name: str, given: dict[str, Tensor]) -> dict[str, Side]:
     made: Any = load("vcdm_emoji16").stages[name].eval()  # type: ignore[attr-defined]
-    x, level = torch.randn(BATCH, *made.generates[name].shape), torch.randn(BATCH)
-    condition = made.bind(given).condition
 
-    def alone() -> None:
-        for _ in range(steps):
-            made.network({name: x}, {name: level}, condition)
+    def spent(part: str) -> float:
+        return overhead(made, given, batch=BATCH, least=2, solver="euler", steps=HEUN)[part]
 
-    whole = Side(partial(_sampled, made, given, BATCH, solver="dpmpp_2m", steps=steps), steps)
-    return {"chaindiff": whole, "its network alone": Side(quietly(alone), steps)}
+    return {f"chaindiff, {part}": Side(partial(spent, part), warm=1) for part in ("network", "outside")}
 
 
 # ---------------------------------------------------------------- data

@@ -13,7 +13,7 @@ import typer
 from chaindiff.commands import completion
 from chaindiff.io import memory
 from chaindiff.io.errors import UserError, quoted
-from chaindiff.io.files import folder_path
+from chaindiff.io.files import folder_path, user_path
 from chaindiff.io.processes import first_to_fail, processes
 
 app = typer.Typer(
@@ -32,7 +32,8 @@ def _named(option: str, metavar: str, says: str, offers: Any = None) -> Any:
     return typer.Option(option, metavar=metavar, help=says, autocompletion=offers)
 
 
-Set = Annotated[list[str], _named("--set", "FIELD=VALUE", "Override: stages.image.sample.steps=20.", completion.fields)]
+_OVERRIDE = "Override: stages.image.sample.steps=20; or @FILE, a YAML file of fields."
+Set = Annotated[list[str], _named("--set", "FIELD=VALUE", _OVERRIDE, completion.fields)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The run's directory (default: runs/NAME).", parser=folder_path)
 ]
@@ -45,6 +46,7 @@ Judge = Annotated[list[str], _named("--judge", "NAME", "A feature extractor.")]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Number of samples.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Sampling seed.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per batch.")]
+MaxMemory = Annotated[str | None, typer.Option("--max-memory", metavar="4GB", help="For weights and activations.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Delete samples of other settings first.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that the recipe names (`kind: MODULE:NAME`).")
@@ -145,6 +147,7 @@ def run(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
+    max_memory: MaxMemory = None,
     given: Given = [],  # noqa: B006 (Typer copies it)
     out: Out = None,
     replace: Replace = False,
@@ -157,7 +160,7 @@ def run(
 ) -> None:
     """Run whatever a recipe still needs: training, sampling, the report."""
     loaded = _load(recipe, changes, allow_code)
-    asked = {"count": count, "seed": seed, "batch": batch, "given": _values(given)}
+    asked = {"count": count, "seed": seed, "batch": batch, "max_memory": max_memory, "given": _values(given)}
     _facts(_work("commands.run", quiet, as_json).run(loaded, out=out, smoke=smoke, replace=replace, **asked), as_json)
 
 
@@ -190,6 +193,7 @@ def sample(
     count: Count = None,
     seed: Seed = None,
     batch: Batch = None,
+    max_memory: MaxMemory = None,
     want: Want = [],  # noqa: B006
     given: Given = [],  # noqa: B006
     out: Out = None,
@@ -202,7 +206,8 @@ def sample(
 ) -> None:
     """Sample from a chain."""
     loaded = _load(recipe, changes, allow_code)
-    asked = {"count": count, "seed": seed, "batch": batch, "want": want or None, "given": _values(given)}
+    asked = {"count": count, "seed": seed, "batch": batch, "max_memory": max_memory}
+    asked |= {"want": want or None, "given": _values(given)}
     _facts(_work("commands.sample", quiet, as_json).sample(loaded, out=out, replace=replace, **asked), as_json)
 
 
@@ -233,6 +238,33 @@ def evaluate(
     _facts(
         _work("commands.evaluate", quiet, as_json).evaluate(loaded, out=out, given=_values(given), **options), as_json
     )
+
+
+@app.command()
+def tune(
+    recipe: RecipeName,
+    path: Annotated[
+        bool, typer.Option("--path", help="The path on which a joint stage's noise levels go down together.")
+    ] = False,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Of this stage.", autocompletion=completion.stages)
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=2, help="As many (default: the present number).")] = None,
+    count: Annotated[int, typer.Option("--count", min=2, help="Rows of the data that errors are measured on.")] = 128,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file to write (default: RUN/STAGE.path.yaml).", parser=user_path)
+    ] = None,
+    changes: Set = [],  # noqa: B006
+    allow_code: AllowCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fit sampling settings to a trained chain; writes a file for `--set @FILE`."""
+    if not path:
+        raise UserError("nothing to fit was named", hint="--path fits the path of a joint stage")
+    loaded = _load(recipe, changes, allow_code)
+    _facts(_work("commands.tune", quiet, as_json).tune(loaded, stage=stage, steps=steps, count=count, out=out), as_json)
 
 
 @app.command()
@@ -305,9 +337,9 @@ def ema(
     debug: Debug = False,
 ) -> None:
     """Reconstruct an EMA of another length from the snapshots of `train: {ema: {kind: power}}`."""
-    done = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
+    said = _work("training.snapshots", quiet).reconstruct_stage(stage, std, out, images)
     if not quiet:
-        print(done)
+        print(said)
 
 
 @app.command("import")

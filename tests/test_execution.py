@@ -38,9 +38,7 @@ def stage(network: dict = UNET, given: bool = True) -> cd.Diffusion:
 def ready(chain: cd.Chain, count: int = 6, **asked) -> Preparation:
     given = {"side": torch.ones(1, 2)}
     request = chain.request(count, given=given, batch=4)
-    return Preparation(
-        chain, request, SampleSpec(count=count, batch=4, **asked), {n: chain.cost(n) for n in chain.stages}
-    )
+    return Preparation(chain, request, SampleSpec(count=count, batch=4, **asked))
 
 
 @pytest.fixture
@@ -250,6 +248,24 @@ def test_a_package_is_built_once(cache: Path, monkeypatch, capsys) -> None:
     assert len(set(built)) == 4, "of each precision, shape and weights its own"
 
 
+def test_a_call_in_python_executes_networks_as_it_says(cache: Path, monkeypatch) -> None:
+    built, chain, given = pretend(monkeypatch), cd.Chain([stage(PRIOR)]), {"side": torch.ones(1, 2)}
+    plain = chain.sample(6, given=given, batch=4)["image"]
+    for _ in range(2):
+        found = chain.sample(6, given=given, batch=4, execution="compile")["image"]
+        torch.testing.assert_close(found, plain)
+    steps = list(chain.previews(6, given=given, batch=4, execution="compile"))
+    assert torch.equal(steps[2].x["image"].float(), found[:4]) and len(built) == 1
+    half = chain.sample(6, given=given, batch=4, precision="bf16")["image"]
+    assert torch.equal(half, chain.sample(6, given=given, batch=4, dtype=torch.bfloat16)["image"])
+    assert not torch.equal(half, plain) and torch.equal(chain.sample(6, given=given, batch=4)["image"], plain)
+    assert chain.stages["image"].run is None and chain.stages["image"].autocast is None
+    with pytest.raises(cd.UserError, match="execution: 'compiled' is not one of auto, eager, compile"):
+        chain.sample(6, given=given, execution="compiled")
+    with pytest.raises(cd.UserError, match="take neither `device` nor `dtype`"):
+        chain.sample(6, given=given, execution="compile", dtype=torch.bfloat16)
+
+
 def test_a_package_is_the_users_own_and_whole(cache: Path, monkeypatch, capsys) -> None:
     built, chain = pretend(monkeypatch), cd.Chain([stage(PRIOR)])
     ready(chain, execution="compile").apply()
@@ -321,6 +337,8 @@ def test_a_package_computes_what_its_network_computes(cache: Path, monkeypatch, 
     again = cd.Chain([stage(network)])
     ready(again, execution="compile").apply()
     assert torch.equal(again.sample(6, given=given, batch=4)["image"], found), "the same machine code"
+    third = cd.Chain([stage(network)])
+    assert torch.equal(third.sample(6, given=given, batch=4, execution="compile")["image"], found), "in Python, too"
 
 
 @pytest.mark.gpu

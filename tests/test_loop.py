@@ -98,7 +98,7 @@ def compiled(monkeypatch) -> list[nn.Module]:
     """The networks that training would have compiled."""
     found: list[nn.Module] = []
     monkeypatch.setattr(loop, "compile_network", found.append)
-    monkeypatch.setattr(loop, "able", lambda: True)
+    monkeypatch.setattr(loop, "compiler", lambda: "c++")
     return found
 
 

@@ -13,6 +13,7 @@ from chaindiff.chain.conditioning import Given, Link, training_level
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.precondition import EDM, SMALLEST_SIGMA, Direct, noise_label
+from chaindiff.networks.interface import Condition
 from chaindiff.networks.prior import Prior
 from chaindiff.networks.unet import UNet
 from chaindiff.specs.link import LinkSpec
@@ -208,7 +209,7 @@ def test_labels_that_begin_at_zero_change_nothing_at_first_and_are_learned(arch:
     level, labels = torch.tensor([0.3, 0.3]), torch.eye(5)[:2]
     for label_init, equal in (("published", False), ("zeros", True)):
         network = UNet(8, 3, 3, label_init=label_init, **settings)
-        told = network.embed(level, labels, None)
+        told = network.embed(level, network.prepare(Condition(labels=labels)))
         assert torch.equal(told[0], told[1]) is equal
         (gradient,) = torch.autograd.grad(told[0].sum(), network.map_label.weight)
         assert gradient[:, 0].abs().max() > 0

@@ -11,11 +11,12 @@ from torch import nn
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
 from chaindiff.edm.random import Draws
-from chaindiff.execution import regional
+from chaindiff.execution.machine import compiler
 from chaindiff.execution.regional import compile_network, release, repeated
 from chaindiff.networks.blocks import Block
 from chaindiff.networks.prior import TransformerBlock
 from chaindiff.specs.network import PriorSpec, UNetSpec
+from chaindiff.training.loop import pays
 
 UNET = UNetSpec(kind="unet", channels=16, mult=[1, 2], blocks=2, attention=[8])
 PRIOR = PriorSpec(kind="prior", width=16, depth=3, heads=2)
@@ -55,10 +56,11 @@ def test_what_does_not_repeat_is_compiled_whole(monkeypatch) -> None:
 
 def test_what_compilation_needs(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
-    assert regional.able()
+    assert compiler() == "/usr/bin/clang++"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not regional.able()
+    assert compiler() is None and not pays(1e9)
 
 
 def test_blocks_compile_to_the_same_loss_and_gradients_and_are_released() -> None:

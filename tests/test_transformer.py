@@ -181,7 +181,7 @@ def test_a_block_against_numpy() -> None:
 
     streams, told, context = [numbers(2, 4, 16), numbers(2, 3, 16)], [numbers(2, 16), numbers(2, 16)], numbers(2, 5, 16)
     angle = angles(numbers(7, 2), 4)
-    found = block(streams, told, angle, context)
+    found = block(streams, told, angle, block.project(context))
     expected = by_hand(
         block, *([t.numpy() for t in group] for group in (streams, told)), angle.numpy(), context.numpy()
     )

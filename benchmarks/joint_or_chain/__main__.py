@@ -13,10 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from chaindiff.commands.tune import tune
-
 from benchmarks.joint_or_chain.plan import ARMS, BUDGET, comparison
 from benchmarks.joint_or_chain.write import write_page
+from chaindiff.commands.tune import tune
 from chaindiff.evaluation.evaluate import draw_all
 
 
@@ -24,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/joint_or_chain"))
     parser.add_argument("--page", type=Path, default=Path("docs/joint-or-chain.md"))
-    parser.add_argument("--count", type=int, default=2000, help="samples of a row and seed")
+    parser.add_argument("--count", type=int, default=1000, help="samples of a row and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train", action="store_true", help="train the arms that have no weights, in their order")
     parser.add_argument("--side", type=int, choices=(16, 64), default=16, help="64 is for a GPU")

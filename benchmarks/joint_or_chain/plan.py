@@ -86,7 +86,9 @@ class Arm:
         else:
             own = {"path": along(path, self.image)} if path else {"sigma_min": 0.01}
             how, loaded = SOLVER | own, self.base()
-        return loaded.override({"stages": {"*": {"sample": how}}, "sample": {"precision": "float32"}})
+        return loaded.override(
+            {"stages": {"*": {"sample": how}}, "sample": {"precision": "bf16", "execution": "compile"}}
+        )
 
     def folder(self, out: Path) -> Path | None:
         """The run that it is trained in; None: the shipped weights."""

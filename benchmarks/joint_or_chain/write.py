@@ -54,7 +54,7 @@ order), or the image first. Everything on this page is written by
 python -m benchmarks.joint_or_chain
 ```
 
-on {torch.get_num_threads()} cores of {processor()}, torch {torch.__version__.split("+")[0]}; networks in float32,
+on {torch.get_num_threads()} cores of {processor()}, torch {torch.__version__.split("+")[0]}; networks in bf16,
 DPM-Solver++(2M), {BUDGET} evaluations of every network; {one["count"]:,} samples a row for each of the sampling seeds
 {seeds}, against the 4,521 training images. Lower is better; ± are 95% intervals over sampling seeds, which do not
 cover the spread between trainings. `efficientnet_lite2` is an ImageNet classifier: neither it nor its labels saw these

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def _process() -> None:
     subprocess.run([sys.executable, "-c", "import numpy, email.message, unittest"], check=True)
 
 
-REFERENCES = {"compute": Side(_compute).time, "host": Side(_host).time, "process": Side(_process).time}
+REFERENCES = {"compute": partial(Side(_compute).time, 4), "host": Side(_host).time, "process": Side(_process).time}
 
 
 def machine() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Bound:
     shared: Mapping[str, Shared]  # coefficients, by generated variable
     fixed: State = field(default_factory=dict)  # generated variables that are given
     unseen: Mapping[str, Tensor | None] = field(default_factory=dict)  # that it does without: pure noise, or nothing
-    joined: dict[tuple[int, ...], tuple[Sequence[Bound], Condition]] = field(default_factory=dict)
+    joined: dict[Any, tuple[Sequence[Bound], Condition]] = field(default_factory=dict)
 
     @property
     def kin(self) -> int:
@@ -41,20 +41,21 @@ class Bound:
 
     def batch(self, others: Sequence[Bound], x: State, sigma: Levels) -> list[Prediction]:
         """The predictions of several bound denoisers of this stage, from one call of the network."""
-        like, count, terms = self.stage.like, len(next(iter(x.values()))), len(others)
+        count, terms = len(next(iter(x.values()))), len(others)
         values, scales, absent = {}, {}, {}
-        for name in self.stage.generates:
-            value, level = (self.fixed[name], 0.0) if name in self.fixed else (x[name].to(like), sigma[name])
+        for name, shared in self.shared.items():
+            like, fixed = shared.like, name in self.fixed
+            value, level = (self.fixed[name], 0.0) if fixed else (x[name].to(like), sigma[name])
             noises = [other.unseen.get(name) for other in others]  # pure noise takes the place of what is not seen
             if isinstance(level, Tensor) or any(noise is not None for noise in noises):
                 rows = level.to(like) if isinstance(level, Tensor) else like.new_full((count,), level)
                 pure = torch.full_like(rows, self.stage.pure(name))
                 rows = torch.cat([rows if noise is None else pure for noise in noises])
-                scales[name] = self.stage.preconditioning(name)(rows)
+                scales[name] = shared.coefficients(rows)
             else:
-                scales[name] = self.shared[name][level]
+                scales[name] = shared[level]
             each = [value if noise is None else noise.expand_as(value) for noise in noises]
-            values[name] = value if terms == 1 and noises[0] is None else torch.cat(each)
+            values[name] = each[0] if terms == 1 else torch.cat(each)
             gone = [name in other.unseen and noise is None for other, noise in zip(others, noises, strict=True)]
             if any(gone):
                 absent[name] = torch.tensor(gone).repeat_interleave(count).to(like.device, non_blocking=True)
@@ -69,10 +70,14 @@ class Bound:
 
     def _side_by_side(self, others: Sequence[Bound], count: int) -> Condition:
         """The conditions of several as one batch, kept for the next step; what is bound without given variables is
-        shared by all rows."""
-        key = (count, *map(id, others))
+        shared by all rows. They are prepared where the network itself runs, and nobody asks for gradients."""
+        plain = torch.is_grad_enabled() or self.stage.run is not None
+        key = (count, plain, self.stage.autocast, *map(id, others))
         if key not in self.joined:
-            self.joined[key] = others, _joined([other.condition for other in others], count)
+            found, prepare = _joined([o.condition for o in others], count), getattr(self.stage.network, "prepare", None)
+            if prepare is not None and not plain:
+                found = self.stage.precisely(prepare, self.stage.like.device.type, found)
+            self.joined[key] = others, found
         return self.joined[key][1]
 
 

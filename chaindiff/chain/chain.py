@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.graph import Plan, Producer, resolve
 from chaindiff.chain.graph import Step as PlanStep
+from chaindiff.chain.memory import within
 from chaindiff.chain.request import Given, Preview, Request, Value, checked, plain_values, rows_of, tuned
 from chaindiff.chain.stage import Cost, Stage, Stages, evaluating
 from chaindiff.chain.variable import Variable, difference
@@ -26,6 +27,8 @@ from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.io.files import folder_path
 from chaindiff.io.memory import noted
 from chaindiff.io.processes import sole_writer
+from chaindiff.specs.recipe import SampleSpec
+from chaindiff.specs.validate import config
 
 if TYPE_CHECKING:
     from chaindiff.chain.plan import ChainPlan
@@ -144,10 +147,16 @@ class Chain:
 
         return ChainPlan(self, self.resolve(want, given))
 
-    def cost(self, name: str, moving: Sequence[str] | None = None) -> Cost:
-        """What one sample of a stage's variables costs: of the `moving` ones, by default all."""
-        stage = self.stages.outlines[name]
-        return stage.cost(tuple(stage.generates) if moving is None else moving)
+    def cost(self, name: str, moving: Sequence[str] | None = None, **settings: Any) -> Cost:
+        """What a sample of a stage's variables costs: of the `moving` ones, by default all; `settings` are a call's."""
+        stage: Any = self.stages.outlines[name]
+        return stage.cost(tuple(stage.generates) if moving is None else moving, **settings)
+
+    def diffusions(self, request: Request) -> Iterator[tuple[str, Diffusion]]:
+        """The diffusion stages that a request runs, each with its weights until the next one follows."""
+        for name in request.plan.running:
+            if isinstance(stage := self.stages.only(name) if request.frugal else self.stages[name], Diffusion):
+                yield name, stage
 
     def __repr__(self) -> str:
         made = "; ".join(
@@ -185,6 +194,9 @@ class Chain:
         guidance: float | Mapping[str, float] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        execution: str | None = None,
+        precision: str | None = None,
+        max_memory: str | None = None,
         stages: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Values:
         """`count` samples of every wanted variable, on the CPU: name -> [count, *shape].
@@ -195,11 +207,13 @@ class Chain:
 
         `steps`, `solver` and `guidance` apply to every diffusion stage in this call; `stages` holds further settings by
         stage, any that its `sample` takes: {"image16": {"sampler": {"eta": 1.0}, "wrap": my_guidance}}.
-        `device` and `dtype` say where and in which precision networks are evaluated in this call.
+        `device` and `dtype` say where and in which precision networks are evaluated in this call. `execution`,
+        `precision` and `max_memory`, such as "4GB", are what a recipe says of them under `sample`.
         Raises UserError for requests that cannot be answered.
         """
         options = {"given": given, "want": want, "seed": seed, "batch": batch, "exact": exact, "noise": noise}
         options |= {"steps": steps, "solver": solver, "guidance": guidance, "device": device, "dtype": dtype}
+        options |= {"execution": execution, "precision": precision, "max_memory": max_memory}
         parts = list(self.stream(count, **options, stages=stages))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -207,8 +221,9 @@ class Chain:
         """`sample` a batch at a time, samples `first` to `count`, holding no more than one batch."""
         request = self.request(count, **options)
         start = first - first % request.size if request.exact else first
-        for begin in range(start, count, request.size):
-            yield self.part(request, begin, max(first, begin))
+        with self._executed(request):
+            for begin in range(start, count, request.size):
+                yield self.part(request, begin, max(first, begin))
 
     def part(self, request: Request, begin: int, first: int | None = None) -> Values:
         """The samples of one batch of a request, from number `begin` (those before `first` are cut off)."""
@@ -220,8 +235,9 @@ class Chain:
         The last preview of a stage holds its samples.
         """
         request = self.request(count, **options)
-        for begin in range(0, count, request.size):
-            yield from self._batch(request, begin, begin)
+        with self._executed(request):
+            for begin in range(0, count, request.size):
+                yield from self._batch(request, begin, begin)
 
     def request(
         self,
@@ -236,7 +252,7 @@ class Chain:
         stages: Mapping[str, Mapping[str, Any]] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        **sampler: Any,
+        **options: Any,
     ) -> Request:
         """A request, read, checked and planned; see `sample`."""
         read = self._read or (lambda given: plain_values(given, self.variables))
@@ -248,13 +264,21 @@ class Chain:
         if strange := [name for name in settings if name not in self.stages]:
             raise UserError(f"there is no stage '{strange[0]}'{did_you_mean(strange[0], self.stages)}")
         plan = self.resolve(want, tuple(values))
-        if said := {key: value for key, value in sampler.items() if value is not None}:
-            running = [self.stages[step.producer.name] for step in plan.steps if step.producer.kind == "stage"]
-            for name, own in tuned(running, said).items():
+        asked = {key: value for key, value in options.items() if value is not None}
+        ways = {key: asked.pop(key) for key in ("execution", "precision", "max_memory") if key in asked}
+        memory = config(SampleSpec, {"exact": exact, **ways}, "sample").max_memory
+        if asked:
+            one = self.stages.__getitem__ if memory is None else self.stages.only
+            for name, own in tuned([one(name) for name in plan.running], asked).items():
                 mine = settings.setdefault(name, {})
                 whole = mine.get("sampler") or {}  # a whole sampler stands as it is
                 mine["sampler"] = {**own, **whole} if isinstance(whole, Mapping) else whole
-        return Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype))
+        if (device, dtype) != (None, None) and ways.keys() - {"max_memory"}:
+            raise UserError(
+                "execution and precision take neither `device` nor `dtype`", hint="chain.to(device) moves it"
+            )
+        found = Request(plan, values, count, seed, batch, exact, numbers, settings, (device, dtype), ways)
+        return found if memory is None else within(self, found, memory)
 
     def _batch(self, request: Request, begin: int, first: int) -> Generator[Preview, None, Values]:
         """One batch: yields previews, returns the wanted values."""
@@ -266,21 +290,21 @@ class Chain:
             s if s >= request.count else noise if isinstance(noise, int) else noise[s] for s in range(begin, end)
         ]
         values: dict[str, Any] = {name: rows_of(value, rows) for name, value in request.given.items()}
-        running = [step for step in request.plan.steps if step.producer.kind == "stage"]
-        with self._placed(request, [step.producer.name for step in running]):
-            for step in request.plan.steps:
-                name = step.producer.name
-                if step.producer.kind == "stage":
-                    place = (begin / request.count, (end - begin) / request.count, running.index(step) / len(running))
+        running = [*request.plan.running]
+        for step in request.plan.steps:
+            name = step.producer.name
+            if step.producer.kind == "stage":
+                place = (begin / request.count, (end - begin) / request.count, running.index(name) / len(running))
+                with self._placed(request, name):
                     values |= yield from self._stage(request, step, values, numbers, place)
-                elif step.producer.kind == "source":
-                    values[name] = self.sources[name].sample(numbers, request.seed)
-                else:
-                    maps = self.encoders if step.producer.kind == "encoder" else self.decoders
-                    with torch.no_grad():
-                        values[name] = maps[name](values[maps[name].of])
-                for gone in step.drop:
-                    del values[gone]
+            elif step.producer.kind == "source":
+                values[name] = self.sources[name].sample(numbers, request.seed)
+            else:
+                maps = self.encoders if step.producer.kind == "encoder" else self.decoders
+                with torch.no_grad():
+                    values[name] = maps[name](values[maps[name].of])
+            for gone in step.drop:
+                del values[gone]
         keep = slice(first - begin, request.count - begin)
         return {name: values[name][keep].cpu() for name in request.plan.want}
 
@@ -293,7 +317,7 @@ class Chain:
         given = {v: values[v] for v in (*(variable.name for variable in stage.given), *own)}
         draws = Draws(numbers, request.seed, 0, name, dtype=torch.float64)
         batches, share, before = place
-        stages = sum(s.producer.kind == "stage" for s in request.plan.steps)
+        stages = len(request.plan.running)
         began, state = time.perf_counter(), None
         with evaluating(stage), noted(f"while sampling stage '{name}', {len(numbers)} at a time"):
             states = stage.sample(given, draws, **request.settings.get(name, {}))
@@ -320,21 +344,32 @@ class Chain:
         return made
 
     @contextmanager
-    def _placed(self, request: Request, running: Sequence[str]) -> Iterator[None]:
-        """Stages on the request's device and in its precision; restored afterwards."""
-        device, dtype = request.placement
+    def _placed(self, request: Request, name: str) -> Iterator[None]:
+        """A stage on the request's device and in its precision; restored afterwards."""
+        (device, dtype), stage = request.placement, self.stages.only(name) if request.frugal else self.stages[name]
         with ExitStack() as after:
-            for stage in (self.stages[name] for name in running):
-                if isinstance(stage, nn.Module) and device is not None:
-                    at = next((p.device for p in stage.parameters()), torch.device("cpu"))
-                    after.callback(stage.to, at)
-                    stage.to(device)
-                if isinstance(stage, Diffusion) and (device is not None or dtype is not None):
-                    after.callback(setattr, stage, "run", stage.run)
-                    stage.run = None
-                if isinstance(stage, Diffusion) and dtype is not None:
-                    after.callback(setattr, stage, "autocast", stage.autocast)
-                    stage.autocast = None if dtype == torch.float32 else dtype
+            if isinstance(stage, nn.Module) and device is not None:
+                after.callback(stage.to, next((p.device for p in stage.parameters()), torch.device("cpu")))
+                stage.to(device)
+            if isinstance(stage, Diffusion) and request.placement != (None, None):
+                after.callback(vars(stage).update, run=stage.run, autocast=stage.autocast)
+                chosen = stage.autocast if dtype is None else None if dtype == torch.float32 else dtype
+                stage.run, stage.autocast = None, chosen
+            yield
+
+    @contextmanager
+    def _executed(self, request: Request) -> Iterator[None]:
+        """Networks executed as the request says; restored afterwards."""
+        if not request.ways.keys() - {"max_memory"}:
+            return (yield)
+        from chaindiff.execution.prepare import Preparation
+
+        said = {"execution": "eager", "precision": "float32", "exact": request.exact, **request.ways}
+        ready = Preparation(self, request, SampleSpec.model_validate(said))
+        with ExitStack() as after:
+            for stage in ready.stages.values():
+                after.callback(vars(stage).update, run=stage.run, autocast=stage.autocast)
+            ready.apply()
             yield
 
     # ------------------------------------------------------------ objects

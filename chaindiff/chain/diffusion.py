@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -91,6 +92,11 @@ class Diffusion(nn.Module):
         if not isinstance(self.precondition_spec, Preconditioning):
             self.precondition = preconditioning(self.precondition_spec, variables[0].sigma_data)
             noise = published_noise(self.precondition_spec) if noise is None else noise
+        self.preconditions: dict[str, Preconditioning] = {}  # each variable's own, or the stage's with its sigma_data
+        for made in variables:
+            said = self.own[made.name].precondition or self.precondition_spec
+            known = said if isinstance(said, Preconditioning) else preconditioning(said, made.sigma_data)
+            self.preconditions[made.name] = known
         self.noise_spec = config(NoiseLevels, {} if noise is None else noise, f"{self.name}.noise")
         custom = callable(self.noise_spec)
         self.noise: TrainingNoise = cast(Any, self.noise_spec) if custom else training_noise(self.noise_spec)
@@ -128,26 +134,20 @@ class Diffusion(nn.Module):
             label_span=getattr(self.precondition, "label_span", 1.0),
         )
 
-    def preconditioning(self, name: str) -> Preconditioning:
-        """The preconditioning of a generated variable: its own, or the stage's with its sigma_data."""
-        said = self.own[name].precondition or self.precondition_spec
-        if isinstance(said, Preconditioning):
-            return said
-        return preconditioning(said, self.generates[name].sigma_data)
-
     def training_noise(self, name: str) -> TrainingNoise:
         """The training noise of a generated variable: its own, or the stage's."""
         said = self.own[name].noise
         return self.noise if said is None else training_noise(said)
 
-    def _label(self, name: str, label: Tensor) -> Tensor:
-        """A variable's noise label at the span of the stage's, for which the network is built."""
-        spans = [getattr(p, "label_span", 1.0) for p in (self.precondition, self.preconditioning(name))]
-        return label if spans[0] == spans[1] else label * (spans[0] / spans[1])
+    def coefficients(self, name: str, sigma: Tensor) -> Coefficients:
+        """A generated variable's preconditioning; its noise label [*sigma] spans what the network is built for."""
+        own = self.preconditions[name]
+        found, span = own(sigma), getattr(self.precondition, "label_span", 1) / getattr(own, "label_span", 1)
+        return replace(found, noise=(found.noise * span).expand(sigma.shape))
 
     def pure(self, name: str) -> float:
         """The level of a variable at which nothing of it is left."""
-        return min(PURE_NOISE, self.preconditioning(name).sigma_max)
+        return min(PURE_NOISE, self.preconditions[name].sigma_max)
 
     @property
     def given(self) -> list[Variable]:
@@ -189,7 +189,7 @@ class Diffusion(nn.Module):
 
         The network sees zeros where a variable is `absent`. It alone runs in bf16.
         """
-        scales = {name: self.preconditioning(name)(sigma[name]) for name in self.generates}
+        scales = {name: self.coefficients(name, sigma[name]) for name in self.generates}
         return self.preconditioned(x, scales, condition, absent)
 
     def preconditioned(
@@ -199,22 +199,29 @@ class Diffusion(nn.Module):
         condition: Condition,
         absent: Mapping[str, Bool[Tensor, " batch"]] | None = None,
     ) -> Prediction:
-        """`denoise` by coefficients, each [batch] or, where all samples share a level, []."""
+        """`denoise` by coefficients, each [batch] or, where all samples share a level, []; a label may be [1]."""
         seen = {name: weighted_sum((c.input, x[name])) for name, c in scales.items()}
         for name, gone in (absent or {}).items():
             seen[name] = seen[name].masked_fill(gone.reshape(-1, *[1] * (seen[name].ndim - 1)), 0.0)
-        labels = {name: self._label(name, c.noise.expand(len(x[name])).contiguous()) for name, c in scales.items()}
-        device = next(iter(x.values())).device.type
+        labels, clean, variance = {}, {}, {}
+        for name, c in scales.items():
+            rows = len(x[name])
+            labels[name] = c.noise if len(c.noise) == rows else c.noise[:1].expand(rows).contiguous()
         network = self.network if self.run is None or torch.is_grad_enabled() else self.run
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            found = network(seen, labels, condition)
-        clean, variance = {}, {}
+        found = self.precisely(network, next(iter(x.values())).device.type, seen, labels, condition)
         for name, c in scales.items():
             raw = found[name]
-            if getattr(self.network, "learns_variances", False):  # a second half (Nichol & Dhariwal 2021)
-                raw, variance[name] = raw.chunk(2, dim=1)
+            if raw.shape[1] != x[name].shape[1] and getattr(self.network, "learns_variances", False):
+                raw, variance[name] = raw.chunk(2, dim=1)  # a second half (Nichol & Dhariwal 2021)
             clean[name] = weighted_sum((c.skip, x[name]), (c.out, raw))
         return Prediction(clean, variance or None)
+
+    def precisely(self, function: Callable[..., Any], device: str, *inputs: Any) -> Any:
+        """What the network, or a part of it, gives in its own precision, whatever surrounds it."""
+        if self.autocast is None and not torch.is_autocast_enabled(device):
+            return function(*inputs)
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            return function(*inputs)
 
     def _laid_out(self, value: Tensor) -> Tensor:
         """In the memory format of the network's images, so that no step changes it."""
@@ -240,7 +247,6 @@ class Diffusion(nn.Module):
             keep = one_of(spec.keep, draws.integers(f"{name}/keep", below=len(spec.keep))) if spec.keep else None
             given[name] = Given(batch[name], present, sigma, noise, keep)
         own = {name: draws if len(clean) == 1 else draws.of(name) for name in clean}
-        preconditions = {name: self.preconditioning(name) for name in clean}
         pure = {name: self.pure(name) for name in clean}
         drawn = self.family.draw(draws, {name: self.training_noise(name) for name in clean}, pure)
         levels, counted, absent = (
@@ -256,7 +262,7 @@ class Diffusion(nn.Module):
         losses = []
         for name, level in levels.items():
             learned = (level > 0) & counted.get(name, level > 0)
-            weight = self.own[name].weight * preconditions[name].weight(level.masked_fill(~learned, 1.0))
+            weight = self.own[name].weight * self.preconditions[name].weight(level.masked_fill(~learned, 1.0))
             losses.append(weighted_error(denoised[name], clean[name], weight).masked_fill(~learned, 0.0))
         return torch.stack(losses).mean(0)
 
@@ -318,14 +324,14 @@ class Diffusion(nn.Module):
             values[name] = Given(value, None, sigma, noise, keep)
         fixed = {name: given[name].to(like) for name in self.generates if name in given}
         unseen = {name: self._unseen(name, batch, draws) for name in self.generates if name in absent}
-        shared = self.shared() if shared is None else shared
+        shared = self.shared(rows=batch) if shared is None else shared
         return Bound(self, self.conditioner(values, batch, like), shared, fixed, unseen)
 
-    def shared(self, table: Sequence[Update] = ()) -> dict[str, Shared]:
+    def shared(self, table: Sequence[Update] = (), rows: int = 1) -> dict[str, Shared]:
         """The coefficients of every generated variable, for a denoiser that is called at the levels of a table."""
         levels = [row.sigma for row in table if row.sigma is not None]
         return {
-            name: Shared(self.preconditioning(name), self.like, (at[name] for at in levels if name in at))
+            name: Shared(partial(self.coefficients, name), self.like, (at[name] for at in levels if name in at), rows)
             for name in self.generates
         }
 
@@ -345,10 +351,12 @@ class Diffusion(nn.Module):
         table: Sequence[Update] = (),
     ) -> Denoiser:
         """The bound denoiser with the sampler's guidance, prepared for the levels of a table."""
-        sampling, shared = self.sampling(sampler), self.shared(table)
+        sampling = self.sampling(sampler)
+        said = sampling.terms(name for name in self.generates if name not in given)
+        shared = self.shared(table, len(draws or next(iter(given.values()), [0])) * len(said))
         terms = [
             (self.bind(given, draws, absent=gone, sampler=sampling.settings, shared=shared), weights)
-            for gone, weights in sampling.terms(name for name in self.generates if name not in given)
+            for gone, weights in said
         ]
         return terms[0][0] if len(terms) == 1 else guided(terms)
 

@@ -55,6 +55,11 @@ class Plan:
         used = {name for step in self.steps for name in step.inputs}.union(self.want)
         return tuple(name for name in self.given if name not in used)
 
+    @property
+    def running(self) -> dict[str, tuple[str, ...]]:
+        """The stages that run, in order, and what each makes."""
+        return {step.producer.name: step.outputs for step in self.steps if step.producer.kind == "stage"}
+
 
 def resolve(producers: Sequence[Producer], want: Sequence[str], given: Iterable[str] = ()) -> Plan:
     """The plan of a request. Steps are in topological order, ties in order of declaration.

@@ -26,13 +26,12 @@ class ChainPlan:
     @cached_property
     def costs(self) -> dict[str, Cost]:
         """Of every stage of the chain, including those that do not run; counted on first use."""
-        moving = {step.producer.name: step.outputs for step in self.plan.steps if step.producer.kind == "stage"}
-        return {name: self.chain.cost(name, moving.get(name)) for name in self.chain.stages}
+        return {name: self.chain.cost(name, self.plan.running.get(name)) for name in self.chain.stages}
 
     @cached_property
     def running(self) -> list[str]:
         """Names of the stages that run, in order."""
-        return [s.producer.name for s in self.plan.steps if s.producer.kind == "stage"]
+        return [*self.plan.running]
 
     def share(self, stage: str) -> float:
         """The stage's share of the request's floating-point operations."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ class Request:
     exact: bool
     noise: int | Sequence[int]
     settings: Mapping[str, Mapping[str, Any]]
-    placement: tuple[str | torch.device | None, torch.dtype | None]
+    placement: tuple[str | torch.device | None, torch.dtype | None] = (None, None)
+    ways: Mapping[str, str] = field(default_factory=dict)  # how networks are executed, by fields of `sample`
+    frugal: bool = False  # no weights are kept but those of the stage that runs
 
     @property
     def size(self) -> int:

@@ -41,7 +41,7 @@ class Sampling:
 
         Raises UserError if a level that was set lies outside.
         """
-        sampler, known = self.settings.of(name), self.stage.preconditioning(name)
+        sampler, known = self.settings.of(name), self.stage.preconditions[name]
         for bound in ("sigma_min", "sigma_max"):
             said = getattr(sampler, bound)
             if said is not None and not known.sigma_min <= said <= known.sigma_max:
@@ -70,7 +70,7 @@ class Sampling:
                 levels = grid(own.discretisation, own.steps, low / own.shift, high / own.shift, own.rho, chosen[name])
             except ValueError as error:
                 raise UserError(str(error), f"stages.{stage.name}.sample.steps") from error
-            grids[name] = [stage.preconditioning(name).round(level * own.shift) for level in levels]
+            grids[name] = [stage.preconditions[name].round(level * own.shift) for level in levels]
         path = s.path or sampled(stage.trained_path)
         if isinstance(path, TablePath):
             return curves(path, names).path(names, s.steps, chosen)
@@ -125,8 +125,8 @@ class Sampling:
         from chaindiff.chain.cost import count, weighed
 
         s, stage = self.settings, self.stage
-        path = self.path(moving)
-        nfe = evaluations(self.table(path), guided([(_Counted(), weights) for _, weights in self.terms(moving)]))
+        path, terms = self.path(moving), self.terms(moving)
+        nfe = evaluations(self.table(path), guided([(_Counted(), weights) for _, weights in terms]))
         counts, (parameters, weight_bytes) = count(stage.network, stage.interface), weighed(stage.conditioner)
         told = [link.variable.name for link in stage.conditioner if link.tells_level]
         return Cost(
@@ -134,7 +134,7 @@ class Sampling:
             flops=counts.flops,
             nfe=nfe,
             weight_bytes=counts.weight_bytes + weight_bytes,
-            activation_bytes=counts.activation_bytes,
+            activation_bytes=counts.activation_bytes * len(terms),  # which are evaluated as one batch
             how=f"{s.solver}, {s.steps} steps",
             notes={name: f"noise {s.link(name).noise:g}" for name in told},
             warning=self.undrawn(path),

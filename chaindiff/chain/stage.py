@@ -88,8 +88,8 @@ class Outline:
     def built(self) -> Stage:
         return self._build()
 
-    def cost(self, moving: Collection[str]) -> Cost:
-        return self.built.cost(moving)
+    def cost(self, moving: Collection[str], **settings: Any) -> Cost:
+        return self.built.cost(moving, **settings)
 
     def sample(self, given: Values, draws: Draws) -> Iterator[State]:
         return self.built.sample(given, draws)
@@ -110,14 +110,34 @@ class Stages(Mapping[str, Stage]):
         self.outlines = {stage.name: stage for stage in stages}
         self.loaded: dict[str, Stage] = {} if load else dict(self.outlines)
         self._load, self._begin, self._device = load, begin, None
+        self._read: dict[str, list[Any] | None] = {}  # stages' tensors as they were read; None: released again
 
     def __getitem__(self, name: str) -> Stage:
         if name not in self.outlines:
             raise KeyError(f"there is no stage '{name}'{did_you_mean(name, self.outlines)}")
-        if name not in self.loaded:
+        found = self.loaded.get(name)
+        if found is None or self._read.get(name, ()) is None:
             assert self._load is not None
-            self.loaded[name] = _moved(self._load(name), self._device)
-        return self.loaded[name]
+            read = _moved(self._load(name), self._device)
+            for own, value in zip(_tensors(found), _tensors(read) if found else (), strict=True):
+                own.data = value.data
+            found = self.loaded[name] = found or read
+            self._read[name] = _versions(found)
+        return found
+
+    def releasable(self, name: str) -> bool:
+        """Whether a stage's weights can be read again: nobody has changed them since they were."""
+        found = self.loaded.get(name)
+        return self._load is not None and (found is None or self._read.get(name) in (None, _versions(found)))
+
+    def only(self, name: str) -> Stage:
+        """A stage, while the others' weights take no memory: they are read again when these are next used."""
+        for other in self.loaded:
+            if other != name and self.releasable(other):
+                for tensor in _tensors(self.loaded[other]):
+                    tensor.data = tensor.new_empty(0)
+                self._read[other] = None
+        return self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.outlines)
@@ -139,6 +159,15 @@ class Stages(Mapping[str, Stage]):
 
     def __repr__(self) -> str:
         return f"{{{', '.join(f'{name}: {stage!r}' for name, stage in self.outlines.items())}}}"
+
+
+def _tensors(stage: Stage | None) -> list[Tensor]:
+    return [*stage.parameters(), *stage.buffers()] if isinstance(stage, nn.Module) else []
+
+
+def _versions(stage: Stage) -> list[Any]:
+    """Equal as long as its weights are those tensors, and nothing was written into them."""
+    return [(id(tensor), tensor._version) for tensor in _tensors(stage)]
 
 
 def _moved(stage: Stage, device: str | torch.device | None) -> Stage:

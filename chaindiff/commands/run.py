@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,20 @@ def run(
     recipe: Loaded | str | Path,
     out: Path | None = None,
     smoke: bool = False,
-    count: int | None = None,
-    seed: int | None = None,
-    batch: int | None = None,
-    given: Mapping[str, Any] | None = None,
     replace: bool = False,
+    **asked: Any,
 ) -> Sampled:
-    """Everything a recipe makes: weights (shipped or found, else trained), samples, pictures and the page."""
+    """Everything a recipe makes: weights (shipped or found, else trained), samples, pictures and the page.
+
+    `asked`: fields of the recipe's `sample`, where they are not None.
+    """
     loaded, banner = recipe_of(recipe), ""
     if smoke:
         loaded, replace = smoke_version(loaded), replace or out is None  # no results, in a place of their own
         out = out or Path("runs") / loaded.recipe.name
         banner = "SMOKE RUN: tiny networks, a few training steps, the embedded images. Not results."
         say(banner)
-    loaded = asking(loaded, count=count, seed=seed, batch=batch, given=given)
+    loaded = asking(loaded, **asked)
     assembly = Assembly(loaded, out)
     with sole_writer(assembly.out):
         return run_assembly(assembly, replace, banner)

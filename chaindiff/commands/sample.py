@@ -117,10 +117,10 @@ def sample_chain(assembly: Assembly, replace: bool = False) -> Sampled:
         lock |= held.lock | {"count": asked.count}
     chain = assembly.chain(() if complete else found.running)  # weights that do not load are found now
     settings = {"seed": asked.seed, "batch": asked.batch, "exact": asked.exact, "given": said.values}
-    settings["want"] = [variable.name for variable in samples.variables]
+    settings |= {"want": [variable.name for variable in samples.variables], "max_memory": asked.max_memory}
     began, ready, choices = time.perf_counter(), None, {}
     if not complete:
-        ready = Preparation(chain, chain.request(asked.count, **settings), asked, found.costs)
+        ready = Preparation(chain, chain.request(asked.count, **settings), asked)
         choices = ready.together(kept(lock, asked))
         lock["execution"] = locked(choices)
     state.wait_for_everyone()  # all of them have looked before one changes anything

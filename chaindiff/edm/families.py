@@ -54,13 +54,13 @@ class Ruler:
             return high, low
         return 1.0, 0.0  # times of a schedule: pure noise lies at infinity, cut at `high`
 
-    def progress(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def progress(self, sigma: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """From 0, at `high`, to 1."""
         first, last = self._ends
         reached = (first - self._even(sigma.double().clamp_min(1e-12))) / (first - last)
         return torch.where(sigma >= self.high, 0.0, reached.clamp(0, 1)).to(sigma.dtype)
 
-    def sigma(self, progress: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def sigma(self, progress: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """The level at this progress: `high` at 0, and 0 at 1."""
         first, last = self._ends
         even = first + progress.double() * (last - first)

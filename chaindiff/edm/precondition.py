@@ -7,7 +7,7 @@ network predicts (noise, velocity, clean value) is a choice of c_skip and c_out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -50,11 +50,13 @@ class Preconditioning(Protocol):
 
 
 class Shared(dict[float, Coefficients]):
-    """Coefficients, [] each, at levels that all samples share: those of `levels` are computed and uploaded at once."""
+    """Coefficients, [] each but the label, [rows], at levels that all samples share; `levels` are uploaded at once."""
 
-    def __init__(self, precondition: Preconditioning, like: Tensor, levels: Iterable[float] = ()):
+    def __init__(
+        self, coefficients: Callable[[Tensor], Coefficients], like: Tensor, levels: Iterable[float] = (), rows: int = 1
+    ):
         super().__init__()
-        self.precondition, self.like = precondition, like
+        self.coefficients, self.like, self.rows = coefficients, like, rows
         self.add(levels)
 
     def __missing__(self, level: float) -> Coefficients:
@@ -66,9 +68,10 @@ class Shared(dict[float, Coefficients]):
         if not (new := [*dict.fromkeys(levels)]):
             return
         sigma = torch.tensor(new, dtype=self.like.dtype, pin_memory=self.like.is_cuda)
-        at = self.precondition(sigma.to(self.like.device, non_blocking=True))
-        columns = (part.expand(len(new)).unbind() for part in (at.skip, at.out, at.input, at.noise))
-        self.update(zip(new, map(Coefficients, *columns), strict=True))
+        at = self.coefficients(sigma.to(self.like.device, non_blocking=True))
+        columns = (part.expand(len(new)).unbind() for part in (at.skip, at.out, at.input))
+        labels = at.noise[:, None].expand(-1, self.rows).contiguous().unbind()
+        self.update(zip(new, map(Coefficients, *columns, labels), strict=True))
 
 
 def noise_label(sigma: Tensor) -> Tensor:

@@ -117,9 +117,10 @@ class Row:
         if self.from_data:
             values = DataValues(assembly, assembly.data, self.folder / "data")
             given |= oracle(values, self.from_data, whole, self.seed)
-        settings = {"seed": self.seed, "batch": BATCH, "want": self.made, "given": given}
         asked = assembly.recipe.sample
-        ready = Preparation(chain, chain.request(whole, **settings), asked, self.plan.costs)
+        settings = {"seed": self.seed, "batch": BATCH, "want": self.made, "given": given}
+        settings["max_memory"] = asked.max_memory
+        ready = Preparation(chain, chain.request(whole, **settings), asked)
         choices, missing = ready.apply(), self.store.missing()
         yield from draw(chain, self.store, **settings)
         ready.record(choices, sum(map(len, missing)))

@@ -16,15 +16,18 @@ from chaindiff import networks
 from chaindiff.io.digest import digest, file_digest
 from chaindiff.io.files import regular
 
+SETTINGS = {  # what torch is told on CUDA, in the metadata of what was trained
+    "tf32": False,  # float32 is float32: samples agree with the CPU's; bf16 is the fast precision, and is asked for
+    "cudnn_benchmark": True,  # batches have one shape, so that the fastest convolution is looked for once
+}
 
-def numerics(exact: bool = False) -> None:
-    """Set how CUDA computes: float32 is float32, TF32 nowhere, so that samples are the CPU's to within rounding.
 
-    cuDNN measures its algorithms once for each shape, which static shapes repay, unless results must be `exact`.
-    """
+def settle(exact: bool = False) -> None:
+    """Tell torch the settings; `exact` results do not depend on which convolution is fastest."""
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not exact, exact
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = SETTINGS["tf32"]
+        torch.backends.cudnn.benchmark = SETTINGS["cudnn_benchmark"] and not exact
+        torch.backends.cudnn.deterministic = exact
 
 
 def machine(device: torch.device) -> str:

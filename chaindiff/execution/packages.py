@@ -28,6 +28,7 @@ from chaindiff.io.files import cache_folder, regular
 from chaindiff.networks.interface import Interface
 
 LIMIT = 4 << 30  # bytes of all packages; what was not used for longest is deleted first
+FREEZE: dict[str, Any] = {"freezing": True}  # weights are constants: cast and laid out for convolutions once
 OLD = 86_400  # seconds after which a package that is still being built is a killed process's
 
 
@@ -97,16 +98,11 @@ def build(
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".building-", dir=folder()) as place:
         program = torch.export.export(Flat(network, interface, dtype).eval(), (inputs,), strict=False)
         made = Path(place) / "network.pt2"
-        torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=OPTIONS)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=FREEZE)
         made.chmod(0o600)
         kept = made.replace(folder() / f"{key}.{_content(made)}.pt2")
     _prune()
     return kept
-
-
-OPTIONS: dict[str, Any] = {
-    "freezing": True,  # weights are constants: cast and laid out for convolutions once
-}
 
 
 def _prune() -> None:

@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chaindiff.chain.chain import Chain
-from chaindiff.chain.diffusion import Diffusion
-from chaindiff.chain.request import Request
 from chaindiff.edm.denoiser import Denoiser, Levels, Prediction, State
 from chaindiff.io.errors import UserError
+
+if TYPE_CHECKING:
+    from chaindiff.chain.chain import Chain
+    from chaindiff.chain.diffusion import Diffusion
+    from chaindiff.chain.request import Request
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
 ERROR = 0.02  # the largest error of samples, relative to the data's deviation, at which `auto` takes bf16
@@ -72,23 +74,19 @@ def compare(chain: Chain, request: Request, names: list[str]) -> dict[str, Probe
 
     Stages whose settings do not fit so few steps are left out.
     """
-    probes = {name: stage for name in names if isinstance(stage := chain.stages[name], Diffusion)}
-    probes = {name: Probe(stage) for name, stage in probes.items()}
+    stages = dict(chain.diffusions(request))
+    probes = {name: Probe(stages[name]) for name in names if name in stages}
     short = {"solver": "euler", "steps": LEVELS, "eta": 0.0}
-    settings: dict[str, Mapping[str, Any]] = {
-        step.producer.name: {"sampler": short}
-        for step in request.plan.steps
-        if step.producer.kind == "stage" and isinstance(chain.stages[step.producer.name], Diffusion)
-    }
+    settings: dict[str, Mapping[str, Any]] = {name: {"sampler": short} for name in stages}
     for name, probe in probes.items():
         settings[name] = {"sampler": short, "wrap": probe.around}
-    kept = {name: probe.stage.autocast for name, probe in probes.items()}
+    kept = {name: stages[name].autocast for name in probes}
     try:
         chain.part(replace(request, batch=min(SAMPLES, request.count), settings=settings), 0)
     except UserError:
         probes = {name: probe for name, probe in probes.items() if len(probe.errors) == LEVELS}
     finally:
         for name, dtype in kept.items():
-            chain.stages[name].autocast = dtype  # type: ignore[attr-defined]
+            stages[name].autocast = dtype
         chain.seconds.clear()
     return probes

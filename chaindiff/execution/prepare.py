@@ -5,19 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from chaindiff.chain.chain import Chain
-from chaindiff.chain.diffusion import Diffusion
-from chaindiff.chain.request import Request
-from chaindiff.chain.stage import Cost
 from chaindiff.execution import packages
 from chaindiff.execution.costs import Costs, Weighed, measured
 from chaindiff.execution.graphs import Graphed
-from chaindiff.execution.machine import bf16, compiler, machine, numerics
+from chaindiff.execution.machine import bf16, compiler, machine, settle
 from chaindiff.execution.packages import UntrustedError
 from chaindiff.execution.precision import DTYPES, ERROR, compare
 from chaindiff.execution.runner import Call, Flat, Tiled
@@ -26,6 +22,11 @@ from chaindiff.io.processes import from_main, processes
 from chaindiff.io.progress import say
 from chaindiff.specs.code import CodeSpec
 from chaindiff.specs.recipe import SampleSpec
+
+if TYPE_CHECKING:
+    from chaindiff.chain.chain import Chain
+    from chaindiff.chain.diffusion import Diffusion
+    from chaindiff.chain.request import Request
 
 WORTH = 1e11  # floating-point operations of a request that `auto` measures nothing for: less than a second's
 
@@ -48,7 +49,7 @@ def kept(lock: Mapping[str, Any], asked: SampleSpec) -> Choices | None:
         found = TypeAdapter(Choices).validate_python(lock.get("execution"))
     except ValidationError:
         return None
-    ways = ("eager" if asked.exact else asked.execution, asked.precision)
+    ways = ("eager" if asked.exact or asked.max_memory else asked.execution, asked.precision)
     fits = all(ways[0] in ("auto", c.mode) and ways[1] in ("auto", c.precision) for c in found.values())
     return found if fits else None
 
@@ -61,19 +62,20 @@ def locked(choices: Choices) -> dict[str, Any]:
 class Preparation:
     """The networks of one request's stages: how each is executed, and what was measured of that."""
 
-    def __init__(self, chain: Chain, request: Request, asked: SampleSpec, costs: Mapping[str, Cost]):
+    def __init__(self, chain: Chain, request: Request, asked: SampleSpec):
         self.chain, self.request, self.asked = chain, request, asked
-        running = [step.producer.name for step in request.plan.steps if step.producer.kind == "stage"]
-        found = {name: chain.stages[name] for name in running}
-        self.stages = {name: stage for name, stage in found.items() if isinstance(stage, Diffusion)}
+        self.stages: dict[str, Diffusion] = {}
+        self.weights: dict[str, str] = {}
+        for name, stage in chain.diffusions(request):
+            self.stages[name], self.weights[name] = stage, packages.weights_key(stage)
+        costs = {name: chain.cost(name, request.plan.running[name]) for name in self.stages}
         self.evaluations = {name: request.count * costs[name].nfe for name in self.stages}  # of one sample each
         self.flops = request.count * sum(costs[name].total_flops for name in self.stages)
         self.rows = min(request.size, request.count)
-        self.weights = {name: packages.weights_key(stage) for name, stage in self.stages.items()}
 
     def apply(self, decided: Choices | None = None) -> Choices:
         """Execute the stages from now on as was `decided`, or as is decided here; returns how they are executed."""
-        numerics(self.asked.exact)
+        settle(self.asked.exact)
         choices = self._decided() if decided is None else decided
         return {name: self._apply(name, stage, choices.get(name, Choice())) for name, stage in self.stages.items()}
 
@@ -114,7 +116,7 @@ class Preparation:
             error = known.error
             if error <= ERROR:
                 compiled, eager = "bf16", "bf16" if known.faster else "float32"
-        mode = "eager" if asked.exact else asked.execution
+        mode = "eager" if asked.exact or asked.max_memory else asked.execution  # packages keep weights in memory
         if mode == "auto":
             mode = "compile" if large and self._pays(name, stage, eager, compiled, costs) else "eager"
         return Choice(mode, compiled if mode == "compile" else eager, error)

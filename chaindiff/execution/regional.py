@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,11 +10,6 @@ from torch import nn
 
 KINDS = 64  # of blocks in a network; torch gives up on a class after 8
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-def able() -> bool:
-    """Whether there is what torch compiles with: a GPU, or a C++ compiler."""
-    return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++"))
 
 
 def compile_network(network: nn.Module) -> None:

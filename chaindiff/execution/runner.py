@@ -29,15 +29,8 @@ def example(interface: Interface, rows: int, device: torch.device) -> tuple[Stat
 
     x = {name: drawn(*shape) for name, shape in interface.variables.items()}
     size = next((shape[1:] for shape in interface.variables.values() if len(shape) == 3), ())
-    return (
-        x,
-        {name: drawn() for name in x},
-        Condition(
-            drawn(interface.label_dim) if interface.label_dim else None,
-            drawn(interface.image_channels, *size) if interface.image_channels else None,
-            drawn(*interface.context) if interface.context else None,
-        ),
-    )
+    given = ((interface.label_dim,), (interface.image_channels, *size), interface.context or (0,))
+    return x, {name: drawn() for name in x}, Condition(*(drawn(*shape) if shape[0] else None for shape in given))
 
 
 class Flat(nn.Module):
@@ -67,7 +60,6 @@ class Tiled:
 
     def __init__(self, network: nn.Module, call: Call, interface: Interface, rows: int):
         self.network, self.call, self.rows = network, call, rows
-        self.learns_variances = getattr(network, "learns_variances", False)
         self.shapes = [t.shape[1:] for t in flat(*example(interface, 0, torch.device("cpu")))]
 
     def __call__(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
@@ -25,15 +25,6 @@ class Wrapper:
 
     def __call__(self, x: State, sigma: Levels) -> Prediction:
         return self.inner(x, sigma)
-
-
-@runtime_checkable
-class Batchable(Protocol):
-    """An optional interface: denoisers of equal `kin` are evaluated as one batch of one network."""
-
-    @property
-    def kin(self) -> Hashable: ...
-    def batch(self, others: Sequence[Any], x: State, sigma: Levels) -> list[Prediction]: ...
 
 
 @dataclass(frozen=True)
@@ -91,14 +82,14 @@ def interval(weight: float, low: float, high: float, *, outside: float = 0.0, va
 
 
 def _predictions(terms: Sequence[Denoiser], x: State, sigma: Levels) -> list[Prediction]:
-    """Each term's prediction; those of one network in one call."""
+    """Each term's prediction; those of equal `kin`, if they have one, in one call of the first's `batch`."""
     groups: dict[Hashable, list[int]] = {}
     for place, term in enumerate(terms):
-        groups.setdefault(term.kin if isinstance(term, Batchable) else (place,), []).append(place)
+        groups.setdefault(getattr(term, "kin", (place,)), []).append(place)
     found: dict[int, Prediction] = {}
     for places in groups.values():
-        first = terms[places[0]]
-        alike = first.batch([terms[p] for p in places], x, sigma) if isinstance(first, Batchable) else [first(x, sigma)]
+        first: Any = terms[places[0]]
+        alike = first.batch([terms[p] for p in places], x, sigma) if hasattr(first, "kin") else [first(x, sigma)]
         found.update(zip(places, alike, strict=True))
     return [found[place] for place in range(len(terms))]
 

@@ -129,14 +129,21 @@ class JointBlock(nn.Module):
         self.parts = nn.ModuleList(Part(width, heads, ratio, gated, qk_norm) for _ in range(parts))
         self.context_kv = nn.Linear(width, 2 * width) if context else None
 
+    def project(self, context: Float[Tensor, "batch tokens width"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of context tokens, [batch, heads, tokens, features]."""
+        assert self.context_kv is not None
+        k, v = rearrange(self.context_kv(context), "b n (kv heads c) -> kv b heads n c", kv=2, heads=self.heads)
+        return normalised(k, "rms") if self.qk_norm else k, v
+
     def forward(
         self,
         streams: Sequence[Float[Tensor, "batch _ width"]],
         told: Sequence[Float[Tensor, "batch width"]],
         angle: Float[Tensor, "tokens half"] | None = None,
-        context: Float[Tensor, "batch _ width"] | None = None,
+        given: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """The streams after this block; `told` modulates each, `angle` holds the rotary positions of all of them."""
+        """The streams after this block; `told` modulates each, `angle` holds the rotary positions of all of them, and
+        `given` the keys and values of context tokens."""
         parts: list[Any] = [self.parts[number % len(self.parts)] for number in range(len(streams))]
         changes = [part.modulation(c)[:, None].chunk(6, dim=-1) for part, c in zip(parts, told, strict=True)]
         projected = [
@@ -146,10 +153,8 @@ class JointBlock(nn.Module):
         q, k, v = (each[0] if len(each) == 1 else torch.cat(each, dim=2) for each in zip(*projected, strict=True))
         if angle is not None:
             q, k = rotate(q, angle), rotate(k, angle)
-        if self.context_kv is not None and context is not None:
-            more = rearrange(self.context_kv(context), "b n (kv heads c) -> kv b heads n c", kv=2, heads=self.heads)
-            given = normalised(more[0], "rms") if self.qk_norm else more[0]
-            k, v = torch.cat([k, given.to(k.dtype)], dim=2), torch.cat([v, more[1].to(v.dtype)], dim=2)
+        if given is not None:
+            k, v = (torch.cat([own, extra.to(own.dtype)], dim=2) for own, extra in zip((k, v), given, strict=True))
         y = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
         out = []
         for part, x, own, (_, _, gate, shift, scale, last) in zip(

@@ -197,8 +197,9 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch inputs height width"],
         embedding: Float[Tensor, "batch emb"],
-        context: Float[Tensor, "batch tokens width2"] | None = None,
+        given: Float[Tensor, "2 batch heads tokens c"] | None = None,
     ) -> Float[Tensor, "batch outputs height2 width3"]:
+        """`given` are the keys and values of context tokens, by `project`."""
         y = self.conv0(self.norm0(x))
         told = self.affine(embedding).to(y.dtype)
         if self.adaptive_scale:
@@ -209,14 +210,18 @@ class Block(nn.Module):
         y = self.conv1(F.dropout(y, self.dropout, self.training))
         y = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.heads:
-            y = (y + self.proj(self._attend(self.norm2(y), context))) * self.skip_scale
+            y = (y + self.proj(self._attend(self.norm2(y), given))) * self.skip_scale
         return y
 
-    def _attend(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def project(self, context: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "2 batch heads tokens c"]:
+        """The keys and values of context tokens."""
+        assert self.context_kv is not None
+        return rearrange(self.context_kv(context), "b n (kv heads c) -> kv b heads n c", heads=self.heads, kv=2)
+
+    def _attend(self, x: Tensor, given: Tensor | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b (heads c qkv) h w -> qkv b heads (h w) c", heads=self.heads, qkv=3)
-        if context is not None and self.context_kv is not None:
-            more = rearrange(self.context_kv(context), "b n (kv heads c) -> kv b heads n c", heads=self.heads, kv=2)
-            k, v = (torch.cat([own, extra.to(own.dtype)], dim=2) for own, extra in zip((k, v), more, strict=True))
+        if given is not None:
+            k, v = (torch.cat([own, extra.to(own.dtype)], dim=2) for own, extra in zip((k, v), given, strict=True))
         y = F.scaled_dot_product_attention(q, k, v)
         return rearrange(y, "b heads (h w) c -> b (heads c) h w", h=x.shape[2])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,12 +19,14 @@ class Condition:
 
     `labels`: given vectors and labels, concatenated with the indicators of every link. `images`: given images, as
     channels at the resolution of the generated image. `context`: given tokens. `augment`: the augmentation's label.
+    `prepared`: what the network's `prepare` made of these.
     """
 
     labels: Float[Tensor, "batch label_dim"] | None = None
     images: Float[Tensor, "batch channels height width"] | None = None
     context: Float[Tensor, "batch tokens features"] | None = None
     augment: Float[Tensor, "batch augment_dim"] | None = None
+    prepared: Any = None
 
 
 @runtime_checkable
@@ -32,7 +34,9 @@ class Network(Protocol):
     """F of the preconditioned denoiser: `x` scaled by c_in, `noise` is c_noise [batch], each by variable.
 
     A network with an attribute `learns_variances` that is true outputs twice the channels of every variable: its
-    prediction, then its variance. One with a `memory_format` receives images in it, and returns them so.
+    prediction, then its variance. One with a `memory_format` receives images in it, and returns them so. One with a
+    method `prepare(condition) -> Condition` adds there what it computes of the condition alone; sampling calls it once,
+    and then the network with what it returned.
     """
 
     def __call__(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -71,14 +72,20 @@ class Prior(nn.Module):
         # The noise label ln(sigma)/4 spans about 3 units; a factor of 1000 spreads it over the sinusoids' range. Labels
         # that are times up to 1000 already have that range.
         level = self.map_noise_down(F.silu(self.map_noise_up(self.map_noise(noise[name] * self.label_scale))))
-        tokens = []
-        if self.map_context is not None and condition.context is not None:
-            tokens.append(self.map_context(condition.context))
-        for layer, label in ((self.map_augment, condition.augment), (self.map_label, condition.labels)):
-            if layer is not None:
-                tokens.append(layer(vector.new_zeros(batch, layer.in_features) if label is None else label)[:, None])
+        given = condition if condition.prepared is not None else self.prepare(condition)
+        tokens = [token.expand(batch, -1, -1) for token in given.prepared]
         tokens += [level[:, None], self.map_input(vector)[:, None], self.query.expand(batch, 1, -1)]
         y = torch.cat(tokens, dim=1) + self.position
         for block in self.blocks:
             y = block(y)
         return {name: self.out(self.norm(y[:, -1]))}
+
+    def prepare(self, condition: Condition) -> Condition:
+        """With the tokens of context, augmentation and labels."""
+        tokens = []
+        if self.map_context is not None and condition.context is not None:
+            tokens.append(self.map_context(condition.context))
+        for layer, label in ((self.map_augment, condition.augment), (self.map_label, condition.labels)):
+            if layer is not None:
+                tokens.append(layer(layer.weight.new_zeros(1, layer.in_features) if label is None else label)[:, None])
+        return replace(condition, prepared=tokens)

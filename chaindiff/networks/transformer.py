@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -101,13 +102,11 @@ class Transformer(nn.Module):
 
     def forward(self, x: State, noise: Mapping[str, Tensor], condition: Condition) -> State:
         """The raw network F of every variable; absent labels count as zeros."""
-        streams, told = self._tokens(x, condition), self._told(noise, condition)
+        given = condition if condition.prepared is not None else self.prepare(condition)
+        streams, told = self._tokens(x, condition), self._told(noise, given.prepared[0])
         absolute, angle = self._positions(next(iter(x.values())))
         streams = [stream + place for stream, place in zip(streams, absolute, strict=True)]
-        context = None
-        if self.context is not None and condition.context is not None:
-            context = self.context(condition.context)
-        for block in self.blocks:
+        for block, context in zip(self.blocks, given.prepared[1], strict=True):
             streams = block(streams, told, angle, context)
         found = []
         for number, (stream, c) in enumerate(zip(streams, told, strict=True)):
@@ -121,6 +120,16 @@ class Transformer(nn.Module):
                 value = rearrange(value, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=side, q=side)
             out[name] = value.reshape(x[name].shape)
         return out
+
+    def prepare(self, condition: Condition) -> Condition:
+        """With the embeddings of labels and augmentation, and every block's keys and values of the context."""
+        given = ((self.label, condition.labels), (self.augment, condition.augment))
+        shared = [layer(value) for layer, value in given if layer is not None and value is not None]
+        context: list[Any] = [None] * len(self.blocks)
+        if self.context is not None and condition.context is not None:
+            tokens, blocks = self.context(condition.context), cast("Iterable[JointBlock]", self.blocks)
+            context = [block.project(tokens) for block in blocks]
+        return replace(condition, prepared=(shared, context))
 
     def _tokens(self, x: State, condition: Condition) -> list[Tensor]:
         """The tokens of every stream; of variables that share a segment, the sum."""
@@ -136,11 +145,9 @@ class Transformer(nn.Module):
         parts = [[held[number, at] for at in range(len(row))] for number, row in enumerate(self.segments)]
         return [each[0] if len(each) == 1 else torch.cat(each, dim=1) for each in parts]
 
-    def _told(self, noise: Mapping[str, Tensor], condition: Condition) -> list[Tensor]:
-        """What modulates each stream: the levels of its variables, and what is given."""
+    def _told(self, noise: Mapping[str, Tensor], shared: Sequence[Tensor]) -> list[Tensor]:
+        """What modulates each stream: the levels of its variables, and embeddings of what is given."""
         told: dict[int, Tensor] = {}
-        given = ((self.label, condition.labels), (self.augment, condition.augment))
-        shared: list[Tensor] = [layer(value) for layer, value in given if layer is not None and value is not None]
         for name, (stream, _), layer in zip(self.names, self.places, self.levels, strict=True):
             # As in the prior: labels that are no times up to 1000 are spread over the sinusoids' range.
             level = layer(self.frequencies(noise[name] * self.label_scale))

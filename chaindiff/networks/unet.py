@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -111,44 +112,53 @@ class UNet(nn.Module):
         if condition.images is not None:
             image = torch.cat([image, condition.images.to(image.dtype)], dim=1)
         image = image.contiguous(memory_format=torch.channels_last)
-        emb = self.embed(noise[name], condition.labels, condition.augment)
-        return {name: self.denoise(image, emb, condition.context)}
+        given = condition if condition.prepared is not None else self.prepare(condition)
+        return {name: self.denoise(image, self.embed(noise[name], given), given.prepared["context"])}
 
-    def embed(
-        self, noise: Float[Tensor, " batch"], labels: Tensor | None, augment: Tensor | None
-    ) -> Float[Tensor, "batch emb"]:
-        """The embedding of noise level, labels and augmentation that every block receives."""
-        late = self.arch.label_joins == "embedding"
+    def prepare(self, condition: Condition) -> Condition:
+        """With the embeddings of labels and augmentation, and every block's keys and values of the context."""
+        label = augment = None
+        if self.map_label is not None:
+            told = self.map_label.weight.new_zeros(1, self.label_dim) if condition.labels is None else condition.labels
+            label = self.map_label(told if self.arch.label_joins == "embedding" else told * math.sqrt(self.label_dim))
+        if self.map_augment is not None and condition.augment is not None:
+            augment = self.map_augment(condition.augment)
+        context = {}
+        for half in ("enc", "dec"):
+            for name, block in getattr(self, half).items():
+                if condition.context is not None and getattr(block, "heads", 0) and block.context_kv is not None:
+                    context[half, name] = block.project(condition.context)
+        return replace(condition, prepared={"label": label, "augment": augment, "context": context})
+
+    def embed(self, noise: Float[Tensor, " batch"], given: Condition) -> Float[Tensor, "batch emb"]:
+        """The embedding of noise level, labels and augmentation, of a prepared condition, that every block receives."""
+        late, told, augment = self.arch.label_joins == "embedding", given.prepared["label"], given.prepared["augment"]
         emb = self.map_noise(noise)
         if self.arch.noise_swapped:
             emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)
-        told: Tensor | float = 0.0
-        if self.map_label is not None:
-            given = emb.new_zeros(len(emb), self.label_dim) if labels is None else labels
-            told = self.map_label(given if late else given * math.sqrt(self.label_dim))
-        if not late:
+        if told is not None and not late:
             emb = emb + told
-        if self.map_augment is not None and augment is not None:
-            emb = emb + self.map_augment(augment)
+        if augment is not None:
+            emb = emb + augment
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        return F.silu(emb + told if late else emb)
+        return F.silu(emb + told if told is not None and late else emb)
 
     def denoise(
         self,
         x: Float[Tensor, "batch in_channels height width"],
         emb: Float[Tensor, "batch emb"],
-        context: Float[Tensor, "batch tokens context_dim"] | None = None,
+        context: Mapping[tuple[str, str], Tensor],
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """The U-Net itself."""
+        """The U-Net itself; `context` holds the blocks' keys and values."""
         skips, image = [], x
         for name, layer in self.enc.items():
             if "aux_residual" in name:
                 x = skips[-1] = image = (x + layer(image)) / math.sqrt(2)
                 continue
-            x = layer(x, emb, context) if isinstance(layer, Block) else layer(x)
+            x = layer(x, emb, context.get(("enc", name))) if isinstance(layer, Block) else layer(x)
             skips.append(x)
-        for layer in self.dec.values():
+        for name, layer in self.dec.items():
             if isinstance(layer, Block) and x.shape[1] != layer.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb, context) if isinstance(layer, Block) else layer(x)
+            x = layer(x, emb, context.get(("dec", name))) if isinstance(layer, Block) else layer(x)
         return x if self.arch.output == "dec" else self.out_conv(self.out_norm(x))

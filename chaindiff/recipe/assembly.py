@@ -139,7 +139,7 @@ class Assembly:
         chain = Chain(stages, encoders, sources, self.recipe.name, self.variables, decoders=decoders, read=self.read)
         chain.weights = weights
         for name in needed:
-            _ = chain.stages[name]
+            _ = chain.stages.only(name) if self.recipe.sample.max_memory else chain.stages[name]
         return chain
 
     def read(self, given: Mapping[str, Any]) -> Mapping[str, Value]:

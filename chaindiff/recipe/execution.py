@@ -35,7 +35,7 @@ def depends_on(
         "samplers": {n: sampler_settings(recipe.stages[n]) for n in found.running},
         "links": {n: [link.model_dump() for _, link in assembly.stages[n].links] for n in found.running},
         "given": {n: hashlib.sha256(_bytes(v)).hexdigest() for n, v in values.items()},
-        "sample": recipe.sample.model_dump(exclude={"execution", "precision", "given", "count"}),
+        "sample": recipe.sample.model_dump(exclude={"execution", "precision", "max_memory", "given", "count"}),
     }
 
 

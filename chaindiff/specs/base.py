@@ -10,6 +10,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[kMGT]?i?B$")]
 # Larger values could not be built, or even planned, in reasonable time and memory.
 UpToThousand = Annotated[int, Field(gt=0, le=1_000)]
 UpToTenMillion = Annotated[int, Field(gt=0, le=10_000_000)]

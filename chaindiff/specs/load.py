@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chaindiff.io.errors import UserError, did_you_mean, note
+from chaindiff.io.files import user_path
 from chaindiff.specs.check import check
 from chaindiff.specs.code import HINT, code_in
 from chaindiff.specs.merge import merge, nest, refuse_strangers, spread
@@ -77,7 +78,8 @@ class Loaded:
 def load_recipe(source: str | Path, changes: Sequence[str] = (), allow_code: bool = False, **overrides: Any) -> Loaded:
     """The recipe at a path, by its name, or in a run's directory.
 
-    `changes` are texts such as "stages.image.sample.steps=20"; keyword overrides are nested mappings of the same names.
+    `changes` are texts such as "stages.image.sample.steps=20", or "@FILE", a YAML file of a recipe's fields; keyword
+    overrides are nested mappings of the same names.
     Code that the recipe names is not imported here, and later only with `allow_code`.
     Raises UserError with file, line, what is wrong and the nearest valid name.
     """
@@ -89,10 +91,21 @@ def load_recipe(source: str | Path, changes: Sequence[str] = (), allow_code: boo
     lock = recipe.value.pop("lock", Node({}, None))
     if not isinstance(lock.value, dict):
         raise UserError(f"lock: expected fields (a mapping), not {describe(lock.value)}", lock.where)
-    layers = [nest(*assignment(text)) for text in changes]
+    layers = [_change(text) for text in changes]
     if overrides:
         layers.append(wrap(overrides, "keyword argument"))
     return _finish(_assemble(recipe, layers, path), recipe, path, lock.plain(), allow_code)
+
+
+def _change(text: str) -> Node:
+    """`FIELD=VALUE`, or `@FILE`: the fields in a YAML file."""
+    if not text.startswith("@"):
+        return nest(*assignment(text))
+    path = user_path(text[1:], f"--set {text}")
+    if not path.exists():
+        hint = "after @ comes the path of a YAML file with fields of a recipe, as `chaindiff tune` writes it"
+        raise UserError(f"there is no file {display(path)}", f"--set {text}", hint)
+    return read(path)
 
 
 def _finish(tree: Node, before: Node, path: Path, lock: dict[str, Any], allow_code: bool) -> Loaded:

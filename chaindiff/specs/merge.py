@@ -15,11 +15,16 @@ STANDS = "stands for the names of stages, variables or given values: stages.*, v
 def merge(base: Node, over: Node, annotation: Any) -> Node:
     """`over` on top of `base`: mappings merge, numbered items of a list too, everything else is replaced.
 
+    Where a list of names is short for a mapping, a mapping is merged with that one.
     Where the schema has a union discriminated by `kind`, another kind drops the fields that belonged to the old one.
     In a mapping from names to plain values, `{}` removes all entries and `null` removes one.
     """
     if isinstance(base.value, list) and isinstance(over.value, dict):
-        return _merge_items(base, over, annotation)
+        if not named(annotation) or any(key.isdecimal() for key in over.value):
+            return _merge_items(base, over, annotation)
+        base = Node(
+            {str(item.value): Node({}, item.where) for item in base.value}, base.where
+        )  # a list is short for it
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
     clears = named_values(annotation)

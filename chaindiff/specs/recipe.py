@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt
 
-from chaindiff.specs.base import Name, Positive, Problems, Spec, UpToMillion, UpToTenMillion
+from chaindiff.specs.base import Memory, Name, Positive, Problems, Spec, UpToMillion, UpToTenMillion
 from chaindiff.specs.clip_models import plain
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
@@ -222,6 +222,15 @@ class SampleSpec(Spec):
         default="auto",
         description="of the networks only; auto: bf16 for stages where it is faster and its measured error is small",
     )
+    max_memory: Memory | None = Field(
+        default=None,
+        description="for weights and activations, such as 4GB: beyond it, samples are made a part of the batch at a "
+        "time, with only the running stage's weights; none: no limit",
+    )
+
+    def problems(self) -> Problems:
+        if self.max_memory is not None and self.execution == "compile":
+            yield "max_memory", "does not bound compiled networks, which keep their own weights: set execution to eager"
 
 
 class EvaluateSpec(Spec):

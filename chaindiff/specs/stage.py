@@ -45,6 +45,13 @@ def _named(said: Any) -> Any:
     return said
 
 
+_Several = Annotated[
+    dict[Name, Generated],
+    Field(min_length=1),
+    BeforeValidator(_named, json_schema_input_type=list[Name] | dict[Name, Generated]),
+]
+
+
 class StageSpec(Spec):
     """One stage: generates a variable given others, or several together."""
 
@@ -58,14 +65,7 @@ class StageSpec(Spec):
         default="diffusion", description="`diffusion`, or a user-defined class: `MODULE:NAME`, with `--allow-code`"
     )
     settings: dict[str, Any] = Field(default={}, description="keyword arguments of a user-defined class")
-    generates: (
-        Annotated[
-            dict[Name, Generated],
-            Field(min_length=1),
-            BeforeValidator(_named, json_schema_input_type=list[Name] | dict[Name, Generated]),
-        ]
-        | None
-    ) = Field(
+    generates: _Several | None = Field(
         default=None,
         description="a list of names, or a mapping of names to settings of their own; none: the variable of the "
         "stage's name; of several, the first leads (`path`)",

@@ -133,6 +133,8 @@ def _explain(code: str, value: Any, context: dict[str, Any], message: str) -> st
     if code == "string_pattern_mismatch" and CODE in context["pattern"]:
         ours = "'diffusion' or " if context["pattern"] != f"^{CODE}$" else ""
         return f"expected {ours}user-defined code, such as my_package.module:Name, not {describe(value)}"
+    if code == "string_pattern_mismatch" and context["pattern"].endswith("B$"):
+        return f"expected an amount of memory, such as 4GB, not {describe(value)}"
     if code == "string_pattern_mismatch":
         return f"{describe(value)} is not a name: letters, digits and underscores, a letter first"
     if code in ("too_short", "too_long"):

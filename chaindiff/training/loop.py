@@ -25,8 +25,8 @@ from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.formulation import averages
 from chaindiff.chain.saving import changed, refuse_changed
 from chaindiff.edm.random import Draws, seed
-from chaindiff.execution.regional import able, compile_network
-from chaindiff.execution.settings import SETTINGS, settle
+from chaindiff.execution.machine import SETTINGS, compiler, settle
+from chaindiff.execution.regional import compile_network
 from chaindiff.io import tensorfile
 from chaindiff.io.errors import UserError
 from chaindiff.io.files import remove_leftovers
@@ -258,4 +258,4 @@ def refuse_divergence(stage: nn.Module, name: str, loss: float, images: int) -> 
 
 def pays(seconds: float) -> bool:
     """Whether to compile the network of a run that would go on eagerly for so many seconds."""
-    return able() and seconds * SAVED > COMPILING
+    return (torch.cuda.is_available() or compiler() is not None) and seconds * SAVED > COMPILING

@@ -70,22 +70,7 @@ class Snapshot:
         return cls(path, kept.images, kept.sigma_rel, metadata)
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """What was written: from how many snapshots, and the relative L2 error of the profile."""
-
-    path: Path
-    sigma_rel: float
-    images: int
-    snapshots: int
-    error: float
-
-    def __str__(self) -> str:
-        made = f"std {self.sigma_rel:g} at {self.images} images, of {self.snapshots} snapshots"
-        return f"{self.path}: {made}; its profile is within {self.error:.2%}"
-
-
-def reconstruct_stage(folder: Path, sigma_rel: float, out: Path, at_images: int | None = None) -> Reconstruction:
+def reconstruct_stage(folder: Path, sigma_rel: float, out: Path, at_images: int | None = None) -> str:
     """`reconstruct` from the snapshots of a stage's folder. Raises UserError if it has none."""
     files = _files(folder)
     if not files:
@@ -99,10 +84,11 @@ def reconstruct_stage(folder: Path, sigma_rel: float, out: Path, at_images: int 
     return reconstruct(files, sigma_rel, at_images, out=out)
 
 
-def reconstruct(files: Sequence[Path], sigma_rel: float, at_images: int | None = None, *, out: Path) -> Reconstruction:
+def reconstruct(files: Sequence[Path], sigma_rel: float, at_images: int | None = None, *, out: Path) -> str:
     """Write the average of width `sigma_rel` after `at_images` images (none: the last snapshot's) to the file `out`.
 
-    The file is a stage's weights, in single precision. Sums are in float64 (EDM2, section 3.2 and appendix C).
+    The file is a stage's weights, in single precision. Sums are in float64 (EDM2, section 3.2 and appendix C). Returns
+    what was written, in words: from how many snapshots, and the relative L2 error of the profile.
     Raises UserError for a width that these snapshots do not reach, and for snapshots of different networks.
     """
     if not 0 < sigma_rel < UNIFORM:
@@ -133,7 +119,8 @@ def reconstruct(files: Sequence[Path], sigma_rel: float, at_images: int | None =
         )
     said = {**found[-1].metadata, "images": str(at_images), "sigma_rel": str(sigma_rel), "profile_error": str(error)}
     tensorfile.save(out, _combine(found, weights), said)
-    return Reconstruction(out, sigma_rel, at_images, len(found), error)
+    made = f"std {sigma_rel:g} at {at_images} images, of {len(found)} snapshots"
+    return f"{out}: {made}; its profile is within {error:.2%}"
 
 
 def _solve(found: Sequence[Snapshot], sigma_rel: float, images: int) -> tuple[list[float], float]:
