@@ -101,7 +101,7 @@ class VP(VariancePreserving):
         exponent = _math(sigma).log1p(sigma**2)
         root = (self.beta_min**2 + 2 * self.beta_d * exponent) ** 0.5
         if self.beta_min < 0:  # of sampling, which passes floats
-            return (root - self.beta_min) / self.beta_d if exponent else 0.0
+            return (root - self.beta_min) / self.beta_d if exponent else sigma
         return 2 * exponent / (root + self.beta_min)
 
 
