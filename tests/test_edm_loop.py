@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import normal
 from torch import Tensor
 
 from chaindiff.chain.diffusion import Diffusion
 from chaindiff.chain.variable import Variable
-from chaindiff.edm.random import Draws, normal
+from chaindiff.edm.random import Draws
 from chaindiff.io import tensorfile
 from chaindiff.networks.interface import Condition
 from chaindiff.specs.network import UNetSpec

@@ -203,7 +203,7 @@ class ImageData:
             )
         return image
 
-    def _decode(self, index: int, size: int, channels: int) -> UInt8[np.ndarray, "channels size size"]:
+    def _decode(self, index: int, size: int, channels: int = 3) -> UInt8[np.ndarray, "channels size size"]:
         image = self._open(index)
         try:
             pixels = np.asarray(square(image, size, "L" if channels == 1 else "RGB"))
