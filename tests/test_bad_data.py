@@ -102,11 +102,14 @@ def test_wrong_metadata(tmp_path, metadata, message):
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
-        ('{"labels": [["0.png"]]}', "with whole-number classes; item 0 is ['0.png']"),
-        ('{"labels": [["0.png", 1], ["0.png", [0, 1]]]}', "with whole-number classes; item 1 is ['0.png', [0, 1]]"),
-        ('{"labels": [["0.png", true]]}', "with whole-number classes; item 0 is ['0.png', True]"),
-        ('{"labels": [["0.png", 1.5]]}', "with whole-number classes; item 0 is ['0.png', 1.5]"),
-        ('{"labels": [3]}', "with whole-number classes; item 0 is 3"),
+        ('{"labels": [["0.png"]]}', "with whole-number classes or lists of numbers; item 0 is ['0.png']"),
+        (
+            '{"labels": [["0.png", 1], ["0.png", [0, "1"]]]}',
+            "with whole-number classes or lists of numbers; item 1 is ['0.png', [0, '1']]",
+        ),
+        ('{"labels": [["0.png", true]]}', "with whole-number classes or lists of numbers; item 0 is ['0.png', True]"),
+        ('{"labels": [["0.png", 1.5]]}', "with whole-number classes or lists of numbers; item 0 is ['0.png', 1.5]"),
+        ('{"labels": [3]}', "with whole-number classes or lists of numbers; item 0 is 3"),
         ('{"labels": 3}', "; got 3"),
         ('{"labels": "0.png"}', "; got '0.png'"),
         ('{"lables": []}', "; got {'lables': []}"),

@@ -207,6 +207,7 @@ def test_requests_of_unknown_things_name_the_option(here, refused, command, opti
 
 MISTAKES = [
     (changed("model: clip_emoji", "model: clip_emogi"), "r.yaml:8: variables.clip.encoder.model: there is no open_clip model 'clip_emogi'; did you mean 'clip_emoji'?"),
+    (changed("model: clip_emoji", "model: hf-hub:ViT-L-14"), "r.yaml:8: variables.clip.encoder.model: expected hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION, not 'hf-hub:ViT-L-14'"),
     (changed("model: clip_emoji", "model: ViT-L14"), "r.yaml:8: variables.clip.encoder.model: there is no open_clip model 'ViT-L14'; did you mean 'ViT-L-14'?"),
     # fields and their types
     (changed("name: small\n", ""), "r.yaml:1: missing field 'name'"),
@@ -254,7 +255,7 @@ MISTAKES = [
     (changed("of: image}\n  image16", "of: image, reduce: {kind: pca, k: 64}}\n  image16"), "variables.clip.encoder.reduce.k: 64 components do not fit a vector of shape [128]"),
     (changed(", encoder: {kind: resize, of: image}}", "}"), "r.yaml:9: variables.image16: images without an encoder are read from the data, and 'image' already is\n  give one"),
     (changed("    encoder: {kind: open_clip, model: clip_emoji, of: image}\n", ""), "r.yaml:5: variables.clip: stage 'clip' trains with 'clip', which needs an encoder: data has no vector"),
-    (changed("[3, 32, 32]}", "[3, 32, 32], of: x}"), "r.yaml:4: variables.image.of: only a label or a text is read from a field"),
+    (changed("[3, 32, 32]}", "[3, 32, 32], of: x}"), "r.yaml:4: variables.image.of: only a label, a text or a vector is read from a field"),
     (changed("    shape: [128]", "    shape: [128]\n    source: uniform"), "r.yaml:8: variables.clip.source: only a label can be drawn uniformly"),
     # stages
     (changed("  image:\n    given", "  imgae:\n    given"), "r.yaml:16: stages.imgae: there is no variable 'imgae'; did you mean 'image'?\n  by default a stage generates the variable"),
@@ -339,7 +340,7 @@ MORE = [
     (changed("want: [image]", "count: 99999999999999999999999"), "r.yaml:25: is too large: whole numbers"),
     (changed("want: [image]", "batch: 1_000_000_000_000"), "r.yaml:25: sample.batch: should be at most 1000000, not 1000000000000"),
     # variables
-    (changed("[3, 32, 32]", "[1, 32, 32]").replace("[3, 16, 16]", "[1, 16, 16]"), "r.yaml:4: variables.image.shape: images in the data have 3 channels (RGB), not 1"),
+    (changed("[3, 32, 32]", "[2, 32, 32]").replace("[3, 16, 16]", "[2, 16, 16]"), "r.yaml:4: variables.image.shape: images of the data have 3 channels (RGB) or 1 (grey), not 2"),
     (changed("[3, 32, 32]}", "[3, 32, 32], source: empirical}"), "r.yaml:4: variables.image.source: only a label can be drawn from the data, not an image"),
     (changed("shape: [9]}", "shape: [9], source: no}"), "r.yaml:10: variables.category.source: 'no' is not one of empirical, uniform, given"),
     (changed("encoder: {kind: resize, of: image}}", "encoder: {kind: resize, of: b}}\n  b: {kind: image, shape: [3, 16, 16], encoder: {kind: resize, of: image16}}"), "encoders form a cycle: image16 -> b -> image16"),

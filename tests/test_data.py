@@ -11,6 +11,7 @@ from image_files import lines, noise, png, refusal, write, zipped
 from PIL import Image
 
 from chaindiff.data import open_data
+from chaindiff.data.items import Items
 from chaindiff.specs.recipe import DataSpec
 
 
@@ -77,6 +78,66 @@ def test_metadata_in_a_subfolder_is_relative_to_it(tmp_path):
     assert open_data(DataSpec(path=str(write(tmp_path, files)))).field("text") == ["one"]
 
 
+def test_labels_that_are_vectors(tmp_path):
+    """As EDM's data sets may have them, for `label: {kind: vector, ...}`."""
+    labels = [["0/b.png", [0.5, -1]], ["0/a.png", [2, 0.25]]]
+    files = {name: png(noise(4, 4)) for name, _ in labels} | {"dataset.json": json.dumps({"labels": labels})}
+    data = open_data(str(zipped(tmp_path / "x.zip", files)))
+    assert data.column("label").tolist() == [[2, 0.25], [0.5, -1]]
+    for odd in ([0.5], [0.5, float("nan")], 3):
+        files["dataset.json"] = json.dumps({"labels": [["0/b.png", odd], labels[1]]})
+        message = refusal(zipped(tmp_path / "y.zip", files), lambda data: data.column("label"))
+        assert "the data has no 'label' that is a list of as many numbers for every image" in message
+
+
+def test_some_of_the_classes_of_a_network(tmp_path):
+    """Numbers are classes of a label of more; without a size, or as many as there are, they are numbered in order."""
+    labels = [["a.png", 7], ["b.png", 3], ["c.png", 7]]
+    files = {name: png(noise(4, 4)) for name, _ in labels} | {"dataset.json": json.dumps({"labels": labels})}
+    data = open_data(str(write(tmp_path, files)))
+    assert data.categories("label", 10) == ([str(number) for number in range(10)], [7, 3, 7])
+    assert data.categories("label", 2) == data.categories("label") == (["3", "7"], [1, 0, 1])
+    assert data.categories("label", 5) == (["3", "7"], [1, 0, 1])  # which the column then refuses: 7 is no class of 5
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_of_metadata(tmp_path, end):
+    rows = ["file_name,caption,style", '0.png,"red, with a ""quote""",flat', "1.png,dog,"]
+    files = {"train/0.png": png(noise(4, 4)), "train/1.png": png(noise(4, 4, 1)), "train/metadata.csv": end.join(rows)}
+    data = open_data(str(write(tmp_path, files)))
+    assert data.field("caption") == ['red, with a "quote"', "dog"] and data.field("style") == ["flat", ""]
+    assert data.fields == ["caption", "style"]  # where there is metadata, folders say nothing
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("name,caption\n0.png,cat", "metadata.csv:2: each row must have a `file_name`"),
+        ("file_name,caption\n0.png,cat,dog", "and as many cells as the head"),
+        ("file_name,caption\n0.png", "and as many cells as the head"),
+        ('file_name,caption\n0.png,"cat', "not a table of comma-separated values"),
+        ("file_name,caption\n9.png,cat", "the metadata names '9.png', which does not exist"),
+    ],
+)
+def test_tables_that_do_not_fit(tmp_path, table, message):
+    assert message in refusal(write(tmp_path, {"0.png": png(noise(4, 4)), "metadata.csv": table}))
+
+
+def test_folders_are_splits_and_classes(tmp_path):
+    names = ["Train/cat/0.png", "Train/dog/1.png", "val/dog/2.png", "testing/cat/3.png"]
+    folder = str(write(tmp_path / "a", {name: png(noise(4, 4, seed)) for seed, name in enumerate(names)}))
+    assert open_data(folder, split="train").names == names[:2]
+    assert [len(open_data(folder, split=split)) for split in ("validation", "test")] == [1, 1]
+    assert open_data(folder, split="test").categories("label") == (["cat", "dog"], [0])
+    assert (
+        open_data(folder).content
+        == open_data(str(zipped(tmp_path / "a.zip", {n: png(noise(4, 4, s)) for s, n in enumerate(names)}))).content
+    )
+    plain = open_data(str(write(tmp_path / "b", {"x.png": png(noise(4, 4)), "cats/y.png": png(noise(4, 4))})))
+    assert plain.field("label") == ["cats", ""]
+    assert "x.png: needs one value of 'label' to be a label" in refusal(tmp_path / "b", lambda d: d.categories("label"))
+
+
 # -- filters
 
 
@@ -117,6 +178,19 @@ def test_label_needs_one_value(tmp_path, files):
 
 
 # -- pixels
+
+
+def test_grey_stays_grey(tmp_path):
+    """One channel holds the pixels of a grey image, and Rec. 601's luma of another; three hold them thrice."""
+    grey, colour = noise(8, 8)[..., 0], noise(8, 8, 1)
+    data = open_data(str(write(tmp_path, {"a.png": png(grey), "b.png": png(colour)})))
+    one, three = data.images([0, 1], 8, 1), data.images([0, 1], 8)
+    np.testing.assert_array_equal(one[0, 0], grey)
+    np.testing.assert_array_equal(three[0], np.stack([grey] * 3))
+    np.testing.assert_allclose(one[1, 0].numpy(), colour @ [0.299, 0.587, 0.114], atol=1)
+    items = Items({"image": [Image.fromarray(grey), Image.fromarray(colour)]})
+    np.testing.assert_allclose(items.images([0, 1], 8, 1).numpy().astype(int), one.numpy().astype(int), atol=1)
+    assert data.images([], 8, 1).shape == items.images([], 8, 1).shape == (0, 1, 8, 8)
 
 
 @pytest.mark.parametrize("side, size, kernel", [(32, 8, "BOX"), (30, 8, "BICUBIC"), (8, 12, "BICUBIC")])

@@ -209,6 +209,20 @@ def test_models_that_are_not_there(model, pretrained, message):
     assert message in refusal(lambda: build_encoder("clip", specs(model, shape=512, pretrained=pretrained)))
 
 
+def test_open_clips_name_of_a_folder_is_the_folder(tiny, monkeypatch):
+    """One encoder with one identity, by the path and by `local-dir:`, also beside an embedded model's name."""
+    monkeypatch.chdir(tiny.parent)
+    plain, named, bare = (specs(said)["clip"] for said in (tiny, f"local-dir:{tiny}", f"local-dir:{tiny.name}"))
+    assert (named, bare.encoder.model) == (plain, f"./{tiny.name}")
+    one, other = (
+        build_encoder("clip", specs(m, scaling="raw"))(scaled(pixels(1))) for m in (tiny, f"local-dir:{tiny}")
+    )
+    assert torch.equal(one, other)
+    assert "there is no open_clip_config.json in" in refusal(
+        lambda: build_encoder("clip", specs("local-dir:clip_emoji"))
+    )
+
+
 def test_names_are_known_without_importing_open_clip(monkeypatch):
     names = set(open_clip.list_models()) - {"tiny-named"}  # which another test registers
     monkeypatch.delitem(sys.modules, "open_clip")

@@ -208,7 +208,7 @@ def test_mistakes_in_batches(tmp_path) -> None:
     (tmp_path / "0.png").write_bytes(png(BYTES[0]))
     files = open_data(DataSpec(path=str(tmp_path)))
     text = refusal(lambda: Batches(files, None, [Variable.vector("v", 4)], {}, {}, {}, STILL, 0))
-    assert "image files carry no numbers, so the data has no 'v'" in text
+    assert "the data has no 'v' that is a list of as many numbers for every image" in text
 
 
 def test_augmentation_is_drawn_by_the_items_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,14 @@ from chaindiff.commands.smoke import smoke_version
 from chaindiff.recipe.assembly import Assembly
 from chaindiff.specs.load import available, load_recipe
 
-# EDM, tables 1 and 7 and the snapshots' parameter counts; VCDM, appendix.
+# EDM, tables 1 and 7, the commands of its README and the snapshots' parameter counts; the README of VCDM's code.
 # recipe -> stage, parameters, network evaluations, (batch, lr, dropout, augmentation, training images, EMA half-life)
 PUBLISHED = {
     "edm_cifar10": ("image", 55_733_891, 35, (512, 1e-3, 0.13, 0.12, 200e6, 0.5e6)),
     "edm_ffhq": ("image", 61_805_571, 79, (256, 2e-4, 0.05, 0.15, 200e6, 0.5e6)),
     "edm_imagenet64": ("image", 295_899_267, 511, (4096, 1e-4, 0.10, 0.0, 2500e6, 50e6)),
-    "vcdm_ffhq": ("image", 61_871_235, 79, (256, 2e-4, 0.05, 0.15, 200e6, 0.5e6)),
-    "vcdm_afhq": ("image", 61_871_235, 79, (256, 2e-4, 0.25, 0.15, 200e6, 0.5e6)),
+    "vcdm_ffhq": ("image", 61_871_235, 79, (128, 1e-4, 0.05, 0.15, 200e6, 0.5e6)),
+    "vcdm_afhq": ("image", 61_871_235, 79, (128, 1e-4, 0.05, 0.15, 200e6, 0.5e6)),
 }
 # (S_churn, S_min, S_max, S_noise)
 CHURN = {
@@ -51,6 +52,17 @@ def test_vcdms_auxiliary_network_has_the_published_size(name: str) -> None:
     """24,786,432 parameters, and a linear layer for the augmentation's label of 9."""
     cost = Assembly(load_recipe(name)).chain().plan(["clip"]).costs["clip"]
     assert (cost.parameters, cost.nfe) == (24_786_432 + 10 * 512, 79)
+
+
+@pytest.mark.parametrize("name", CHURN)
+def test_every_stage_trains_as_edm_does(name: str) -> None:
+    """Its eps of 1e-8 is for the loss summed over elements, on ImageNet times 100; nothing clips its gradients."""
+    loaded = load_recipe(name)
+    for stage, spec in loaded.recipe.stages.items():
+        train, elements = spec.train, math.prod(loaded.recipe.variables[stage].shape)
+        factor = 100 if getattr(spec.network, "arch", "") == "adm" else 1  # --ls=100
+        assert train.optimizer.eps == pytest.approx(1e-8 / elements / factor, rel=1e-3)
+        assert (train.optimizer.clip, train.optimizer.warmup, train.ema.rampup) == (0, 10e6, 0.05)
 
 
 @pytest.mark.parametrize("name", CHURN)

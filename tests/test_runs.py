@@ -221,6 +221,17 @@ def test_each_sample_may_have_a_class_of_its_own(command: Command, again: Path) 
     assert load_recipe(again).lock["given"] == {"group": hashlib.sha256(labels.tobytes()).hexdigest()}
 
 
+def test_a_class_by_number_needs_no_data(command: Command, finished: Path, tmp_path: Path) -> None:
+    """Only a name does; weights that the recipe names may be of other data, which need not be here."""
+    weights = [f"stages.{name}.weights={finished}/stages/{name}/weights.safetensors" for name in ("small", "image")]
+    away = ["--count", "2", *(part for said in ("data.path=nowhere", *weights) for part in ("--set", said))]
+    status, _, error = command("sample", *away, "--given", "group=[2, 0]", out=tmp_path / "run")
+    assert (status, error) == (0, "")
+    assert len(list((tmp_path / "run/samples/image").glob("0*.png"))) == 2
+    status, _, error = command("sample", *away, "--given", "group=food", out=tmp_path / "named")
+    assert status == 2 and "no data at" in error
+
+
 def test_a_list_of_another_length_is_refused_and_leaves_the_samples(command: Command, again: Path) -> None:
     before = times(again)
     status, _, error = command("run", "--given", "group=[0, 1]", out=again)

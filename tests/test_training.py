@@ -20,7 +20,11 @@ from PIL import Image
 from chaindiff import cli
 from chaindiff.chain.variable import Variable
 from chaindiff.data import open_data
+from chaindiff.edm.random import Draws
 from chaindiff.io import tensorfile
+from chaindiff.recipe.assembly import Assembly
+from chaindiff.recipe.training import prepare
+from chaindiff.specs.load import load_recipe
 from chaindiff.specs.recipe import DataSpec
 from chaindiff.specs.training import AugmentSpec
 from chaindiff.training.batches import Batches
@@ -245,3 +249,24 @@ def test_without_augmentation_a_batch_holds_the_pixels(data) -> None:
         with Image.open(data / f"{row:02d}.png") as image:
             pixels = np.asarray(image).astype(np.float64).transpose(2, 0, 1) / 127.5 - 1
         np.testing.assert_allclose(value.numpy(), pixels, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variable", "labels"),
+    [
+        ({"kind": "vector", "shape": [2], "of": "label"}, [[row / 12, -1.5] for row in range(IMAGES)]),
+        ({"kind": "label", "shape": [10], "of": "label"}, [3, 7] * (IMAGES // 2)),  # two classes of a network of ten
+    ],
+    ids=["vector", "classes"],
+)
+def test_labels_of_edms_data_sets(data, recipe, tmp_path, variable, labels) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    rows = [[path.name, label] for path, label in zip(sorted(folder.iterdir()), labels, strict=True)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": rows}))
+    changes = {"data": {"path": str(folder)}, "variables": {"told": variable}}
+    loaded = load_recipe(recipe).override({**changes, "stages": {"image": {"given": [{"variable": "told"}]}}})
+    assembly = Assembly(loaded, tmp_path / "run")
+    batch = prepare(assembly, "image")(list(range(IMAGES)))
+    np.testing.assert_allclose(sorted(batch["told"].tolist()), sorted(labels))
+    loss = assembly.stages["image"].build().loss(batch, Draws(range(IMAGES), 0, "image"))
+    assert bool(loss.isfinite().all())

@@ -65,7 +65,7 @@ class Sampling:
         for name in names:
             own = s.of(name)
             low, high = self.levels(name)
-            chosen[name] = schedule(own.schedule, low, high)
+            chosen[name] = schedule(own.schedule, low, high, own.scaling)
             try:
                 levels = grid(own.discretisation, own.steps, low / own.shift, high / own.shift, own.rho, chosen[name])
             except ValueError as error:

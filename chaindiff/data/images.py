@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from chaindiff.data.metadata import Row, fields, keep, read_metadata, values
+from chaindiff.data.metadata import Row, fields, keep, of_folders, read_metadata, values
 from chaindiff.data.sources import IMAGES, METADATA, Source, open_source
 from chaindiff.io.code import create
 from chaindiff.io.digest import fingerprint
@@ -49,13 +49,16 @@ def open_data(spec: Data | str, image: str | None = None, **fields: Any) -> Imag
 
         return Items(found, image or "image")
     source = open_source(spec.path)
-    rows = read_metadata(source, source.names())
+    names = source.names()
+    rows = read_metadata(source, names)
     if not rows:
         raise UserError("there are no images", str(source.path), "expected .png, .jpg, .webp, ... at any depth")
+    if told := len(names) == len(rows):  # there is no metadata
+        rows = of_folders(rows)
     rows = keep(rows, spec.where, str(source.path))
     kept = keep(rows, {} if spec.split is None else {"split": spec.split}, str(source.path))
     name = "/".join(filter(None, [posixpath.splitext(source.path.name)[0], spec.split]))
-    return ImageData(source, kept, list(rows.values()), name)
+    return ImageData(source, kept, list(rows.values()), name, told)
 
 
 class ImageData:
@@ -65,10 +68,14 @@ class ImageData:
     otherwise, as PIL does it); transparency is composited on white.
     """
 
-    def __init__(self, source: Source, rows: dict[str, Row], siblings: Sequence[Row], name: str):
-        self.names = list(rows)
+    def __init__(
+        self, source: Source, rows: dict[str, Row], siblings: Sequence[Row], name: str, by_folder: bool = False
+    ):
+        self.names, self._by_folder = list(rows), by_folder
         self._source, self._rows, self._siblings, self._name = source, list(rows.values()), siblings, name
-        self._memory: dict[int, tuple[torch.Tensor, np.ndarray]] = {}  # size -> (images, which are decoded)
+        self._memory: dict[
+            tuple[int, int], tuple[torch.Tensor, np.ndarray]
+        ] = {}  # of a size: images, which are decoded
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_memory": {}}
@@ -94,8 +101,8 @@ class ImageData:
 
     @cached_property
     def content(self) -> str:
-        """sha256 over the images and their fields."""
-        return fingerprint([self.digest, self._rows])
+        """sha256 over the images and their fields; what folders say is in the images' names."""
+        return fingerprint([self.digest, [{}] * len(self) if self._by_folder else self._rows])
 
     # -- fields
 
@@ -109,18 +116,20 @@ class ImageData:
         self._check(name)
         return [", ".join(values(row, name)) for row in self._rows]
 
-    def categories(self, name: str) -> tuple[list[str], list[int]]:
+    def categories(self, name: str, size: int = 0) -> tuple[list[str], list[int]]:
         """The sorted values of a field (as numbers if they all are), and the position of each image's value.
 
-        The values are those of every split, so that positions mean the same in all of them.
+        The values are those of every split, so that positions mean the same in all of them. Numbers below `size` that
+        are fewer are themselves the positions: a subset of so many classes.
         Raises UserError if an image lacks the field.
         """
         self._check(name)
         known = {value for row in self._siblings for value in values(row, name)}
-        ordered = (
-            sorted(known, key=int) if all(value.isdecimal() and len(value) < 20 for value in known) else sorted(known)
-        )
+        numbers = all(value.isdecimal() and len(value) < 20 for value in known)
+        ordered = sorted(known, key=int) if numbers else sorted(known)
         position = {value: index for index, value in enumerate(ordered)}
+        if numbers and len(ordered) < size and int(ordered[-1]) < size:
+            ordered, position = [str(number) for number in range(size)], {value: int(value) for value in known}
         for file, row in zip(self.names, self._rows, strict=True):
             if len(values(row, name)) != 1:
                 message = f"needs one value of '{name}' to be a label; it has {len(values(row, name))}"
@@ -128,9 +137,20 @@ class ImageData:
         return ordered, [position[values(row, name)[0]] for row in self._rows]
 
     def column(self, name: str) -> torch.Tensor:
-        """Numbers of every image: image files have none."""
-        hint = "an encoder computes them from images or texts, or {kind: file} reads them from a file"
-        raise UserError(f"image files carry no numbers, so the data has no '{name}'", str(self._source.path), hint)
+        """A field that is a list of numbers for every image, [n, numbers]. Raises UserError if it is not."""
+        import torch
+
+        try:
+            numbers = torch.tensor([row[name] for row in self._rows], dtype=torch.float32).reshape(len(self), -1)
+            if bool(numbers.isfinite().all()):
+                return numbers
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            pass
+        raise UserError(
+            f"the data has no '{name}' that is a list of as many numbers for every image",
+            str(self._source.path),
+            "an encoder computes it from images or texts, {kind: file} reads it from a file, or dataset.json holds it",
+        )
 
     def _check(self, name: str) -> None:
         if name not in self.fields:
@@ -140,29 +160,29 @@ class ImageData:
 
     # -- pixels
 
-    def images(self, indices: Sequence[int] | np.ndarray, size: int) -> torch.Tensor:
-        """Images as uint8 [n, 3, size, size]; smaller ones are enlarged.
+    def images(self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3) -> torch.Tensor:
+        """Images as uint8 [n, channels, size, size], in RGB or grey (1); smaller ones are enlarged.
 
         Raises UserError for an image that cannot be read.
         """
         import torch
 
         rows = np.asarray(indices, dtype=np.int64)
-        if len(self) * 3 * size * size > MEMORY_BYTES:
-            decoded = [torch.from_numpy(self._decode(index, size)) for index in rows.tolist()]
-            return torch.stack(decoded) if decoded else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        if size not in self._memory:
-            empty = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
-            self._memory[size] = empty, np.zeros(len(self), dtype=bool)
-        memory, known = self._memory[size]
+        if len(self) * channels * size * size > MEMORY_BYTES:
+            decoded = [torch.from_numpy(self._decode(index, size, channels)) for index in rows.tolist()]
+            return torch.stack(decoded) if decoded else torch.empty(0, channels, size, size, dtype=torch.uint8)
+        if (size, channels) not in self._memory:
+            empty = torch.empty(len(self), channels, size, size, dtype=torch.uint8)
+            self._memory[size, channels] = empty, np.zeros(len(self), dtype=bool)
+        memory, known = self._memory[size, channels]
         for index in rows[~known[rows]].tolist():
-            memory[index] = torch.from_numpy(self._decode(index, size))
+            memory[index] = torch.from_numpy(self._decode(index, size, channels))
             known[index] = True
         return memory[torch.from_numpy(rows)]
 
-    def pixels(self, indices: Sequence[int] | np.ndarray, size: int) -> torch.Tensor:
-        """Images in [-1, 1], [n, 3, size, size]."""
-        return self.images(indices, size).float() / 127.5 - 1
+    def pixels(self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3) -> torch.Tensor:
+        """Images in [-1, 1], [n, channels, size, size]."""
+        return self.images(indices, size, channels).float() / 127.5 - 1
 
     def _open(self, index: int) -> Image.Image:
         """The image, its pixels not yet decoded."""
@@ -183,10 +203,11 @@ class ImageData:
             )
         return image
 
-    def _decode(self, index: int, size: int) -> UInt8[np.ndarray, "3 size size"]:
+    def _decode(self, index: int, size: int, channels: int = 3) -> UInt8[np.ndarray, "channels size size"]:
         image = self._open(index)
         try:
-            return np.asarray(square(image, size)).transpose(2, 0, 1).copy()
+            pixels = np.asarray(square(image, size, "L" if channels == 1 else "RGB"))
+            return pixels.reshape(size, size, channels).transpose(2, 0, 1).copy()
         except Exception as error:
             raise self._unreadable(self.names[index], error) from error
 
@@ -203,8 +224,8 @@ def open_image(file: io.BytesIO | Path) -> Image.Image:
     return Image.open(regular_path(file) if isinstance(file, Path) else file, formats=sorted({*IMAGES.values()}))
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Any image as RGB of size x size: upright, on white, cropped at the centre, resized with antialiasing.
+def square(image: Image.Image, size: int, mode: str = "RGB") -> Image.Image:
+    """Any image in this mode, of size x size: upright, on white, cropped at the centre, resized with antialiasing.
 
     Of several frames the first is used. Raises ValueError for pixels without a known range: other than 8 or 16 bits.
     """
@@ -220,7 +241,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = image.convert(mode)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size != (side, side):

@@ -19,6 +19,7 @@ from chaindiff.encoders.resize import resize
 from chaindiff.io.errors import UserError, did_you_mean
 
 LOOKED_AT = 16  # items inspected for the fingerprint and the resolution, spread over the set
+GREY = (0.299, 0.587, 0.114)  # of red, green and blue
 ROUNDING = 1e-3  # how far a float image may leave [-1, 1]
 
 
@@ -96,8 +97,11 @@ class Items:
         """One entry of every item as text; a missing value is empty."""
         return ["" if value is None else str(_plain(value)) for value in self._all(name)]
 
-    def categories(self, name: str) -> tuple[list[str], list[int]]:
-        """Class names and the class of every item: integers are used unchanged, texts are numbered in sorted order."""
+    def categories(self, name: str, size: int = 0) -> tuple[list[str], list[int]]:
+        """Class names and the class of every item: integers are used unchanged, texts are numbered in sorted order.
+
+        Integers below `size` are of so many classes.
+        """
         values = [_plain(value) for value in self._all(name)]
         for row, value in enumerate(values):
             if not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
@@ -105,7 +109,7 @@ class Items:
                 message = f"{self._at(row)}: '{name}' is not a label: {got}"
                 raise UserError(message, hint="expected a text, or a whole number from 0")
         if all(isinstance(value, int) for value in values):
-            return [str(number) for number in range(max(values) + 1)], [int(value) for value in values]
+            return [str(number) for number in range(max(max(values) + 1, size))], [int(value) for value in values]
         ordered = sorted({str(value) for value in values})
         place = {value: index for index, value in enumerate(ordered)}
         return ordered, [place[str(value)] for value in values]
@@ -130,14 +134,22 @@ class Items:
 
     # -- pixels
 
-    def images(self, indices: Sequence[int] | np.ndarray, size: int) -> UInt8[Tensor, "n 3 size size"]:
+    def images(
+        self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3
+    ) -> UInt8[Tensor, "n channels size size"]:
         """Images as uint8; smaller ones are enlarged."""
-        return ((self.pixels(indices, size) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return ((self.pixels(indices, size, channels) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def pixels(self, indices: Sequence[int] | np.ndarray, size: int) -> Float[Tensor, "n 3 size size"]:
-        """Images in [-1, 1]: floats of this size are left unchanged, others are resized with antialiasing."""
+    def pixels(
+        self, indices: Sequence[int] | np.ndarray, size: int, channels: int = 3
+    ) -> Float[Tensor, "n channels size size"]:
+        """Images in [-1, 1]: floats of this size are left unchanged, others are resized with antialiasing.
+
+        Of one channel for grey items, else Rec. 601's grey of RGB, as PIL's.
+        """
         pictures = [self._picture(int(row), size) for row in indices]
-        return torch.stack(pictures) if pictures else torch.empty(0, 3, size, size)
+        found = torch.stack(pictures) if pictures else torch.empty(0, 3, size, size)
+        return found if channels != 1 else (found * torch.tensor(GREY)[:, None, None]).sum(1, keepdim=True)
 
     def _picture(self, row: int, size: int | None) -> Float[Tensor, "3 side side"]:
         """One image, cropped at the centre to a square; of its own size if `size` is None."""

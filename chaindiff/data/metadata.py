@@ -1,7 +1,9 @@
-"""Metadata of images: metadata.jsonl (Hugging Face imagefolder) and dataset.json (EDM), and filters on it."""
+"""Metadata of images: metadata.jsonl and .csv and folders (Hugging Face imagefolder), dataset.json (EDM); filters."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import posixpath
 import re
@@ -17,6 +19,11 @@ VALUES, IMAGE_VALUES = 1_000_000, 256
 
 Row = dict[str, Any]
 _LABELS = "{'labels': [[file, class], ...]}"
+SPLITS = {  # by the name of a folder in lower case, as Hugging Face's imagefolder has them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
@@ -34,7 +41,7 @@ def read_metadata(source: Source, names: Sequence[str]) -> dict[str, Row]:
                 message = f"refused: {values:,} values up to here; for {len(rows):,} images the limit is {most:,}"
                 hint = "leave out of the metadata what is neither a caption nor a class"
                 raise UserError(message, source.where(name), hint)
-            read = _read_labels if name.endswith("dataset.json") else _read_lines
+            read = {".json": _read_labels, ".csv": _read_table, ".jsonl": _read_lines}[posixpath.splitext(name)[1]]
             for where, image, row in read(source.where(name), name, text):
                 if image not in rows:  # perhaps it was written on Windows
                     image = posixpath.normpath(image.replace("\\", "/"))
@@ -61,16 +68,49 @@ def _read_lines(place: str, name: str, text: str) -> Iterable[tuple[str, str, Ro
         yield where, _beside(name, row.pop("file_name")), row
 
 
+def _read_table(place: str, name: str, text: str) -> Iterable[tuple[str, str, Row]]:
+    """metadata.csv: a head that names the fields, `file_name` among them; an empty cell is a missing value."""
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in table:
+            where = f"{place}:{table.line_num}"
+            if not row.get("file_name") or None in row or None in row.values():
+                raise UserError("each row must have a `file_name` and as many cells as the head", where)
+            yield where, _beside(name, row.pop("file_name")), {field: cell for field, cell in row.items() if cell}
+    except csv.Error as error:
+        raise UserError(f"not a table of comma-separated values: {error}", f"{place}:{table.line_num}") from error
+
+
+def of_folders(names: Iterable[str]) -> dict[str, Row]:
+    """What the folders of images without metadata say: the `split` by the first, the `label` by the one they are in."""
+    rows: dict[str, Row] = {}
+    for name in names:
+        first, *inner = [*posixpath.dirname(name).split("/")]
+        split = SPLITS.get(first.lower())
+        label = (inner or ([] if split else [first]))[-1:]
+        rows[name] = {**({"label": label[0]} if label and label[0] else {}), **({"split": split} if split else {})}
+    return rows
+
+
 def _read_labels(where: str, name: str, text: str) -> Iterable[tuple[str, str, Row]]:
-    """dataset.json: {"labels": [[file, class], ...]} or {"labels": null}; the class becomes the field `label`."""
+    """dataset.json: {"labels": [[file, class], ...]} or {"labels": null}; the class becomes the field `label`.
+
+    In place of a class there may be a list of numbers, for a vector.
+    """
     content = _json(text, where)
     labels = content.get("labels", content) if isinstance(content, dict) else content
     if labels is not None and not isinstance(labels, list):
         raise UserError(f"expected {_LABELS}; got {labels!r:.80}", where)
     for number, pair in enumerate(labels or []):
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int):
-            raise UserError(f"expected {_LABELS} with whole-number classes; item {number} is {pair!r:.80}", where)
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and _is_label(pair[1])):
+            said = f"expected {_LABELS} with whole-number classes or lists of numbers; item {number} is {pair!r:.80}"
+            raise UserError(said, where)
         yield where, _beside(name, pair[0].replace("\\", "/")), {"label": pair[1]}
+
+
+def _is_label(value: Any) -> bool:
+    listed = isinstance(value, list) and bool(value)
+    return type(value) is int or (listed and all(type(number) in (int, float) for number in value))
 
 
 def _text(source: Source, name: str, most: int) -> str:
@@ -127,5 +167,5 @@ def _like(name: str, names: Iterable[str]) -> str:
     """did_you_mean, but listing only a few of thousands of names."""
     names = list(names)
     if not names:
-        return ": there is no metadata.jsonl or dataset.json"
+        return ": there is no metadata.jsonl, metadata.csv or dataset.json, and no folder of a class"
     return did_you_mean(name, names if nearest(name, names) else [*names[:12], *(["..."] if len(names) > 12 else [])])

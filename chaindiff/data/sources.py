@@ -29,7 +29,7 @@ IMAGES = {  # by suffix, with PIL's name of the format
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF",
     ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM",
 }  # fmt: skip
-METADATA = {"dataset.json", "metadata.jsonl"}
+METADATA = {"dataset.json", "metadata.csv", "metadata.jsonl"}
 
 # A zip declares the unpacked size of a file, and zipfile reads no further. Larger files are refused unread, and so are
 # those compressed more densely than images or text ever are: a few kilobytes cannot fill the memory.

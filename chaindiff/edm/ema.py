@@ -46,7 +46,7 @@ class Average(Generic[Module]):
 class Ema(Average[Module]):
     """EDM's average: exponential, with a half-life in images (EDM, appendix F.2 and table 7).
 
-    The half-life is at most `rampup` times the images seen so far, so that early weights are forgotten.
+    The half-life is at most `rampup` times the images seen before the step, so that early weights are forgotten.
     """
 
     def __init__(self, source: Module, half_life: float, rampup: float | None):
@@ -54,7 +54,7 @@ class Ema(Average[Module]):
         self.half_life, self.rampup = half_life, rampup
 
     def keep(self, batch: int, images: float) -> float:
-        longest = self.half_life if self.rampup is None else min(self.half_life, images * self.rampup)
+        longest = self.half_life if self.rampup is None else min(self.half_life, (images - batch) * self.rampup)
         return 0.5 ** (batch / max(longest, 1e-8))
 
 

@@ -84,10 +84,9 @@ class VP(VariancePreserving):
     def between(cls, sigma_min: float, sigma_max: float, eps: float = 1e-3) -> VP:
         """The betas with sigma(1) = sigma_max and sigma(eps) = sigma_min, as in EDM's general sampler.
 
-        `eps` is lowered where it would make beta_min negative, and sigma fall before it rises.
+        For a low sigma_min, beta_min is slightly negative: between t = 0 and a time below eps there is no level.
         """
         low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-        eps = min(eps, math.sqrt(low / high) / 2)
         beta_d = 2 * (high - low / eps) / (1 - eps)
         return cls(beta_d, high - beta_d / 2)
 
@@ -100,7 +99,10 @@ class VP(VariancePreserving):
 
     def time(self, sigma: Number) -> Number:
         exponent = _math(sigma).log1p(sigma**2)
-        return 2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent) ** 0.5 + self.beta_min)
+        root = (self.beta_min**2 + 2 * self.beta_d * exponent) ** 0.5
+        if self.beta_min < 0:  # of sampling, which passes floats
+            return (root - self.beta_min) / self.beta_d if exponent else sigma
+        return 2 * exponent / (root + self.beta_min)
 
 
 class VE(VarianceExploding):
@@ -190,9 +192,33 @@ class LogSNR(VariancePreserving):
         return math.log(ratio) if ratio > 1 else ratio - 1
 
 
-def schedule(kind: str, sigma_min: float, sigma_max: float) -> Schedule:
-    """The schedule that a recipe names, for sampling between two levels."""
-    return {
+@dataclass(frozen=True)
+class _LevelsOf:
+    """The levels of another schedule."""
+
+    of: Schedule
+
+    def sigma(self, t: float) -> float:
+        return self.of.sigma(t)
+
+    def dsigma(self, t: float) -> float:
+        return self.of.dsigma(t)
+
+    def time(self, sigma: float) -> float:
+        return self.of.time(sigma)
+
+
+class Unscaled(_LevelsOf, VarianceExploding):
+    """The levels of another schedule, with s(t) = 1."""
+
+
+class Scaled(_LevelsOf, VariancePreserving):
+    """The levels of another schedule, with s(t) = 1 / sqrt(1 + sigma(t)^2)."""
+
+
+def schedule(kind: str, sigma_min: float, sigma_max: float, scaling: str | None = None) -> Schedule:
+    """The schedule that a recipe names, for sampling between two levels; `scaling` replaces its scale."""
+    found = {
         "linear": Linear,
         "vp": lambda: VP.between(sigma_min, sigma_max),
         "ve": VE,
@@ -201,6 +227,7 @@ def schedule(kind: str, sigma_min: float, sigma_max: float) -> Schedule:
         "logsnr": lambda: LogSNR(sigma_min),
         "flow": Flow,
     }[kind]()
+    return found if scaling is None else {"vp": Scaled, "none": Unscaled}[scaling](found)
 
 
 IDDPM_CLIP, IDDPM_OFFSET = 0.001, 0.008  # C_1 and C_2 of EDM, table 1

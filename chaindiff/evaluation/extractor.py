@@ -46,12 +46,12 @@ class Extractor:
         about = {"extractor": self.name.partition(":")[0], "resize": RESIZE, **self.about}
         return fingerprint({**about, **{name: getattr(self, name) for name in ("weights", "size", "mean", "std")}})
 
-    def __call__(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch width"]:
-        """float32, on the host."""
+    def __call__(self, images: UInt8[Tensor, "batch _ h w"]) -> Float[Tensor, "batch width"]:
+        """float32, on the host; grey images are shown as RGB."""
         mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (self.mean, self.std))
         out = [torch.empty(0, self.width)]
         with torch.inference_mode():
-            for part in images.split(BATCH):
+            for part in images.expand(-1, 3, -1, -1).split(BATCH):
                 x = (resize(part, self.size).to(self.device).float() - mean) / std
                 out.append(self.module(x).flatten(1).float().cpu())
         return torch.cat(out)

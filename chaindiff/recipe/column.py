@@ -31,8 +31,8 @@ class Column:
         """Names of a label's classes, numbers for clusters. Raises UserError if the data has another number of them."""
         if self.spec.encoder is not None:
             return [str(number) for number in range(*self.variable.shape)]
-        names = self.assembly.data.categories(self.field)[0]
         (size,) = self.variable.shape
+        names = self.assembly.data.categories(self.field, size)[0]
         if len(names) != size:
             raise UserError(
                 f"label '{self.name}' has shape [{size}], but the field '{self.field}' has {len(names)} values",
@@ -55,4 +55,4 @@ class Column:
             assert encoder.statistics.counts is not None  # a label has clusters
             return encoder.statistics.counts
         size = len(self.classes)
-        return torch.bincount(torch.tensor(self.assembly.data.categories(self.field)[1]), minlength=size)
+        return torch.bincount(torch.tensor(self.assembly.data.categories(self.field, size)[1]), minlength=size)

@@ -137,12 +137,12 @@ def _check_said(assembly: Assembly, variable: Variable, path: Path, said: str | 
 
 
 def _class(assembly: Assembly, variable: Variable, value: Any, where: str) -> int:
+    """The class of a number, whether or not the data is there, or of a name in the data."""
+    if str(value) in map(str, range(*variable.shape)):
+        return int(value)
     names = assembly.columns[variable.name].classes
     if str(value) in names:
         return names.index(str(value))
-    numbers = [str(number) for number in range(len(names))]
-    if str(value) in numbers:
-        return numbers.index(str(value))
     raise UserError(f"'{value}' is not a class of {variable.name}{did_you_mean(str(value), names)}", where)
 
 
@@ -163,7 +163,7 @@ def _images(path: Path, variable: Variable) -> Tensor:
         data = ImageData(Folder(path.parent), {path.name: {}}, [], path.stem)
     else:
         data = open_data(DataSpec(path=str(path)))
-    return data.images(range(len(data)), variable.shape[-1]).float() / 127.5 - 1
+    return data.images(range(len(data)), variable.shape[-1], variable.shape[0]).float() / 127.5 - 1
 
 
 def _numbers(path: Path, variable: Variable, where: str) -> Tensor:

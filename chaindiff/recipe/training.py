@@ -132,8 +132,12 @@ def prepare(assembly: Assembly, name: str) -> Batches:
                 state.wait_for_everyone()
                 encoder = build_encoder(variable, assembly.coders, path)
         encoders[variable] = encoder
-    labels = {v.name: assembly.columns[v.name].field for v in wanted if v.kind == "label" and v.name not in encoders}
-    for label in labels:
+    labels = {
+        v.name: assembly.columns[v.name].field
+        for v in wanted
+        if v.kind in ("label", "vector") and v.name not in encoders
+    }
+    for label in (name for name in labels if assembly.variables[name].kind == "label"):
         _ = assembly.columns[label].classes  # raises, if they are not those of the data
     texts = {n: assembly.columns[n].field for n, s in recipe.variables.items() if s.kind == "text"}
     root = assembly.root if any(variable.kind == "image" for variable in recipe.variables.values()) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from chaindiff.io.errors import UserError, did_you_mean
 from chaindiff.specs.base import Problems
-from chaindiff.specs.clip_models import HUB, known_models, model_folder
+from chaindiff.specs.clip_models import HUB, REPOSITORY, known_models, model_folder
 from chaindiff.specs.code import CodeSpec, is_code
 from chaindiff.specs.link import largest_grid, no_channels
 from chaindiff.specs.network import JointNetworkSpec, PriorSpec, TransformerSpec, UNetSpec
@@ -70,8 +70,8 @@ def _variables(recipe: Recipe) -> Problems:
         yield f"variables.{name}", f"{problem}\n  give one of them an encoder, such as {{kind: resize, of: {roots[0]}}}"
     for name, variable in recipe.variables.items():
         path, encoder = f"variables.{name}", variable.encoder
-        if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] != 3:
-            yield f"{path}.shape", f"images in the data have 3 channels (RGB), not {variable.shape[0]}"
+        if name in roots and isinstance(recipe.data, DataSpec) and variable.shape[0] not in (1, 3):
+            yield f"{path}.shape", f"images of the data have 3 channels (RGB) or 1 (grey), not {variable.shape[0]}"
         model = encoder.model if isinstance(encoder, OpenClipSpec) else None
         if model is not None and (problem := _model(model)):
             yield f"{path}.encoder.model", problem
@@ -95,7 +95,10 @@ def _variables(recipe: Recipe) -> Problems:
 def _model(model: str) -> str | None:
     """What is wrong with the name or folder of an open_clip model."""
     try:
-        if not model.startswith(HUB) and model_folder(model) is None and model not in (known := known_models()):
+        if model.startswith(HUB):
+            wrong = f"expected hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION, not '{model}'"
+            return None if REPOSITORY.fullmatch(model) else wrong
+        if model_folder(model) is None and model not in (known := known_models()):
             return f"there is no open_clip model '{model}'{did_you_mean(model, known)}"
     except UserError as error:
         return error.message
@@ -150,7 +153,13 @@ def _stages(recipe: Recipe) -> Problems:
             yield f"{path}.{field}", problem
         for used in (*outputs(name, stage), *(link.variable for link in stage.given)):
             variable = recipe.variables.get(used)
-            made = variable is None or variable.encoder or stage.weights or isinstance(recipe.data, CodeSpec)
+            made = (
+                variable is None
+                or variable.encoder
+                or variable.of
+                or stage.weights
+                or isinstance(recipe.data, CodeSpec)
+            )
             if variable and variable.kind in ("vector", "tokens", "map") and not made:
                 problem = f"stage '{name}' trains with '{used}', which needs an encoder: data has no {variable.kind}"
                 yield f"variables.{used}", problem

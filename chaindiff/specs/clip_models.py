@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,13 +12,20 @@ from chaindiff.io.files import user_path
 EMBEDDED = Path(__file__).parents[1] / "assets"
 CONFIG = "open_clip_config.json"
 HUB = "hf-hub:"  # before a repository of the hub, `org/name` or `org/name@revision`
+REPOSITORY = re.compile(rf"{HUB}[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def plain(model: str) -> str:
+    """open_clip's `local-dir:FOLDER` as the path of a folder."""
+    folder = model.removeprefix("local-dir:")
+    return folder if folder == model or "/" in folder else f"./{folder}"
 
 
 def model_folder(model: str) -> Path | None:
     """The folder that a recipe's `model` refers to, there or not; None for a name of open_clip's or the hub's."""
     if model.startswith(HUB):
         return None
-    if (EMBEDDED / model / CONFIG).is_file():
+    if "/" not in model and (EMBEDDED / model / CONFIG).is_file():
         return EMBEDDED / model
     folder = user_path(model)
     return folder if "/" in model or folder.is_dir() else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeInt
 
 from chaindiff.specs.base import Memory, Name, Positive, Problems, Spec, UpToMillion, UpToTenMillion
+from chaindiff.specs.clip_models import plain
 from chaindiff.specs.code import OURS_OR_CODE, CodeDataSpec, CodeEncoderSpec, Ours, Theirs
 from chaindiff.specs.stage import StageSpec
 
@@ -19,7 +20,7 @@ class DataSpec(Spec):
 
     kind: Literal["images"] = "images"
     path: str = Field(description="a folder or zip of images, or `emoji64` (embedded)")
-    split: str | None = Field(default=None, description="use only the rows of metadata.jsonl with this `split`")
+    split: str | None = Field(default=None, description="use only the images whose metadata or folder say this `split`")
     where: dict[str, str | list[str]] = Field(
         default={}, description="use only rows whose field has this value (or one of); an override of `{}` clears it"
     )
@@ -65,9 +66,10 @@ class OpenClipSpec(Spec):
 
     kind: Literal["open_clip"]
     of: Name
-    model: str = Field(
-        description="an open_clip model name, `clip_emoji` (embedded), a folder with open_clip_config.json, or such a "
-        "repository of the hub: `hf-hub:ORG/NAME`, or `hf-hub:ORG/NAME@REVISION` to pin a branch, tag or commit"
+    model: Annotated[str, AfterValidator(plain)] = Field(
+        description="an open_clip model name, `clip_emoji` (embedded), a folder with open_clip_config.json, also as "
+        "`local-dir:FOLDER`, or such a repository of the hub: `hf-hub:ORG/NAME`, or `hf-hub:ORG/NAME@REVISION` to pin "
+        "a branch, tag or commit"
     )
     pretrained: str | None = Field(
         default=None, description="an open_clip tag, or a weights file; none for a folder and for `hf-hub:`"
@@ -150,7 +152,8 @@ class VariableSpec(Spec):
         default=None, description="where the value comes from when nothing produces it"
     )
     of: str | None = Field(
-        default=None, description="for a label or text: the field of metadata.jsonl; none: the variable's name"
+        default=None,
+        description="the metadata's field of a label or text, by default of its own name, or of a vector",
     )
     sigma_data: Positive = Field(default=0.5, description="standard deviation of the clean values, per element")
 
@@ -170,8 +173,11 @@ class VariableSpec(Spec):
             yield "encoder.kind", f"a file provides vectors, maps, or labels by clustering vectors, not {A[kind]}"
         elif isinstance(encoder, OpenClipSpec | FileSpec) and kind in ("vector", "map", "label"):
             yield from self._of_reducer(encoder)
-        if self.of is not None and kind not in ("label", "text"):
-            yield "of", f"only a label or a text is read from a field of the data, not a variable of kind {kind}"
+        if self.of is not None and kind not in ("label", "text", "vector"):
+            yield (
+                "of",
+                f"only a label, a text or a vector is read from a field of the data, not a variable of kind {kind}",
+            )
         elif self.of is not None and encoder is not None:
             yield "of", "is never used: this variable is computed by its encoder, not read from a field of the data"
         if self.source in ("uniform", "empirical") and kind != "label":

@@ -79,6 +79,10 @@ class SamplerSpec(Spec):
     schedule: Literal["linear", "vp", "ve", "iddpm", "cosine", "logsnr", "flow"] = Field(
         default="linear", description="sigma(t) and s(t) of the equation that is solved; linear: sigma = t, s = 1"
     )
+    scaling: Literal["vp", "none"] | None = Field(
+        default=None,
+        description="s(t) in place of the schedule's own; vp: variance preserving, none: 1; null: the schedule's",
+    )
     sigma_min: Positive | None = Field(
         default=None,
         description="last level above 0; none: as published with the discretisation (edm: 0.002), or what the "
@@ -136,6 +140,8 @@ class SamplerSpec(Spec):
             yield "rho", f"{self.rho:g} is too small: the levels to its inverse power are beyond every number"
         if self.rho != type(self).model_fields["rho"].default and self.discretisation != "edm":
             yield "rho", f"shapes the steps of discretisation edm alone, not of {self.discretisation}"
+        if self.scaling and self.solver not in ("euler", "heun"):
+            yield "scaling", f"is for euler and heun; {self.solver} solves its equation in sigma, whatever the scale"
         if self.eta and self.solver not in ("ddim", "dpmpp_2m"):
             yield "eta", f"is for ddim and dpmpp_2m; {self.solver} takes its noise from `churn`"
         elif self.eta and self.churn.amount:

@@ -28,13 +28,16 @@ class OptimizerSpec(Spec):
     kind: Literal["adam", "adamw"] = "adam"
     lr: Positive = 1e-4
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    eps: Positive = Field(
+        default=1e-8,
+        description="for a loss that is a mean over elements; of one that is summed over N, as EDM's, it is eps / N",
+    )
     weight_decay: NonNegative = 0.0
     warmup: NonNegativeInt = Field(default=0, description="images over which the learning rate rises linearly")
     decay: NonNegativeInt = Field(
         default=0, description="images at the end over which the learning rate falls to 0 as a cosine"
     )
-    clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: none")
+    clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: none, as in EDM")
 
 
 class EmaSpec(Spec):

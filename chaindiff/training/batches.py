@@ -112,7 +112,7 @@ class Batches:
             if (column := self.columns.get(name)) is not None:
                 return column[list(rows)] if isinstance(column, Tensor) else [column[row] for row in rows]
             if self.root is not None and name == self.root.name:
-                images = self.data.pixels(rows, self.root.shape[-1])
+                images = self.data.pixels(rows, self.root.shape[-1], self.root.shape[0])
                 return images if drawn is None else augment.apply(images, drawn)
             if name in self.kept:
                 return self.kept[name][list(rows)]
@@ -134,7 +134,7 @@ def pictures(variable: Variable) -> bool:
 def _column(data: Data, variable: Variable, field: str) -> Tensor:
     """A variable's value in every row of the data."""
     if variable.kind == "label":
-        values = torch.tensor(data.categories(field)[1])
+        values = torch.tensor(data.categories(field, variable.shape[0])[1])
         if (most := int(values.max())) >= variable.shape[0]:
             message = f"label '{variable.name}' has {variable.shape[0]} classes, but the data has labels up to {most}"
             raise UserError(message, hint=f"set its shape to [{most + 1}] or more: classes count from 0")

@@ -54,7 +54,10 @@ class Progress:
 
 
 def learning_rate(spec: OptimizerSpec, images: int, total: int) -> float:
-    """Linear warm-up, then constant, then a cosine down to 0 over the last `decay` images."""
+    """Of the step after so many `images`: linear warm-up, then constant, then a cosine over the last `decay` images.
+
+    EDM's code counts the images before a step: its first rate is 0.
+    """
     rate = spec.lr * min(1.0, images / spec.warmup) if spec.warmup else spec.lr
     if spec.decay and images > total - spec.decay:
         rate *= 0.5 * (1 + math.cos(math.pi * (images - total + spec.decay) / spec.decay))
@@ -185,7 +188,7 @@ def train(
     began, last, speed = time.perf_counter(), images, 0.0
     with closing(ahead(make, parts())) as coming:
         while images < total:
-            rate = learning_rate(spec.optimizer, images + spec.batch, total)
+            rate = learning_rate(spec.optimizer, images, total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             for part in range(spec.accumulate):
