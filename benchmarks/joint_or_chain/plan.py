@@ -133,9 +133,10 @@ def comparison(found: Sequence[Arm], out: Path, count: int, seeds: Sequence[int]
     """The rows of all arms that have weights, and the names of those that have none."""
     group, missing = Group("Joint model or chain", "main"), []
     for arm in found:
-        for path in arm.paths:
-            try:
-                group.rows.append(arm.rows(path, out, count, seeds))
-            except UserError as error:
-                missing.append(f"{arm}{f': {path}' * bool(path)} ({str(error).splitlines()[0]})")
+        try:
+            group.rows += [arm.rows(path, out, count, seeds) for path in arm.paths]
+        except UserError as error:
+            if "has no weights" not in str(error):
+                raise
+            missing.append(str(arm))
     return group, missing
