@@ -23,6 +23,7 @@ from chaindiff.specs.load import Loaded
 def run(
     recipe: Loaded | str | Path,
     out: Path | None = None,
+    *,
     smoke: bool = False,
     replace: bool = False,
     **asked: Any,

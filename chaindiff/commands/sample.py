@@ -55,7 +55,7 @@ class Sampled:
         }
 
 
-def sample(loaded: Loaded, out: Path | None = None, replace: bool = False, **asked: Any) -> Sampled:
+def sample(loaded: Loaded, out: Path | None = None, *, replace: bool = False, **asked: Any) -> Sampled:
     """Sample with existing weights; `asked`: fields of the recipe's `sample`, where they are not None."""
     assembly = Assembly(asking(loaded, **asked), out)
     with sole_writer(assembly.out):
