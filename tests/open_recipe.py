@@ -67,7 +67,7 @@ class Squares(ImageData):
         self.names = [f"{split}{number}" for number in range(count)]
         self.digest = " ".join(self.names)
 
-    def images(self, rows, size):
+    def images(self, rows, size, channels=3):
         return torch.stack([torch.full((3, size, size), 10 * int(row), dtype=torch.uint8) for row in rows])
 
 

@@ -104,7 +104,8 @@ def test_list_of_one_group(command):
     assert command("list", "networks") == (
         0,
         "networks:\n"
-        "  unet         A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks.\n"
+        "  unet         A U-Net of EDM's family: DDPM++ by default, NCSN++ and ADM as options of the same blocks; "
+        "or EDM2's.\n"
         "  prior        A DALL-E 2 style decoder-only transformer for vectors.\n"
         "  transformer  A diffusion transformer (DiT) for one variable or several, each image, map, vector or tokens.\n"
         "  joint        One network for an image and vectors: "

@@ -51,7 +51,7 @@ The joint model was trained on independent levels (a fifth of the samples with o
 noise), so that one model can be sampled along any path: together, the embedding ahead by an offset, the embedding first
 (the chain's order), the image first, or the path that `chaindiff tune` fits to it. Everything here is written by
 
-```
+```sh title="not run in the tests: it takes half an hour"
 python -m benchmarks.joint_or_chain
 ```
 
