@@ -55,8 +55,9 @@ noise), so that one model can be sampled along any path: together, the embedding
 python -m benchmarks.joint_or_chain
 ```
 
-on {torch.get_num_threads()} thread(s) of {processor()}, torch {torch.__version__.split("+")[0]}; networks in bf16,
-DPM-Solver++(2M), {BUDGET} evaluations of every network; {one["count"]:,} samples a row for each of the sampling seeds
+on {torch.get_num_threads()} threads of {processor()}, torch {torch.__version__.split("+")[0]}; networks in bf16,
+DPM-Solver++(2M), {BUDGET} evaluations of every network (two more where the kinks of a path lie between its steps);
+{one["count"]:,} samples a row for each of the sampling seeds
 {seeds}, against the 4,521 training images. Lower is better; ± are 95% intervals over sampling seeds, which do not
 cover the spread between trainings. `efficientnet_lite2` is an ImageNet classifier: neither it nor its labels saw these
 images, but the chain's emoji CLIP began as its smaller sibling (`*`). The other two judges were trained on tags of the
