@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.joint_or_chain.plan import BUDGET
 from benchmarks.quality.write import processor
-from chaindiff.evaluation.evaluate import Group, measure_group
+from chaindiff.evaluation.evaluate import Group, draw_all, measure_group
 from chaindiff.evaluation.oracle import DataValues, split_of
 from chaindiff.evaluation.report import vector_table
 from chaindiff.evaluation.rows import Row
@@ -115,9 +115,7 @@ def conditionals(group: Group, study: Study, pictures: Path) -> str:
             row.seed, ("clip",), out=row.out)
         for row in (vcdm, joint)
     ]  # fmt: skip
-    for row in told:
-        for _ in row.draw():
-            pass
+    draw_all(told)
     known = measure_group(Group("", "main", [[row] for row in told]), study)
     said = ["The image given the data's embeddings, one seed:", markdown(figures_table(known, ("fd", "kid")))]
     first_embedding = first["joint: embedding first"]
